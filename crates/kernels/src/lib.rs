@@ -1,0 +1,19 @@
+//! Fused, differentiable operations for frozen-base training.
+//!
+//! One folder an operation: `mod.rs` is the public function, `reference.rs` the same thing in plain
+//! Burn operations (any backend, the definition the others are tested against), `cpu.rs` the Flex
+//! implementation. This crate knows nothing of adapters or models.
+
+pub mod attention;
+pub mod cross_entropy;
+pub mod lora_linear;
+pub mod rms_norm;
+pub mod rope;
+pub mod silu_mul;
+
+pub use attention::{AttentionSpec, KeyMask, attention};
+pub use cross_entropy::{linear_cross_entropy, token_log_probs};
+pub use lora_linear::{linear, lora_linear};
+pub use rms_norm::rms_norm;
+pub use rope::rope;
+pub use silu_mul::silu_mul;
