@@ -1,1 +1,3 @@
-//! placeholder
+//! Models: their configuration, their weights from files, the forward pass and text generation.
+
+pub mod checkpoint;
