@@ -1,0 +1,311 @@
+//! From settings as written to settings as used: paths, defaults that depend on others, contradictions.
+
+use std::path::{Path, PathBuf};
+
+use super::Recipe;
+use super::error::{Origin, Problem};
+use super::read::Origins;
+use super::settings::{Schedule, Strategy};
+
+/// Fills in `recipe` and appends what contradicts itself to `problems`.
+pub(super) fn resolve(
+    mut recipe: Recipe,
+    path: &Path,
+    origins: &Origins,
+    problems: &mut Vec<Problem>,
+) -> Recipe {
+    // What could not be read has been reported, and stands at its default: no second complaint.
+    let readable = problems.is_empty();
+    resolve_paths(&mut recipe, path, origins);
+    let mut found = Findings {
+        origins,
+        list: Vec::new(),
+    };
+    check_data(&mut recipe, &mut found);
+    check_length(&mut recipe, &mut found);
+    check_rhythm(&mut recipe, &mut found);
+    if recipe.output.dir.is_none() {
+        recipe.output.dir = Some(default_output(path));
+    }
+    if readable {
+        problems.append(&mut found.list);
+    }
+    recipe
+}
+
+struct Findings<'a> {
+    origins: &'a Origins,
+    list: Vec<Problem>,
+}
+
+impl Findings<'_> {
+    fn add(&mut self, name: &str, message: &str, help: &str) {
+        self.list.push(Problem {
+            origin: self.origins.blame(name),
+            message: message.to_owned(),
+            help: (!help.is_empty()).then(|| help.to_owned()),
+        });
+    }
+
+    fn written(&self, name: &str) -> bool {
+        self.origins.get(name).is_some()
+    }
+
+    /// Whether the file's `name` gives way to an override of `other`, which it excludes.
+    fn gives_way(&self, name: &str, other: &str) -> bool {
+        let overridden = |name| matches!(self.origins.get(name), Some(Origin::Override(_)));
+        overridden(other) && !overridden(name)
+    }
+}
+
+/// Whether a model reference is a path, by its form alone: what lies on the disk must not decide
+/// what a recipe means.
+pub(super) fn is_path_reference(reference: &str) -> bool {
+    !reference.starts_with("hf:")
+        && (reference.starts_with('.')
+            || reference.contains(['/', '\\'])
+            || reference.ends_with(".gguf"))
+}
+
+fn resolve_paths(recipe: &mut Recipe, path: &Path, origins: &Origins) {
+    let here = std::env::current_dir().unwrap_or_default();
+    let folder = here.join(path.parent().unwrap_or(Path::new("")));
+    let resolved = |name: &str, path: &Path| match origins.get(name) {
+        Some(Origin::Override(_)) => tidy(&here.join(path)),
+        _ => tidy(&folder.join(path)),
+    };
+    for (name, paths) in [
+        ("data.train", &mut recipe.data.train),
+        ("data.valid", &mut recipe.data.valid),
+    ] {
+        for path in &mut paths.0 {
+            *path = resolved(name, path);
+        }
+    }
+    if is_path_reference(&recipe.model.base) {
+        recipe.model.base = resolved("model.base", Path::new(&recipe.model.base))
+            .display()
+            .to_string();
+    }
+    if let Some(dir) = &mut recipe.adapter.init_from {
+        *dir = resolved("adapter.init_from", dir);
+    }
+    if let Some(template) = &mut recipe.model.chat_template
+        && !is_inline_template(template)
+    {
+        *template = resolved("model.chat_template", Path::new(template.as_str()))
+            .display()
+            .to_string();
+    }
+}
+
+/// Jinja text, as opposed to the path of a template.
+pub(super) fn is_inline_template(text: &str) -> bool {
+    text.contains("{{") || text.contains("{%")
+}
+
+/// Removes `.` and resolves `..` where a name precedes it; the file need not exist.
+fn tidy(path: &Path) -> PathBuf {
+    use std::path::Component;
+    let mut out = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir
+                if matches!(out.components().next_back(), Some(Component::Normal(_))) =>
+            {
+                out.pop();
+            }
+            part => out.push(part),
+        }
+    }
+    out
+}
+
+fn default_output(path: &Path) -> PathBuf {
+    let absolute = tidy(&std::env::current_dir().unwrap_or_default().join(path));
+    let name = |part: Option<&std::ffi::OsStr>| part.map(|s| s.to_string_lossy().into_owned());
+    let folder = name(absolute.parent().and_then(Path::file_name));
+    let stem = name(path.file_stem()).unwrap_or_else(|| "run".to_owned());
+    Path::new("runs").join(folder.map_or(stem.clone(), |folder| format!("{folder}-{stem}")))
+}
+
+fn check_data(recipe: &mut Recipe, found: &mut Findings<'_>) {
+    let data = &mut recipe.data;
+    if found.gives_way("data.valid", "data.valid_fraction") {
+        data.valid.0.clear();
+    } else if found.gives_way("data.valid_fraction", "data.valid") {
+        data.valid_fraction = 0.0;
+    }
+    if data.train.0.is_empty() {
+        found.add(
+            "data.train",
+            "data.train: no training data",
+            "set it to a JSONL file or a list of them",
+        );
+    }
+    if !data.valid.0.is_empty() && data.valid_fraction > 0.0 {
+        found.add(
+            "data.valid_fraction",
+            "data.valid and data.valid_fraction exclude each other",
+            "remove one of them",
+        );
+    }
+    if data.group_by_length && !data.shuffle {
+        found.add(
+            "data.group_by_length",
+            "data.group_by_length reorders rows, which data.shuffle = false forbids",
+            "remove one of them",
+        );
+    }
+}
+
+fn check_length(recipe: &mut Recipe, found: &mut Findings<'_>) {
+    let train = &mut recipe.train;
+    if found.gives_way("train.epochs", "train.max_steps") {
+        train.epochs = None;
+    } else if found.gives_way("train.max_steps", "train.epochs") {
+        train.max_steps = None;
+    }
+    if found.gives_way("train.warmup_steps", "train.warmup_ratio") {
+        train.warmup_steps = 0;
+    } else if found.gives_way("train.warmup_ratio", "train.warmup_steps") {
+        train.warmup_ratio = 0.0;
+    }
+    match (train.epochs, train.max_steps) {
+        (Some(_), Some(_)) => found.add(
+            "train.max_steps",
+            "train.epochs and train.max_steps exclude each other",
+            "remove one of them",
+        ),
+        (None, None) => train.epochs = Some(3.0),
+        _ => {}
+    }
+    if train.warmup_steps > 0 && train.warmup_ratio > 0.0 {
+        found.add(
+            "train.warmup_ratio",
+            "train.warmup_steps and train.warmup_ratio exclude each other",
+            "remove one of them",
+        );
+    }
+    if let Some(steps) = train.max_steps
+        && train.warmup_steps > steps
+    {
+        found.add(
+            "train.warmup_steps",
+            "train.warmup_steps is more than train.max_steps",
+            "the highest learning rate would never be reached",
+        );
+    }
+    if train.lr_scheduler_type == Schedule::Constant
+        && (train.warmup_steps > 0 || train.warmup_ratio > 0.0)
+    {
+        found.add(
+            "train.lr_scheduler_type",
+            "train.lr_scheduler_type = \"constant\" has no warm-up",
+            "use \"constant_with_warmup\"",
+        );
+    }
+}
+
+fn check_rhythm(recipe: &mut Recipe, found: &mut Findings<'_>) {
+    let has_valid = !recipe.data.valid.0.is_empty() || recipe.data.valid_fraction > 0.0;
+    let train = &mut recipe.train;
+    for (strategy, steps, names) in [
+        (
+            &mut train.eval_strategy,
+            &mut train.eval_steps,
+            ["train.eval_strategy", "train.eval_steps"],
+        ),
+        (
+            &mut train.save_strategy,
+            &mut train.save_steps,
+            ["train.save_strategy", "train.save_steps"],
+        ),
+    ] {
+        if found.gives_way(names[0], names[1]) {
+            *strategy = None;
+        } else if found.gives_way(names[1], names[0]) && *strategy != Some(Strategy::Steps) {
+            *steps = None;
+        }
+    }
+
+    let eval = *train
+        .eval_strategy
+        .get_or_insert(match (train.eval_steps, has_valid) {
+            (Some(_), _) => Strategy::Steps,
+            (None, true) => Strategy::Epoch,
+            (None, false) => Strategy::No,
+        });
+    if eval == Strategy::Steps {
+        train.eval_steps.get_or_insert(train.logging_steps);
+    } else if train.eval_steps.take().is_some() && found.written("train.eval_steps") {
+        found.add(
+            "train.eval_steps",
+            "train.eval_steps needs train.eval_strategy = \"steps\"",
+            "remove one of them",
+        );
+    }
+    if eval != Strategy::No && !has_valid {
+        found.add(
+            if found.written("train.eval_strategy") {
+                "train.eval_strategy"
+            } else {
+                "train.eval_steps"
+            },
+            "validation is asked for, and there is no validation data",
+            "set data.valid or data.valid_fraction",
+        );
+    }
+
+    let save = *train
+        .save_strategy
+        .get_or_insert(match (train.save_steps, eval) {
+            (Some(_), _) => Strategy::Steps,
+            (None, Strategy::No) => Strategy::Epoch,
+            (None, eval) => eval,
+        });
+    if save == Strategy::Steps {
+        train
+            .save_steps
+            .get_or_insert(train.eval_steps.unwrap_or(train.logging_steps));
+    } else if train.save_steps.take().is_some() && found.written("train.save_steps") {
+        found.add(
+            "train.save_steps",
+            "train.save_steps needs train.save_strategy = \"steps\"",
+            "remove one of them",
+        );
+    }
+
+    if train.load_best_model_at_end {
+        let name = "train.load_best_model_at_end";
+        if eval == Strategy::No {
+            found.add(
+                name,
+                "train.load_best_model_at_end needs validation",
+                "set data.valid or data.valid_fraction",
+            );
+        } else if eval != save {
+            found.add(
+                name,
+                "train.load_best_model_at_end needs train.save_strategy and train.eval_strategy to be the same",
+                "every saved checkpoint needs a validation loss",
+            );
+        } else if let (Some(eval), Some(save)) = (train.eval_steps, train.save_steps)
+            && save % eval != 0
+        {
+            found.add(
+                name,
+                "train.load_best_model_at_end needs train.save_steps to be a multiple of train.eval_steps",
+                "every saved checkpoint needs a validation loss",
+            );
+        }
+    }
+    if train.early_stopping_patience > 0 && eval == Strategy::No {
+        found.add(
+            "train.early_stopping_patience",
+            "train.early_stopping_patience needs validation",
+            "set data.valid or data.valid_fraction",
+        );
+    }
+}

@@ -1,0 +1,316 @@
+//! What a recipe accepts, what it refuses and how it says so.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::path::{Path, PathBuf};
+
+use super::*;
+
+const SMALL: &str = "[data]\ntrain = 'rows.jsonl'\n";
+
+fn resolve(text: &str, overrides: &[&str]) -> Result<Recipe, RecipeError> {
+    RecipeFile::from_text(Path::new("/proj/set/r.toml"), text.to_owned())
+        .with_overrides(overrides)
+        .resolve()
+}
+
+fn problems(text: &str, overrides: &[&str]) -> String {
+    match resolve(text, overrides) {
+        Err(error) => error.to_string(),
+        Ok(recipe) => panic!("accepted: {recipe:?}"),
+    }
+}
+
+#[track_caller]
+fn refuses(text: &str, parts: &[&str]) {
+    let message = problems(text, &[]);
+    for part in parts {
+        assert!(message.contains(part), "{part:?} is not in:\n{message}");
+    }
+}
+
+#[test]
+fn what_is_left_out_has_peft_and_transformers_defaults() {
+    let recipe = resolve(SMALL, &[]).unwrap();
+    assert_eq!(recipe.seed, 42);
+    assert_eq!(recipe.adapter.r, 8);
+    assert_eq!(recipe.adapter.lora_alpha, 8.0);
+    assert_eq!(
+        recipe.adapter.target_modules,
+        Modules::List(vec!["q_proj".into(), "v_proj".into()])
+    );
+    assert_eq!(recipe.train.length(), Length::Epochs(3.0));
+    assert_eq!(recipe.train.eval_cadence(), Cadence::Never);
+    assert_eq!(recipe.train.save_cadence(), Cadence::Epoch);
+    assert_eq!(recipe.train.adam_epsilon, 1e-8);
+    assert_eq!(recipe.output_dir(), PathBuf::from("runs/set-r"));
+}
+
+#[test]
+fn paths_are_relative_to_the_recipe_and_those_of_overrides_to_the_current_directory() {
+    let text = "[model]\nbase = '../base'\n[data]\ntrain = ['a.jsonl', '/b.jsonl']\n";
+    let recipe = resolve(text, &["data.valid=v.jsonl"]).unwrap();
+    assert_eq!(recipe.model.base, "/proj/base");
+    assert_eq!(
+        recipe.data.train.0,
+        ["/proj/set/a.jsonl", "/b.jsonl"].map(PathBuf::from)
+    );
+    assert_eq!(
+        recipe.data.valid.0,
+        [std::env::current_dir().unwrap().join("v.jsonl")]
+    );
+    for name in ["smollm2-135m-instruct", "hf:org/name@main"] {
+        let recipe = resolve(&format!("[model]\nbase = '{name}'\n{SMALL}"), &[]).unwrap();
+        assert_eq!(recipe.model.base, name);
+    }
+}
+
+#[test]
+fn every_problem_is_reported_at_once_with_its_line() {
+    refuses(
+        "sead = 1\n[train]\nlerning_rate = 1\nbatch_size = 0\nepochs = 'three'\n[adaptor]\nr = 4\n",
+        &[
+            "5 problems",
+            "r.toml:1: unknown setting `sead` above the first section (did you mean `seed`?)",
+            "r.toml:3: unknown setting `lerning_rate` in [train] (did you mean `train.learning_rate`?)",
+            "r.toml:4: train.batch_size: must be at least 1, not 0",
+            "r.toml:5: train.epochs: invalid type: string \"three\", expected a number",
+            "r.toml:6: unknown section [adaptor] (did you mean [adapter]?)",
+        ],
+    );
+}
+
+#[test]
+fn a_setting_in_the_wrong_section_is_sent_to_the_right_one() {
+    refuses(
+        "[model]\nlearning_rate = 1e-4\n",
+        &["did you mean `train.learning_rate`?"],
+    );
+    refuses(
+        "[train]\nseed = 1\n",
+        &["`seed` belongs above the first section"],
+    );
+    refuses(
+        "[train]\nnum_train_epochs = 1\n",
+        &["did you mean `train.epochs`?"],
+    );
+    refuses(
+        "[adapter]\nzzz = 1\n",
+        &["there are: method, r, lora_alpha"],
+    );
+}
+
+#[test]
+fn wrong_values_say_what_is_accepted() {
+    refuses(
+        "[train]\nlr_scheduler_type = 'cosin'\n",
+        &["`cosin`", "`cosine`"],
+    );
+    refuses(
+        "[adapter]\nmethod = 'dora'\n",
+        &["`dora` is not supported yet"],
+    );
+    refuses(
+        "[adapter]\nmethod = 'lara'\n",
+        &["there is no method `lara`"],
+    );
+    refuses(
+        "[adapter]\nlora_dropout = 1.0\n",
+        &["at least 0 and below 1, not 1.0"],
+    );
+    refuses(
+        "[adapter]\ntarget_modules = 3\n",
+        &["a regular expression or a list of names"],
+    );
+    refuses("[train]\nlearning_rate = nan\n", &["greater than 0"]);
+    refuses("[train]\nbatch_size = -1\n", &["train.batch_size", "-1"]);
+    refuses(
+        "seed = 18446744073709551615\n",
+        &["at most 9223372036854775807"],
+    );
+    refuses("[data]\ntrain = 'a\n", &["r.toml:2:"]);
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let with = |more: &str| format!("{SMALL}{more}");
+    let valid = |more: &str| format!("{SMALL}valid = 'v.jsonl'\n{more}");
+    refuses("", &["data.train: no training data"]);
+    refuses(
+        &with("[train]\nepochs = 1\nmax_steps = 2\n"),
+        &["r.toml:5", "exclude each other"],
+    );
+    refuses(
+        &with("[train]\neval_steps = 5\n"),
+        &["there is no validation data"],
+    );
+    refuses(
+        &with("[train]\nload_best_model_at_end = true\n"),
+        &["needs validation"],
+    );
+    refuses(
+        &with("[train]\nearly_stopping_patience = 1\n"),
+        &["needs validation"],
+    );
+    refuses(
+        &valid("[train]\nload_best_model_at_end = true\neval_steps = 10\nsave_steps = 15\n"),
+        &["multiple of train.eval_steps"],
+    );
+    refuses(
+        &valid(
+            "[train]\nload_best_model_at_end = true\neval_steps = 10\nsave_strategy = 'epoch'\n",
+        ),
+        &["to be the same"],
+    );
+    refuses(
+        &valid("[train]\neval_strategy = 'epoch'\neval_steps = 10\n"),
+        &["needs train.eval_strategy"],
+    );
+    refuses(
+        &with("[train]\nlr_scheduler_type = 'constant'\nwarmup_steps = 1\n"),
+        &["constant_with_warmup"],
+    );
+    refuses(
+        &with("valid = 'v'\nvalid_fraction = 0.1\n"),
+        &["exclude each other"],
+    );
+}
+
+#[test]
+fn rhythms_follow_each_other_where_they_are_left_out() {
+    let recipe = resolve(
+        &format!("{SMALL}valid_fraction = 0.1\n[train]\neval_steps = 7\n"),
+        &[],
+    )
+    .unwrap();
+    assert_eq!(recipe.train.eval_cadence(), Cadence::Steps(7));
+    assert_eq!(recipe.train.save_cadence(), Cadence::Steps(7));
+    let recipe = resolve(&format!("{SMALL}valid_fraction = 0.1\n"), &[]).unwrap();
+    assert_eq!(recipe.train.eval_cadence(), Cadence::Epoch);
+    let recipe = resolve(&format!("{SMALL}[train]\nsave_strategy = 'no'\n"), &[]).unwrap();
+    assert_eq!(recipe.train.save_cadence(), Cadence::Never);
+}
+
+#[test]
+fn warm_up_counts_steps_or_a_share_rounded_up() {
+    let mut train = resolve(SMALL, &[]).unwrap().train;
+    assert_eq!(train.warmup(100), 0);
+    train.warmup_ratio = 0.03;
+    assert_eq!(train.warmup(110), 4);
+    train.warmup_steps = 9;
+    assert_eq!(train.warmup(110), 9);
+}
+
+#[test]
+fn overrides_take_toml_values_and_bare_words() {
+    let recipe = resolve(
+        SMALL,
+        &[
+            "train.learning_rate=1e-4",
+            "seed = 7",
+            "adapter.target_modules=all-linear",
+            "adapter.modules_to_save=['lm_head']",
+            "adapter.rank_pattern.q_proj=4",
+            "adapter.rank_pattern.v_proj=2",
+            "data.shuffle=false",
+            "device=cuda:0",
+        ],
+    )
+    .unwrap();
+    assert_eq!(recipe.train.learning_rate, 1e-4);
+    assert_eq!(recipe.seed, 7);
+    assert_eq!(
+        recipe.adapter.target_modules,
+        Modules::Pattern("all-linear".into())
+    );
+    assert_eq!(recipe.adapter.modules_to_save, ["lm_head"]);
+    assert_eq!(recipe.adapter.rank_pattern.len(), 2);
+    assert!(!recipe.data.shuffle);
+    assert_eq!(recipe.device, "cuda:0");
+}
+
+#[test]
+fn an_override_displaces_what_it_excludes() {
+    let text = format!("{SMALL}valid = 'v'\n[train]\nepochs = 2\neval_steps = 5\n");
+    let recipe = resolve(&text, &["train.max_steps=4", "train.eval_strategy=epoch"]).unwrap();
+    assert_eq!(recipe.train.length(), Length::Steps(4));
+    assert_eq!(recipe.train.eval_cadence(), Cadence::Epoch);
+}
+
+#[test]
+fn errors_in_overrides_name_the_override() {
+    let message = problems(SMALL, &["train.lr=1", "train.batch_size=many", "nonsense"]);
+    for part in [
+        "--set train.lr=1: unknown setting `lr` in [train] (did you mean `train.learning_rate`?)",
+        "--set train.batch_size=many: train.batch_size: invalid type: string \"many\"",
+        "--set nonsense: cannot be read (write it as section.name=value)",
+    ] {
+        assert!(message.contains(part), "{part:?} is not in:\n{message}");
+    }
+    // One override is one setting.
+    problems(SMALL, &["seed=1\ndevice='x'\n[train]"]);
+}
+
+#[test]
+fn a_lock_file_reads_back_as_the_same_recipe() {
+    let text = "seed = 9223372036854775807\n[model]\nchat_template = '''{{ x }}\n\"\"\"'''\n\
+        [adapter]\ntarget_modules = '.*\\.q_proj'\ninit_lora_weights = 'gaussian'\n\
+        alpha_pattern = { q_proj = 3 }\nlayers_to_transform = [0, 2]\n\
+        [data]\ntrain = 'a.jsonl'\nvalid = ['b.jsonl', 'ü c.jsonl']\n\
+        [train]\nlearning_rate = 0.00012345678901234567\nsample_prompts = ['Who?', \"two\\nlines\"]\n\
+        [output]\ndir = 'runs/x'\n";
+    let recipe = resolve(text, &[]).unwrap();
+    let info = LockInfo {
+        enamel: "0.1.0".into(),
+        burn: "0.22.1".into(),
+        device: "flex".into(),
+        platform: "linux-x86_64".into(),
+        threads: 2,
+        model_source: "a directory".into(),
+        model_files: vec![FileHash {
+            path: "/m/model.safetensors".into(),
+            sha256: "ab".into(),
+        }],
+        ..LockInfo::default()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("recipe.lock.toml");
+    write_lock(&path, &recipe, &info).unwrap();
+    let file = RecipeFile::read(&path).unwrap();
+    assert_eq!(file.resolve().unwrap(), recipe);
+    assert_eq!(file.lock_info().unwrap(), Some(info.clone()));
+    assert_eq!(
+        RecipeFile::from_text(&path, SMALL.into())
+            .lock_info()
+            .unwrap(),
+        None
+    );
+
+    let mut now = info.clone();
+    assert!(info.changed_files(&now).is_empty());
+    now.model_files[0].sha256 = "cd".into();
+    now.data_files.push(FileHash {
+        path: "/d".into(),
+        sha256: "ef".into(),
+    });
+    assert_eq!(info.changed_files(&now).len(), 2);
+}
+
+#[test]
+fn a_lock_of_another_shape_is_refused() {
+    refuses(&format!("{SMALL}[lock]\nenamel = 1\n"), &["[lock]: "]);
+}
+
+#[test]
+fn the_reference_in_the_documentation_is_this_code() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/recipe.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once("<!-- settings -->\n").unwrap();
+    let (written, after) = rest.split_once("<!-- end of settings -->\n").unwrap();
+    let now = format!("\n{}", reference());
+    if std::env::var_os("ENAMEL_BLESS").is_some() {
+        let text = format!("{before}<!-- settings -->\n{now}<!-- end of settings -->\n{after}");
+        std::fs::write(&path, text).unwrap();
+        return;
+    }
+    assert_eq!(written, now, "write it anew with ENAMEL_BLESS=1");
+}
