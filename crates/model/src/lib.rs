@@ -1,3 +1,14 @@
 //! Models: their configuration, their weights from files, the forward pass and text generation.
 
+pub mod arch;
+pub mod causal_lm;
 pub mod checkpoint;
+pub mod config;
+pub mod generate;
+pub mod kv_cache;
+pub mod rope;
+
+pub use causal_lm::{CausalLm, LoadError, ModelInput};
+pub use config::{ConfigError, LlamaConfig};
+pub use generate::{GenerateError, Sampling, generate};
+pub use kv_cache::KvCache;

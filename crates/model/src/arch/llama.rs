@@ -1,0 +1,379 @@
+//! Llama (Touvron et al., 2023) and its siblings Mistral and Qwen2, parameter by parameter as in
+//! transformers' `modeling_llama.py`.
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor, TensorData, module::embedding};
+use enamel_adapter::{Adaptable, Frozen, Linear, Slot, SlotRef};
+use enamel_kernels::{AttentionSpec, KeyMask, attention, rms_norm, rope, silu_mul};
+
+use crate::causal_lm::{LoadError, ModelInput};
+use crate::config::LlamaConfig;
+use crate::kv_cache::KvCache;
+
+/// Hands out a parameter's values by full name and shape.
+pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, LoadError> + 'a;
+
+/// A decoder with a language-model head.
+#[derive(Module, Debug)]
+pub struct Llama {
+    /// `model.embed_tokens` `[vocabulary, hidden]`.
+    pub embed_tokens: Frozen<2>,
+    /// `model.layers.N`.
+    pub layers: Vec<Layer>,
+    /// `model.norm`.
+    pub norm: Frozen<1>,
+    /// `lm_head`; absent when the head is the embedding.
+    pub lm_head: Option<Linear>,
+    #[module(skip)]
+    config: LlamaConfig,
+}
+
+/// One block: attention, then the MLP, each behind a norm and beside a residual.
+#[derive(Module, Debug)]
+pub struct Layer {
+    /// `self_attn`.
+    pub self_attn: Attention,
+    /// `mlp`.
+    pub mlp: Mlp,
+    /// `input_layernorm`.
+    pub input_layernorm: Frozen<1>,
+    /// `post_attention_layernorm`.
+    pub post_attention_layernorm: Frozen<1>,
+    #[module(skip)]
+    eps: f64,
+}
+
+/// Grouped-query self-attention.
+#[derive(Module, Debug)]
+pub struct Attention {
+    /// `q_proj` `[heads · head_dim, hidden]`.
+    pub q_proj: Linear,
+    /// `k_proj` `[kv_heads · head_dim, hidden]`.
+    pub k_proj: Linear,
+    /// `v_proj` `[kv_heads · head_dim, hidden]`.
+    pub v_proj: Linear,
+    /// `o_proj` `[hidden, heads · head_dim]`.
+    pub o_proj: Linear,
+    #[module(skip)]
+    head_dim: usize,
+    #[module(skip)]
+    sliding_window: Option<usize>,
+}
+
+/// SwiGLU: `down(silu(gate(x)) · up(x))`.
+#[derive(Module, Debug)]
+pub struct Mlp {
+    /// `gate_proj` `[intermediate, hidden]`.
+    pub gate_proj: Linear,
+    /// `up_proj` `[intermediate, hidden]`.
+    pub up_proj: Linear,
+    /// `down_proj` `[hidden, intermediate]`.
+    pub down_proj: Linear,
+}
+
+/// What every block needs to know of the tokens at hand.
+#[derive(Clone, Debug)]
+pub struct Positions {
+    /// Cosines `[tokens, head_dim / 2]`.
+    pub cos: Tensor<2>,
+    /// Sines `[tokens, head_dim / 2]`.
+    pub sin: Tensor<2>,
+    /// Position of the first token: how many the cache holds already.
+    pub offset: usize,
+    /// Padding among the keys, if there is any.
+    pub key_mask: Option<KeyMask>,
+}
+
+impl Llama {
+    /// Builds the module, asking `fetch` for each parameter in the order of [`LlamaConfig::modules`].
+    pub(crate) fn build(
+        config: &LlamaConfig,
+        device: &Device,
+        fetch: &mut Fetch<'_>,
+    ) -> Result<Self, LoadError> {
+        let mut build = Builder { device, fetch };
+        let hidden = config.hidden_size;
+        let inner = config.intermediate_size;
+        let queries = config.num_attention_heads * config.head_dim;
+        let keys = config.num_key_value_heads * config.head_dim;
+        let embed_tokens = build.frozen("model.embed_tokens", [config.vocab_size, hidden])?;
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for (i, sliding_window) in config.sliding_windows.iter().enumerate() {
+            let name = |rest: &str| format!("model.layers.{i}.{rest}");
+            let bias = config.attention_bias;
+            layers.push(Layer {
+                self_attn: Attention {
+                    q_proj: build.linear(&name("self_attn.q_proj"), [queries, hidden], bias)?,
+                    k_proj: build.linear(&name("self_attn.k_proj"), [keys, hidden], bias)?,
+                    v_proj: build.linear(&name("self_attn.v_proj"), [keys, hidden], bias)?,
+                    o_proj: build.linear(
+                        &name("self_attn.o_proj"),
+                        [hidden, queries],
+                        config.output_bias,
+                    )?,
+                    head_dim: config.head_dim,
+                    sliding_window: *sliding_window,
+                },
+                mlp: Mlp {
+                    gate_proj: build.linear(
+                        &name("mlp.gate_proj"),
+                        [inner, hidden],
+                        config.mlp_bias,
+                    )?,
+                    up_proj: build.linear(
+                        &name("mlp.up_proj"),
+                        [inner, hidden],
+                        config.mlp_bias,
+                    )?,
+                    down_proj: build.linear(
+                        &name("mlp.down_proj"),
+                        [hidden, inner],
+                        config.mlp_bias,
+                    )?,
+                },
+                input_layernorm: build.frozen(&name("input_layernorm"), [hidden])?,
+                post_attention_layernorm: build
+                    .frozen(&name("post_attention_layernorm"), [hidden])?,
+                eps: config.rms_norm_eps,
+            });
+        }
+        let norm = build.frozen("model.norm", [hidden])?;
+        let lm_head = if config.tie_word_embeddings {
+            None
+        } else {
+            Some(build.linear("lm_head", [config.vocab_size, hidden], false)?)
+        };
+        Ok(Self {
+            embed_tokens,
+            layers,
+            norm,
+            lm_head,
+            config: config.clone(),
+        })
+    }
+
+    /// The settings that the model was built with.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The final norm's output `[batch, tokens, hidden]`; see
+    /// [`CausalLm::forward_hidden`](crate::CausalLm::forward_hidden).
+    pub fn forward_hidden(&self, input: &ModelInput, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+        let [_, tokens] = input.input_ids.dims();
+        let mut x = self.embed(input.input_ids.clone());
+        let positions = self.positions(
+            cache.as_ref().map_or(0, |cache| cache.len()),
+            tokens,
+            input.attention_mask.as_ref(),
+            &x.device(),
+        );
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(x, &positions, cache.as_deref_mut().map(|cache| (cache, i)));
+        }
+        if let Some(cache) = cache {
+            cache.advance(tokens);
+        }
+        self.final_norm(x)
+    }
+
+    /// Token ids `[batch, tokens]` to the residual stream `[batch, tokens, hidden]`.
+    pub fn embed(&self, input_ids: Tensor<2, Int>) -> Tensor<3> {
+        embedding(self.embed_tokens.val(), input_ids)
+    }
+
+    /// The rotary tables and the mask for `tokens` tokens after `offset` cached ones.
+    pub fn positions(
+        &self,
+        offset: usize,
+        tokens: usize,
+        key_mask: Option<&KeyMask>,
+        device: &Device,
+    ) -> Positions {
+        let (cos, sin) = self
+            .config
+            .rope
+            .tables(self.config.head_dim, offset, tokens, device);
+        // A mask that hides nothing would only send attention down its slower path.
+        let key_mask = key_mask
+            .filter(|mask| mask.valid.iter().any(|valid| !valid))
+            .cloned();
+        Positions {
+            cos,
+            sin,
+            offset,
+            key_mask,
+        }
+    }
+
+    /// The norm after the last block.
+    pub fn final_norm(&self, x: Tensor<3>) -> Tensor<3> {
+        rms_norm(x, self.norm.val(), self.config.rms_norm_eps)
+    }
+}
+
+impl Layer {
+    /// The block, `[batch, tokens, hidden]` to the same; with a cache and this block's index in it,
+    /// the tokens' keys and values are appended and attention covers all that it holds.
+    pub fn forward(
+        &self,
+        x: Tensor<3>,
+        positions: &Positions,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor<3> {
+        let normed = rms_norm(x.clone(), self.input_layernorm.val(), self.eps);
+        let x = x + self.self_attn.forward(normed, positions, cache);
+        let normed = rms_norm(x.clone(), self.post_attention_layernorm.val(), self.eps);
+        x + self.mlp.forward(normed)
+    }
+}
+
+impl Attention {
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        positions: &Positions,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor<3> {
+        let [batch, tokens, _] = x.dims();
+        let heads = |y: Tensor<3>| {
+            let count = y.dims()[2] / self.head_dim;
+            y.reshape([batch, tokens, count, self.head_dim])
+        };
+        let turn = |y: Tensor<4>| rope(y, positions.cos.clone(), positions.sin.clone());
+        let q = turn(heads(self.q_proj.forward(x.clone())));
+        let k = turn(heads(self.k_proj.forward(x.clone())));
+        let v = heads(self.v_proj.forward(x));
+        let (k, v) = match cache {
+            Some((cache, layer)) => cache.append(layer, k, v),
+            None => (k, v),
+        };
+        let spec = AttentionSpec {
+            causal: true,
+            scale: (self.head_dim as f64).sqrt().recip(),
+            offset: positions.offset,
+            sliding_window: self.sliding_window,
+            key_mask: positions.key_mask.clone(),
+        };
+        let [_, _, count, _] = q.dims();
+        let y = attention(q, k, v, &spec).reshape([batch, tokens, count * self.head_dim]);
+        self.o_proj.forward(y)
+    }
+}
+
+impl Mlp {
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let gate = self.gate_proj.forward(x.clone());
+        self.down_proj
+            .forward(silu_mul(gate, self.up_proj.forward(x)))
+    }
+}
+
+impl Adaptable for Llama {
+    fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>)) {
+        f(
+            "model.embed_tokens",
+            Slot::Embedding(&mut self.embed_tokens),
+        );
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            let name = |rest: &str| format!("model.layers.{i}.{rest}");
+            let attn = &mut layer.self_attn;
+            f(&name("self_attn.q_proj"), Slot::Linear(&mut attn.q_proj));
+            f(&name("self_attn.k_proj"), Slot::Linear(&mut attn.k_proj));
+            f(&name("self_attn.v_proj"), Slot::Linear(&mut attn.v_proj));
+            f(&name("self_attn.o_proj"), Slot::Linear(&mut attn.o_proj));
+            f(
+                &name("mlp.gate_proj"),
+                Slot::Linear(&mut layer.mlp.gate_proj),
+            );
+            f(&name("mlp.up_proj"), Slot::Linear(&mut layer.mlp.up_proj));
+            f(
+                &name("mlp.down_proj"),
+                Slot::Linear(&mut layer.mlp.down_proj),
+            );
+            f(
+                &name("input_layernorm"),
+                Slot::Norm(&mut layer.input_layernorm),
+            );
+            f(
+                &name("post_attention_layernorm"),
+                Slot::Norm(&mut layer.post_attention_layernorm),
+            );
+        }
+        f("model.norm", Slot::Norm(&mut self.norm));
+        if let Some(head) = &mut self.lm_head {
+            f("lm_head", Slot::Linear(head));
+        }
+    }
+
+    fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
+        f("model.embed_tokens", SlotRef::Embedding(&self.embed_tokens));
+        for (i, layer) in self.layers.iter().enumerate() {
+            let name = |rest: &str| format!("model.layers.{i}.{rest}");
+            let attn = &layer.self_attn;
+            f(&name("self_attn.q_proj"), SlotRef::Linear(&attn.q_proj));
+            f(&name("self_attn.k_proj"), SlotRef::Linear(&attn.k_proj));
+            f(&name("self_attn.v_proj"), SlotRef::Linear(&attn.v_proj));
+            f(&name("self_attn.o_proj"), SlotRef::Linear(&attn.o_proj));
+            f(
+                &name("mlp.gate_proj"),
+                SlotRef::Linear(&layer.mlp.gate_proj),
+            );
+            f(&name("mlp.up_proj"), SlotRef::Linear(&layer.mlp.up_proj));
+            f(
+                &name("mlp.down_proj"),
+                SlotRef::Linear(&layer.mlp.down_proj),
+            );
+            f(
+                &name("input_layernorm"),
+                SlotRef::Norm(&layer.input_layernorm),
+            );
+            f(
+                &name("post_attention_layernorm"),
+                SlotRef::Norm(&layer.post_attention_layernorm),
+            );
+        }
+        f("model.norm", SlotRef::Norm(&self.norm));
+        if let Some(head) = &self.lm_head {
+            f("lm_head", SlotRef::Linear(head));
+        }
+    }
+}
+
+/// Makes modules from fetched values: one parameter is in host memory at a time.
+struct Builder<'a, 'f> {
+    device: &'a Device,
+    fetch: &'a mut Fetch<'f>,
+}
+
+impl Builder<'_, '_> {
+    fn tensor<const D: usize>(
+        &mut self,
+        name: &str,
+        shape: [usize; D],
+    ) -> Result<Tensor<D>, LoadError> {
+        let values = (self.fetch)(name, &shape)?;
+        Ok(Tensor::from_data(
+            TensorData::new(values, shape),
+            self.device,
+        ))
+    }
+
+    fn frozen<const D: usize>(
+        &mut self,
+        module: &str,
+        shape: [usize; D],
+    ) -> Result<Frozen<D>, LoadError> {
+        let name = format!("{module}.weight");
+        let weight = self.tensor(&name, shape)?;
+        Ok(Frozen::new(&name, weight))
+    }
+
+    fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Linear, LoadError> {
+        let weight = self.tensor(&format!("{module}.weight"), shape)?;
+        let bias = bias
+            .then(|| self.tensor(&format!("{module}.bias"), [shape[0]]))
+            .transpose()?;
+        Ok(Linear::new(module, weight, bias))
+    }
+}

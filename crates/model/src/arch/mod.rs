@@ -1,0 +1,5 @@
+//! The architectures, one file each, with Hugging Face's parameter names.
+
+pub mod llama;
+
+pub use llama::Llama;

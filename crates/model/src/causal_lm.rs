@@ -1,0 +1,312 @@
+//! A causal language model of any supported architecture: loading it and running it.
+
+use std::collections::BTreeMap;
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor};
+use enamel_adapter::frozen::param_id;
+use enamel_adapter::{Adaptable, Slot, SlotRef};
+use enamel_kernels::KeyMask;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::arch::Llama;
+use crate::checkpoint::{CheckpointError, TensorSource};
+use crate::config::{LlamaConfig, bullets};
+use crate::kv_cache::KvCache;
+
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+/// How many tensors of a kind an error spells out.
+const LISTED: usize = 40;
+
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The checkpoint's tensors are not those that the configuration calls for.
+    #[error(
+        "the weights do not fit config.json (is it the file they came with?):{}",
+        describe(.missing, .unexpected, .misshapen)
+    )]
+    Mismatch {
+        /// Names that the model needs and the checkpoint lacks.
+        missing: Vec<String>,
+        /// Names that the model has no place for.
+        unexpected: Vec<String>,
+        /// Tensors of another shape than the configuration says.
+        misshapen: Vec<Misshapen>,
+    },
+    /// A tensor's values could not be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The source broke its word about a tensor's shape.
+    #[error("tensor '{name}' has {found} values where its shape calls for {expected}")]
+    WrongLength {
+        /// The tensor.
+        name: String,
+        /// Product of the shape.
+        expected: usize,
+        /// Values that came.
+        found: usize,
+    },
+}
+
+/// A tensor of the wrong shape.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Misshapen {
+    /// The tensor.
+    pub name: String,
+    /// The shape that the configuration calls for.
+    pub expected: Vec<usize>,
+    /// The shape in the checkpoint.
+    pub found: Vec<usize>,
+}
+
+fn describe(missing: &[String], unexpected: &[String], misshapen: &[Misshapen]) -> String {
+    let some = |kind: &str, lines: Vec<String>| {
+        let mut lines: Vec<_> = lines
+            .into_iter()
+            .map(|line| format!("{kind} {line}"))
+            .collect();
+        if lines.len() > LISTED {
+            let more = lines.len() - LISTED;
+            lines.truncate(LISTED);
+            lines.push(format!("and {more} more {kind}"));
+        }
+        lines
+    };
+    let mut lines = some("missing", missing.to_vec());
+    lines.extend(some("unexpected", unexpected.to_vec()));
+    let shapes = misshapen.iter().map(|m| {
+        format!(
+            "{}: {:?} in the checkpoint, {:?} needed",
+            m.name, m.found, m.expected
+        )
+    });
+    lines.extend(some("misshapen", shapes.collect()));
+    bullets(&lines)
+}
+
+/// What a forward pass reads.
+#[derive(Clone, Debug)]
+pub struct ModelInput {
+    /// Token ids `[batch, tokens]`, each below the vocabulary's size, on the model's device.
+    pub input_ids: Tensor<2, Int>,
+    /// Which keys are real, over the cached ones and these; `None` if all are.
+    pub attention_mask: Option<KeyMask>,
+}
+
+impl ModelInput {
+    /// Tokens without padding.
+    pub fn new(input_ids: Tensor<2, Int>) -> Self {
+        Self {
+            input_ids,
+            attention_mask: None,
+        }
+    }
+}
+
+/// A causal language model.
+#[derive(Module, Debug)]
+pub enum CausalLm {
+    /// Llama, Mistral and Qwen2.
+    Llama(Llama),
+}
+
+impl CausalLm {
+    /// Loads a model, one tensor after the other. Names and shapes are compared first, so nothing
+    /// large is allocated for a checkpoint that does not fit.
+    ///
+    /// As in transformers, a checkpoint whose configuration ties the head but which holds a head
+    /// that differs from the embedding is loaded untied; the model's `config` says so then.
+    pub fn load(
+        config: &LlamaConfig,
+        checkpoint: &dyn TensorSource,
+        device: &Device,
+    ) -> Result<Self, LoadError> {
+        let embedding = check_tensors(config, checkpoint)?;
+        let has = |name| checkpoint.tensors().iter().any(|t| t.name == name);
+        let untied;
+        let config = if config.tie_word_embeddings
+            && has(EMBEDDING)
+            && has(HEAD)
+            && checkpoint.read_f32(EMBEDDING)? != checkpoint.read_f32(HEAD)?
+        {
+            untied = config.untied();
+            &untied
+        } else {
+            config
+        };
+        let model = Llama::build(config, device, &mut |name, shape| {
+            let stored = if name == EMBEDDING { embedding } else { name };
+            let values = checkpoint.read_f32(stored)?;
+            let expected = shape.iter().product();
+            if values.len() == expected {
+                return Ok(values);
+            }
+            Err(LoadError::WrongLength {
+                name: name.to_owned(),
+                expected,
+                found: values.len(),
+            })
+        })?;
+        Ok(Self::Llama(model))
+    }
+
+    /// A model with random weights, as transformers initialises one: norms 1, biases 0, the rest
+    /// normal with `initializer_range` as its standard deviation. The seed and a parameter's name
+    /// decide its values.
+    pub fn random(config: &LlamaConfig, seed: u64, device: &Device) -> Result<Self, LoadError> {
+        let deviation = config.initializer_range;
+        let model = Llama::build(config, device, &mut |name, shape| {
+            let count = shape.iter().product();
+            if shape.len() == 1 {
+                let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
+                return Ok(vec![value; count]);
+            }
+            Ok(normal_values(seed ^ param_id(name).val(), count, deviation))
+        })?;
+        Ok(Self::Llama(model))
+    }
+
+    /// The settings that the model was built with.
+    pub fn config(&self) -> &LlamaConfig {
+        match self {
+            Self::Llama(model) => model.config(),
+        }
+    }
+
+    /// Runs the blocks and the final norm. Positions count from 0, or from the cache's length,
+    /// padding included; rotary embedding makes only their differences matter. With a cache, its
+    /// batch must be the input's, and it holds the new tokens afterwards. Rows of padding hold
+    /// nothing of use.
+    ///
+    /// # Shapes
+    /// - input_ids: `[batch, tokens]`; attention_mask: `batch` rows of `cache + tokens` keys
+    /// - result: `[batch, tokens, hidden]`
+    pub fn forward_hidden(&self, input: &ModelInput, cache: Option<&mut KvCache>) -> Tensor<3> {
+        match self {
+            Self::Llama(model) => model.forward_hidden(input, cache),
+        }
+    }
+
+    /// The matrix that yields logits `[vocabulary, hidden]`: the head's, or the embedding's when
+    /// they are tied. A trained copy of a tied embedding leaves the head as it was, as in PEFT.
+    pub fn head_weight(&self) -> Tensor<2> {
+        match self {
+            Self::Llama(model) => match &model.lm_head {
+                Some(head) => head.weight.val(),
+                None => model.embed_tokens.weight.val(),
+            },
+        }
+    }
+
+    /// `[rows, hidden]` (rows of [`Self::forward_hidden`]) to `[rows, vocabulary]`.
+    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
+        match self {
+            Self::Llama(model) => match &model.lm_head {
+                Some(head) => head.forward(hidden),
+                None => enamel_kernels::linear(hidden, model.embed_tokens.weight.val()),
+            },
+        }
+    }
+
+    /// The device that the parameters are on.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Llama(model) => model.norm.weight.val().device(),
+        }
+    }
+}
+
+impl Adaptable for CausalLm {
+    fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>)) {
+        match self {
+            Self::Llama(model) => model.for_each_slot(f),
+        }
+    }
+
+    fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
+        match self {
+            Self::Llama(model) => model.for_each_slot_ref(f),
+        }
+    }
+}
+
+/// Compares all names and shapes; returns the name under which the embedding is stored.
+fn check_tensors(
+    config: &LlamaConfig,
+    checkpoint: &dyn TensorSource,
+) -> Result<&'static str, LoadError> {
+    let found: BTreeMap<&str, &[usize]> = checkpoint
+        .tensors()
+        .iter()
+        .map(|t| (t.name.as_str(), t.shape.as_slice()))
+        .collect();
+    let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    for module in config.modules() {
+        if module.bias {
+            expected.insert(format!("{}.bias", module.name), module.shape[..1].to_vec());
+        }
+        expected.insert(format!("{}.weight", module.name), module.shape);
+    }
+    let mut embedding = EMBEDDING;
+    if config.tie_word_embeddings && found.contains_key(HEAD) {
+        // Either name will do for the one matrix.
+        let shape = vec![config.vocab_size, config.hidden_size];
+        if !found.contains_key(EMBEDDING) {
+            embedding = HEAD;
+            expected.remove(EMBEDDING);
+        }
+        expected.insert(HEAD.to_owned(), shape);
+    }
+    let missing: Vec<_> = expected
+        .keys()
+        .filter(|name| !found.contains_key(name.as_str()))
+        .cloned()
+        .collect();
+    let unexpected: Vec<_> = found
+        .keys()
+        .filter(|name| !expected.contains_key(**name) && !is_derived(name))
+        .map(|name| (*name).to_owned())
+        .collect();
+    let misshapen: Vec<_> = expected
+        .into_iter()
+        .filter_map(|(name, shape)| match found.get(name.as_str()) {
+            Some(other) if *other != shape => Some(Misshapen {
+                found: other.to_vec(),
+                name,
+                expected: shape,
+            }),
+            _ => None,
+        })
+        .collect();
+    if missing.is_empty() && unexpected.is_empty() && misshapen.is_empty() {
+        Ok(embedding)
+    } else {
+        Err(LoadError::Mismatch {
+            missing,
+            unexpected,
+            misshapen,
+        })
+    }
+}
+
+/// Buffers that old checkpoints hold though they follow from the configuration.
+fn is_derived(name: &str) -> bool {
+    name.ends_with(".rotary_emb.inv_freq")
+}
+
+/// Normal values by Box and Muller's method.
+fn normal_values(seed: u64, count: usize, deviation: f64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut values = Vec::with_capacity(count + 1);
+    while values.len() < count {
+        // 1 − u lies in (0, 1]: its logarithm is finite.
+        let radius = deviation * (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
+        let (sin, cos) = (std::f64::consts::TAU * rng.random::<f64>()).sin_cos();
+        values.extend([(radius * cos) as f32, (radius * sin) as f32]);
+    }
+    values.truncate(count);
+    values
+}
