@@ -1,5 +1,26 @@
 //! Where a model's tensors come from: names and shapes first, values one tensor at a time.
 
+mod directory;
+mod error;
+mod gguf;
+mod mapped;
+mod safetensors;
+mod widen;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use self::directory::Directory;
+use self::gguf::GgufFile;
+
+pub use self::error::{CheckpointError, Problems};
+
 /// The element type a tensor has in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SourceDtype {
@@ -24,17 +45,6 @@ pub struct TensorInfo {
     pub dtype: SourceDtype,
 }
 
-/// Why a checkpoint cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    /// A tensor that the checkpoint does not list was asked for.
-    #[error("the checkpoint has no tensor '{name}'")]
-    NoSuchTensor {
-        /// The name asked for.
-        name: String,
-    },
-}
-
 /// Tensors by Hugging Face name.
 pub trait TensorSource {
     /// All tensors, with their shapes.
@@ -42,3 +52,184 @@ pub trait TensorSource {
     /// The values of one tensor, row-major, widened or dequantised to f32.
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError>;
 }
+
+/// An opened base model: a directory in Hugging Face layout, or a GGUF file that is presented as
+/// if it were one. Opening checks every header; values stay on disk until they are read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    config: Value,
+    tensors: Vec<TensorInfo>,
+    index: HashMap<String, usize>,
+    backing: Backing,
+}
+
+#[derive(Debug)]
+enum Backing {
+    Directory(Directory),
+    Gguf(GgufFile),
+}
+
+impl Checkpoint {
+    /// Opens a directory with `config.json` and safetensors, or a `.gguf` file.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let meta = std::fs::metadata(path).map_err(|e| CheckpointError::io(path, e))?;
+        let (backing, tensors, config) = if meta.is_dir() {
+            let (directory, tensors, config) = Directory::open(path)?;
+            (Backing::Directory(directory), tensors, config)
+        } else if path.extension().is_some_and(|e| e == "gguf") {
+            let (gguf, tensors, config) = GgufFile::open(path)?;
+            (Backing::Gguf(gguf), tensors, config)
+        } else {
+            return Err(CheckpointError::NotACheckpoint {
+                path: path.to_owned(),
+                reason: "give a directory with config.json and model.safetensors, or a .gguf file"
+                    .into(),
+            });
+        };
+        let index = tensors
+            .iter()
+            .enumerate()
+            .map(|(i, info)| (info.name.clone(), i))
+            .collect();
+        Ok(Self {
+            path: path.to_owned(),
+            config,
+            tensors,
+            index,
+            backing,
+        })
+    }
+
+    /// The path it was opened from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `config.json`, from its file or from GGUF metadata.
+    pub fn config_json(&self) -> &Value {
+        &self.config
+    }
+
+    /// Whether it is a GGUF file.
+    pub fn is_gguf(&self) -> bool {
+        matches!(self.backing, Backing::Gguf(_))
+    }
+
+    /// The bytes of `tokenizer.json`, from its file or built from GGUF metadata.
+    pub fn tokenizer_json(&self) -> Result<Vec<u8>, CheckpointError> {
+        match &self.backing {
+            Backing::Directory(directory) => directory.tokenizer_json(),
+            Backing::Gguf(gguf) => gguf.tokenizer_json(),
+        }
+    }
+
+    /// `tokenizer_config.json`, from its file or built from GGUF metadata.
+    pub fn tokenizer_config(&self) -> Option<Value> {
+        match &self.backing {
+            Backing::Directory(directory) => directory.json("tokenizer_config.json"),
+            Backing::Gguf(gguf) => gguf.tokenizer_config(),
+        }
+    }
+
+    /// The chat template: `chat_template.jinja`, else the tokenizer configuration's, else GGUF's.
+    pub fn chat_template(&self) -> Option<String> {
+        match &self.backing {
+            Backing::Directory(directory) => directory.chat_template(),
+            Backing::Gguf(gguf) => gguf.chat_template(),
+        }
+    }
+
+    /// `generation_config.json`, where there is one, or what GGUF metadata says of it.
+    pub fn generation_config(&self) -> Option<Value> {
+        match &self.backing {
+            Backing::Directory(directory) => directory.json("generation_config.json"),
+            Backing::Gguf(gguf) => Some(gguf.generation_config()),
+        }
+    }
+
+    /// The files of the directory that are no weights (`config.json`, tokenizer and template files
+    /// that exist); none for GGUF, which holds all in one file.
+    pub fn side_files(&self) -> Vec<PathBuf> {
+        match &self.backing {
+            Backing::Directory(directory) => directory.side_files(),
+            Backing::Gguf(_) => Vec::new(),
+        }
+    }
+
+    /// All files that make up the model: weights, configuration, tokenizer.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match &self.backing {
+            Backing::Directory(directory) => directory.files(),
+            Backing::Gguf(gguf) => vec![gguf.path().to_owned()],
+        }
+    }
+
+    /// The SHA-256 of every file, in hexadecimal, in the order of [`Checkpoint::files`].
+    pub fn hashes(&self) -> Result<Vec<(PathBuf, String)>, CheckpointError> {
+        self.files()
+            .into_par_iter()
+            .map(|path| {
+                let hash = sha256_file(&path).map_err(|e| CheckpointError::io(&path, e))?;
+                Ok((path, hash))
+            })
+            .collect()
+    }
+}
+
+impl TensorSource for Checkpoint {
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
+        let found = self.index.get(name);
+        let (Some(&index), Some(info)) = (found, found.and_then(|&i| self.tensors.get(i))) else {
+            return Err(CheckpointError::NoSuchTensor {
+                name: name.to_owned(),
+                nearest: self.nearest(name),
+            });
+        };
+        match &self.backing {
+            Backing::Directory(directory) => directory.read_f32(index, info),
+            Backing::Gguf(gguf) => gguf.read_f32(index, info),
+        }
+    }
+}
+
+impl Checkpoint {
+    fn nearest(&self, name: &str) -> Option<String> {
+        self.tensors
+            .iter()
+            .map(|info| (strsim::jaro_winkler(name, &info.name), &info.name))
+            .filter(|(likeness, _)| *likeness > 0.8)
+            .max_by(|a, b| a.0.total_cmp(&b.0))
+            .map(|(_, name)| name.clone())
+    }
+}
+
+/// The SHA-256 of a file, in hexadecimal.
+pub fn sha256_file(path: &Path) -> std::io::Result<String> {
+    let mut file = File::open(path)?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0u8; 1 << 20];
+    loop {
+        let read = file.read(&mut buffer)?;
+        let Some(part) = buffer.get(..read).filter(|part| !part.is_empty()) else {
+            return Ok(hex(&hasher.finalize()));
+        };
+        hasher.update(part);
+    }
+}
+
+/// Lower-case hexadecimal digits of `bytes`.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests;

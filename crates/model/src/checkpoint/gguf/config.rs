@@ -1,0 +1,295 @@
+//! `config.json` and `generation_config.json` of a Llama model, from GGUF metadata.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::header::{Header, RawTensor};
+use super::quant::BlockType;
+use crate::checkpoint::CheckpointError;
+use crate::checkpoint::error::Problems;
+
+/// The tensor into which llama.cpp's converter bakes the rope scaling of Llama 3.1 and later.
+pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// Reads the numbers of the model, and fails with all that are missing or contradictory.
+pub(crate) fn config_json(
+    path: &Path,
+    header: &Header,
+    bytes: &[u8],
+) -> Result<Value, CheckpointError> {
+    let arch = header.str("general.architecture").unwrap_or("(none)");
+    if arch != "llama" {
+        return Err(CheckpointError::unsupported(
+            path,
+            format!("general.architecture is '{arch}'; 'llama' is read"),
+        ));
+    }
+    if let Some(experts) = header.u64("llama.expert_count").filter(|&n| n > 0) {
+        return Err(CheckpointError::unsupported(
+            path,
+            format!("a mixture of {experts} experts; only dense models are read"),
+        ));
+    }
+    let mut problems = Problems::default();
+    let mut required = |key: &str| {
+        let value = header.u64(key).filter(|&n| n > 0 && n <= u32::MAX.into());
+        if value.is_none() {
+            problems.push(format!("metadata key '{key}' is missing or not a count"));
+        }
+        value.unwrap_or(1)
+    };
+    let hidden = required("llama.embedding_length");
+    let intermediate = required("llama.feed_forward_length");
+    let layers = required("llama.block_count");
+    let heads = required("llama.attention.head_count");
+    let context = required("llama.context_length");
+    let kv_heads = match header.get("llama.attention.head_count_kv") {
+        None => heads,
+        Some(_) => required("llama.attention.head_count_kv"),
+    };
+    let head_dim = header
+        .u64("llama.attention.key_length")
+        .or_else(|| header.u64("llama.rope.dimension_count"))
+        .unwrap_or(hidden / heads);
+    let rope_dim = header.u64("llama.rope.dimension_count").unwrap_or(head_dim);
+    if rope_dim != head_dim {
+        problems.push(format!(
+            "rotary embedding of {rope_dim} of {head_dim} dimensions a head is not supported"
+        ));
+    }
+    let vocab = header
+        .tensors
+        .iter()
+        .find(|t| t.name == "token_embd.weight")
+        .and_then(|t| t.shape.first().copied());
+    let Some(vocab) = vocab else {
+        problems.push("tensor 'token_embd.weight' is missing");
+        problems.into_malformed(path)?;
+        return Err(CheckpointError::malformed(path, "no embedding"));
+    };
+    let rope_scaling = match rope_scaling(header, bytes, head_dim, context) {
+        Ok(scaling) => scaling,
+        Err(problem) => {
+            problems.push(problem);
+            Value::Null
+        }
+    };
+    problems.into_malformed(path)?;
+
+    let has = |name: &str| header.tensors.iter().any(|t| t.name == name);
+    let token = |key: &str| header.u64(key).map_or(Value::Null, Value::from);
+    let dtype = dtype_name(&header.tensors);
+    Ok(json!({
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
+        "rms_norm_eps": header.f64("llama.attention.layer_norm_rms_epsilon").unwrap_or(1e-6),
+        "rope_theta": header.f64("llama.rope.freq_base").unwrap_or(10_000.0),
+        "rope_scaling": rope_scaling,
+        "attention_bias": has("blk.0.attn_q.bias"),
+        "mlp_bias": has("blk.0.ffn_up.bias"),
+        "tie_word_embeddings": !has("output.weight"),
+        "vocab_size": vocab,
+        "bos_token_id": token("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": token("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": token("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": dtype,
+        "use_cache": true,
+    }))
+}
+
+/// `generation_config.json`: where generation stops.
+pub(crate) fn generation_config(header: &Header) -> Value {
+    let mut config = Map::new();
+    let token = |key: &str| header.u64(&format!("tokenizer.ggml.{key}_token_id"));
+    if let Some(bos) = token("bos") {
+        config.insert("bos_token_id".into(), bos.into());
+    }
+    // End of text, of a turn and of a message: generation stops at any of them.
+    let mut ends: Vec<u64> = Vec::new();
+    for end in ["eos", "eot", "eom"].into_iter().filter_map(token) {
+        if !ends.contains(&end) {
+            ends.push(end);
+        }
+    }
+    match ends.as_slice() {
+        [] => {}
+        [only] => {
+            config.insert("eos_token_id".into(), (*only).into());
+        }
+        _ => {
+            config.insert("eos_token_id".into(), json!(ends));
+        }
+    }
+    if let Some(pad) = token("padding") {
+        config.insert("pad_token_id".into(), pad.into());
+    }
+    Value::Object(config)
+}
+
+/// The dtype to save such a model in: that of most of its elements. Dequantised values fit no
+/// sixteen-bit type exactly, so quantised files give f32.
+fn dtype_name(tensors: &[RawTensor]) -> &'static str {
+    let count = |wanted: BlockType| -> usize {
+        tensors
+            .iter()
+            .filter(|t| t.block == wanted)
+            .map(|t| t.range.len() / wanted.bytes())
+            .sum()
+    };
+    let all: usize = tensors
+        .iter()
+        .map(|t| t.range.len() / t.block.bytes() * t.block.elements())
+        .sum();
+    if count(BlockType::F16) * 2 > all {
+        "float16"
+    } else if count(BlockType::BF16) * 2 > all {
+        "bfloat16"
+    } else {
+        "float32"
+    }
+}
+
+/// `rope_scaling` from the metadata keys, or from the factors that stand for Llama 3's scaling.
+fn rope_scaling(
+    header: &Header,
+    bytes: &[u8],
+    head_dim: u64,
+    context: u64,
+) -> Result<Value, String> {
+    let original = header.u64("llama.rope.scaling.original_context_length");
+    if let Some(tensor) = header.tensors.iter().find(|t| t.name == ROPE_FACTORS) {
+        let factors = tensor
+            .block
+            .dequantise(bytes.get(tensor.range.clone()).unwrap_or_default());
+        let theta = header.f64("llama.rope.freq_base").unwrap_or(10_000.0);
+        return llama3_scaling(&factors, theta, head_dim, original);
+    }
+    // Files from before 2024 have only a linear factor, under another key.
+    let factor = header
+        .f64("llama.rope.scaling.factor")
+        .or_else(|| header.f64("llama.rope.scale_linear"));
+    let kind = header.str("llama.rope.scaling.type");
+    match (kind, factor) {
+        (Some("none"), _) | (None, None) => Ok(Value::Null),
+        (_, Some(factor)) if factor == 1.0 => Ok(Value::Null),
+        (Some("linear") | None, Some(factor)) => {
+            Ok(json!({"rope_type": "linear", "factor": factor}))
+        }
+        (Some("yarn"), Some(factor)) => {
+            let mut scaling = json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings":
+                    original.unwrap_or((context as f64 / factor).round() as u64),
+            });
+            let optional = [
+                ("attention_factor", "llama.rope.scaling.attn_factor"),
+                ("beta_fast", "llama.rope.scaling.yarn_beta_fast"),
+                ("beta_slow", "llama.rope.scaling.yarn_beta_slow"),
+            ];
+            for (name, key) in optional {
+                if let Some(value) = header.f64(key) {
+                    scaling[name] = value.into();
+                }
+            }
+            Ok(scaling)
+        }
+        (Some(kind), _) => Err(format!(
+            "llama.rope.scaling.type is '{kind}' (factor {factor:?}); none, linear and yarn with \
+             a factor are read"
+        )),
+    }
+}
+
+/// Finds the parameters of Llama 3's scaling that give `factors`.
+///
+/// llama.cpp stores, for each pair of dimensions, the divisor of its frequency: 1 for wavelengths
+/// under `L/high`, `factor` over `L/low`, and `1/((1−s)/factor + s)` between, with
+/// `s = (L/λ − low)/(high − low)`. `low = 1` and `high = 4` in every published model; `L` and
+/// `factor` vary. What is found is checked against all factors.
+fn llama3_scaling(
+    factors: &[f32],
+    theta: f64,
+    head_dim: u64,
+    original: Option<u64>,
+) -> Result<Value, String> {
+    let (low, high) = (1.0, 4.0);
+    let factor = f64::from(factors.iter().copied().fold(1.0f32, f32::max));
+    if factors.iter().all(|&f| f == 1.0) {
+        return Ok(Value::Null);
+    }
+    let expected = |length: f64, i: usize| {
+        let wavelength = std::f64::consts::TAU * theta.powf(2.0 * i as f64 / head_dim as f64);
+        if wavelength < length / high {
+            1.0
+        } else if wavelength > length / low {
+            factor
+        } else {
+            let smooth = (length / wavelength - low) / (high - low);
+            1.0 / ((1.0 - smooth) / factor + smooth)
+        }
+    };
+    let lengths = original
+        .into_iter()
+        .chain((9..=20).map(|power| 1u64 << power));
+    for length in lengths {
+        // 1e-3 is far above f32 rounding and far below the step between two candidate lengths.
+        let fits = factors.len() as u64 * 2 == head_dim
+            && factors.iter().enumerate().all(|(i, &found)| {
+                (expected(length as f64, i) - f64::from(found)).abs() <= 1e-3 * factor
+            });
+        if fits {
+            return Ok(json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": length,
+            }));
+        }
+    }
+    Err(format!(
+        "the factors in '{ROPE_FACTORS}' are not those of Llama 3's rope scaling"
+    ))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// Factors written down with the converter's formula for Llama 3.1 (θ 500000, D 128, factor 8,
+    /// L 8192): spot values by hand for the first (λ = 2π), last and a middle pair.
+    #[test]
+    fn llama_3_scaling_is_recognised_from_its_factors() {
+        let factors: Vec<f32> = (0..64)
+            .map(|i| {
+                let wavelength = std::f64::consts::TAU * 500_000f64.powf(f64::from(i) / 64.0);
+                if wavelength < 2048.0 {
+                    1.0
+                } else if wavelength > 8192.0 {
+                    8.0
+                } else {
+                    let smooth = (8192.0 / wavelength - 1.0) / 3.0;
+                    (1.0 / ((1.0 - smooth) / 8.0 + smooth)) as f32
+                }
+            })
+            .collect();
+        let scaling = llama3_scaling(&factors, 500_000.0, 128, None).unwrap();
+        assert_eq!(scaling["original_max_position_embeddings"], 8192);
+        assert_eq!(scaling["factor"], 8.0);
+
+        let mut odd = factors;
+        odd[40] += 1.0;
+        assert!(llama3_scaling(&odd, 500_000.0, 128, None).is_err());
+    }
+}

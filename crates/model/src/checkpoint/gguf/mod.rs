@@ -1,0 +1,166 @@
+//! GGUF files of Llama models, presented under Hugging Face names.
+
+mod config;
+mod header;
+mod names;
+mod quant;
+mod tokenizer;
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use self::header::{Header, RawTensor};
+use self::names::Permuted;
+use self::quant::BlockType;
+use super::error::Problems;
+use super::mapped::MappedFile;
+use super::{CheckpointError, SourceDtype, TensorInfo};
+
+/// An open GGUF file. `tensors` is in the order of the infos that `open` returned.
+#[derive(Debug)]
+pub(crate) struct GgufFile {
+    file: MappedFile,
+    header: Header,
+    tensors: Vec<RawTensor>,
+    query_heads: usize,
+    key_heads: usize,
+}
+
+/// Tensors that hold nothing of the model: tables that are derived from the configuration.
+const DERIVED: [&str; 1] = [config::ROPE_FACTORS];
+
+impl GgufFile {
+    /// Opens and checks the file; gives its tensors under their Hugging Face names, and the
+    /// configuration its metadata amounts to.
+    pub(crate) fn open(path: &Path) -> Result<(Self, Vec<TensorInfo>, Value), CheckpointError> {
+        let file = MappedFile::open(path)?;
+        let header = header::read(path, file.bytes())?;
+        if let Some(parts) = header.u64("split.count").filter(|&n| n > 1) {
+            return Err(CheckpointError::unsupported(
+                path,
+                format!(
+                    "one of {parts} parts of a split GGUF; join them with llama.cpp's \
+                     `llama-gguf-split --merge`"
+                ),
+            ));
+        }
+        let config = config::config_json(path, &header, file.bytes())?;
+        let heads = |key: &str| {
+            config[key]
+                .as_u64()
+                .and_then(|n| usize::try_from(n).ok())
+                .unwrap_or(1)
+        };
+        let (query_heads, key_heads) = (heads("num_attention_heads"), heads("num_key_value_heads"));
+
+        let mut problems = Problems::default();
+        let mut tensors = Vec::new();
+        let mut infos = Vec::new();
+        for raw in &header.tensors {
+            if DERIVED.contains(&raw.name.as_str()) {
+                continue;
+            }
+            let Some(name) = names::hugging_face(&raw.name) else {
+                problems.push(format!("tensor '{}' is not of a Llama model", raw.name));
+                continue;
+            };
+            let heads = match names::permutation(&name) {
+                Some(Permuted::Query) => query_heads,
+                Some(Permuted::Key) => key_heads,
+                None => 1,
+            };
+            let rows = raw.shape.first().copied().unwrap_or(1);
+            if heads > 1 && !rows.is_multiple_of(2 * heads) {
+                problems.push(format!(
+                    "tensor '{}' has {rows} rows, which {heads} heads cannot share",
+                    raw.name
+                ));
+            }
+            infos.push(TensorInfo {
+                name,
+                shape: raw.shape.clone(),
+                dtype: source_dtype(raw.block),
+            });
+            tensors.push(raw.clone());
+        }
+        problems.into_malformed(path)?;
+        let gguf = Self {
+            file,
+            header,
+            tensors,
+            query_heads,
+            key_heads,
+        };
+        Ok((gguf, infos, config))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// The values of tensor number `index`, with q and k in Hugging Face's row order.
+    pub(crate) fn read_f32(
+        &self,
+        index: usize,
+        info: &TensorInfo,
+    ) -> Result<Vec<f32>, CheckpointError> {
+        let raw = self.tensors.get(index);
+        let bytes = raw.and_then(|raw| self.file.slice(&raw.range));
+        let (Some(raw), Some(bytes)) = (raw, bytes) else {
+            return Err(CheckpointError::NoSuchTensor {
+                name: info.name.clone(),
+                nearest: None,
+            });
+        };
+        let values = raw.block.dequantise(bytes);
+        self.file.release(&raw.range);
+        let heads = match names::permutation(&info.name) {
+            Some(Permuted::Query) => self.query_heads,
+            Some(Permuted::Key) => self.key_heads,
+            None => return Ok(values),
+        };
+        let rows = raw.shape.first().copied().unwrap_or(1);
+        names::unpermute(&values, rows, heads).ok_or_else(|| {
+            CheckpointError::malformed(
+                self.path(),
+                format!(
+                    "tensor '{}' of shape {:?} does not divide into {heads} heads of an even size",
+                    raw.name, raw.shape
+                ),
+            )
+        })
+    }
+
+    /// A `tokenizer.json` with the vocabulary and rules of the metadata.
+    pub(crate) fn tokenizer_json(&self) -> Result<Vec<u8>, CheckpointError> {
+        tokenizer::tokenizer_json(self.path(), &self.header, self.file.bytes())
+    }
+
+    /// A `tokenizer_config.json` with the special tokens of the metadata.
+    pub(crate) fn tokenizer_config(&self) -> Option<Value> {
+        tokenizer::tokenizer_config(&self.header, self.file.bytes())
+    }
+
+    pub(crate) fn chat_template(&self) -> Option<String> {
+        self.header
+            .str("tokenizer.chat_template")
+            .map(str::to_owned)
+    }
+
+    pub(crate) fn generation_config(&self) -> Value {
+        config::generation_config(&self.header)
+    }
+}
+
+fn source_dtype(block: BlockType) -> SourceDtype {
+    match block {
+        BlockType::F32 => SourceDtype::F32,
+        BlockType::F16 => SourceDtype::F16,
+        BlockType::BF16 => SourceDtype::BF16,
+        _ => SourceDtype::Quantised,
+    }
+}
+
+#[cfg(test)]
+mod tests;
