@@ -23,6 +23,10 @@ pub struct LockInfo {
     pub threads: usize,
     /// Which source the base model came from.
     pub model_source: String,
+    /// The time that the chat template's `strftime_now` shows (Unix seconds), if it asks for it: a
+    /// template with a date in it renders the same text on another day.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template_time: Option<i64>,
     /// The model's files.
     #[serde(default)]
     pub model_files: Vec<FileHash>,

@@ -4,6 +4,7 @@
 //! in. `settings.rs` declares each setting once; code past [`RecipeFile::resolve`] never sees an
 //! unchecked one.
 
+mod convert;
 mod error;
 mod lock;
 mod read;
@@ -22,9 +23,8 @@ pub use lock::{FileHash, LockInfo, write_lock};
 pub use read::RecipeFile;
 pub use reference::reference;
 pub use settings::{
-    AdapterSettings, DataSettings, Format, InitWeights, ModelSettings, Modules, NamedInit,
-    OnBadRow, OutputSettings, Paths, Schedule, Setting, Strategy, TrainOn, TrainSettings,
-    Truncation,
+    AdapterSettings, DataSettings, InitWeights, ModelSettings, Modules, NamedInit, OutputSettings,
+    Paths, Schedule, Setting, Strategy, TrainSettings,
 };
 
 /// A recipe with nothing left open. Paths of models and data are absolute; the output directory is

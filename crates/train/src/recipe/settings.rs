@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use enamel_data::{OnBadRow, RecordFormat, TrainOn, Truncation};
 use serde::{Deserialize, Serialize};
 
 use super::read::SectionReader;
@@ -122,7 +123,8 @@ section! {
         layers_to_transform: Vec<usize> = Vec::new(), any;
         /// Name of the list of layers, when `layers_to_transform` is used on an unusual model.
         layers_pattern: Option<String> = None, given(not_empty);
-        /// Ranks of single modules: name ending or regular expression to rank.
+        /// Ranks of single modules: name ending or regular expression to rank. Where two match, the
+        /// first in alphabetical order counts.
         rank_pattern: BTreeMap<String, usize> = BTreeMap::new(), all_positive;
         /// The same for `lora_alpha`.
         alpha_pattern: BTreeMap<String, f64> = BTreeMap::new(), any;
@@ -140,21 +142,25 @@ section! {
 section! {
     /// `[data]`: what it is trained on.
     pub struct DataSettings in "data" {
-        /// One JSONL file or a list of them.
+        /// JSONL files: a file, a directory of them, or a list.
         train: Paths = Paths(Vec::new()), any;
-        /// Rows to validate on: one file or a list.
+        /// Rows to validate on, in the same way.
         valid: Paths = Paths(Vec::new()), any;
         /// Without `valid`: this share of the training rows is held back, chosen by `seed`.
         valid_fraction: f64 = 0.0, below_one;
-        /// What a row looks like; `auto` finds out from the first row of each file.
-        format: Format = Format::Auto, any;
+        /// What a row looks like: `messages`, `prompt_completion`, `text`, `tokens` (`input_ids` and
+        /// perhaps `labels`), or `auto`, which finds out from each file.
+        format: RecordFormat = RecordFormat::Auto, any;
         /// Tokens a row may have.
-        max_length: usize = 1024, positive;
-        /// What to do with a longer row.
-        truncation: Truncation = Truncation::End, any;
-        /// What to do with a row that cannot be used.
+        max_length: usize = 1024, at_least_two;
+        /// What to do with a longer row: `keep_start`, `keep_end`, `drop` (counted), or `error`, which
+        /// makes it a bad row. A row left without a trained token is always a bad one.
+        truncation: Truncation = Truncation::KeepStart, any;
+        /// What to do with rows that cannot be used: list them and stop (`error`), or leave them out
+        /// and count them (`skip`).
         on_bad_row: OnBadRow = OnBadRow::Error, any;
-        /// Which tokens count in the loss.
+        /// Which tokens of a conversation count in the loss: every `assistant` turn, the
+        /// `last_assistant` turn, or `all`.
         train_on: TrainOn = TrainOn::Assistant, any;
         /// Draw rows in a new order each epoch, decided by `seed`.
         shuffle: bool = true, any;
@@ -284,58 +290,6 @@ impl<'de> Deserialize<'de> for Paths {
     }
 }
 
-/// How rows are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// Found out from the first row of each file.
-    Auto,
-    /// `messages`: a list of role and content.
-    Messages,
-    /// `prompt` and `completion`.
-    PromptCompletion,
-    /// `text`.
-    Text,
-    /// `input_ids`, and `labels` if not every token is trained.
-    Tokens,
-}
-
-/// What happens to a row that is too long.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Truncation {
-    /// Cut at the end.
-    End,
-    /// Cut at the start.
-    Start,
-    /// Leave the row out and count it.
-    Drop,
-    /// Report it as a bad row.
-    Error,
-}
-
-/// What happens when a row cannot be used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnBadRow {
-    /// List all of them and stop.
-    Error,
-    /// Leave them out and count them.
-    Skip,
-}
-
-/// Which tokens of a conversation are trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TrainOn {
-    /// All assistant turns.
-    Assistant,
-    /// The last assistant turn.
-    LastAssistant,
-    /// Everything.
-    All,
-}
-
 /// How the learning rate falls, as in transformers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -383,6 +337,10 @@ fn verdict(ok: bool, must: &str) -> Verdict {
 
 fn positive(value: &usize) -> Verdict {
     verdict(*value > 0, "must be at least 1")
+}
+
+fn at_least_two(value: &usize) -> Verdict {
+    verdict(*value >= 2, "must be at least 2")
 }
 
 fn at_most(limit: u64) -> impl Fn(&u64) -> Verdict {

@@ -314,3 +314,27 @@ fn the_reference_in_the_documentation_is_this_code() {
     }
     assert_eq!(written, now, "write it anew with ENAMEL_BLESS=1");
 }
+
+#[test]
+fn every_recipe_that_is_shipped_resolves_and_its_files_are_there() {
+    let datasets = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../datasets");
+    let mut found = 0;
+    for folder in std::fs::read_dir(datasets).unwrap() {
+        for file in std::fs::read_dir(folder.unwrap().path()).unwrap() {
+            let path = file.unwrap().path();
+            if path.extension().is_some_and(|e| e == "toml") {
+                let recipe = Recipe::load::<&str>(&path, &[]).unwrap();
+                for file in recipe.data.train.0.iter().chain(&recipe.data.valid.0) {
+                    assert!(
+                        file.is_file(),
+                        "{} names {}",
+                        path.display(),
+                        file.display()
+                    );
+                }
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 0, "no recipe found");
+}
