@@ -4,12 +4,19 @@
 //! Burn operations (any backend, the definition the others are tested against), `cpu.rs` the Flex
 //! implementation. This crate knows nothing of adapters or models.
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod check;
+mod cpu;
+
 pub mod attention;
 pub mod cross_entropy;
 pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
 pub mod silu_mul;
+
+pub use cpu::cpu_path;
 
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};

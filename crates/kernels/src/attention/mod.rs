@@ -1,10 +1,17 @@
 //! Grouped-query scaled-dot-product attention.
 
+mod cpu;
+mod ops;
 mod reference;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
 
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
+
+use crate::cpu::storage::OnFlex;
 
 /// Which keys of each batch row are real (not padding).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,5 +46,9 @@ pub struct AttentionSpec {
 /// - q, result: `[batch, tokens, heads, head_dim]`
 /// - k, v: `[batch, keys, kv_heads, head_dim]`
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec) -> Tensor<4> {
-    reference::attention(q, k, v, spec)
+    if q.on_flex() && k.on_flex() && v.on_flex() {
+        ops::attention(q, k, v, spec)
+    } else {
+        reference::attention(q, k, v, spec)
+    }
 }

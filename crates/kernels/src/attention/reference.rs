@@ -25,7 +25,10 @@ pub(super) fn attention(
             .reshape([batch, heads, keys, dim])
     };
     let (k, v) = (repeat(k), repeat(v));
-    let mut scores = q.swap_dims(1, 2).matmul(k.swap_dims(2, 3)).mul_scalar(spec.scale);
+    let mut scores = q
+        .swap_dims(1, 2)
+        .matmul(k.swap_dims(2, 3))
+        .mul_scalar(spec.scale);
 
     let visible = |b: usize, t: usize, s: usize| {
         let p = t + spec.offset;

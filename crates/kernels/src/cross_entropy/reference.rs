@@ -4,7 +4,11 @@ use burn::tensor::{Int, Tensor, TensorData, activation::log_softmax};
 
 /// Rows with a label, and their labels.
 fn labelled(labels: &[i64]) -> (Vec<i64>, Vec<i64>) {
-    (0i64..).zip(labels).filter(|(_, l)| **l >= 0).map(|(i, l)| (i, *l)).unzip()
+    (0i64..)
+        .zip(labels)
+        .filter(|(_, l)| **l >= 0)
+        .map(|(i, l)| (i, *l))
+        .unzip()
 }
 
 pub(super) fn linear_cross_entropy(
@@ -27,7 +31,10 @@ pub(super) fn linear_cross_entropy(
 pub(super) fn token_log_probs(hidden: Tensor<2>, head: Tensor<2>, labels: &[i64]) -> Tensor<1> {
     let device = hidden.device();
     let n = labels.len();
-    let keep: Vec<f32> = labels.iter().map(|l| if *l >= 0 { 1.0 } else { 0.0 }).collect();
+    let keep: Vec<f32> = labels
+        .iter()
+        .map(|l| if *l >= 0 { 1.0 } else { 0.0 })
+        .collect();
     let targets: Vec<i64> = labels.iter().map(|l| (*l).max(0)).collect();
     let keep: Tensor<1> = Tensor::from_data(TensorData::new(keep, [n]), &device);
     let targets: Tensor<2, Int> = Tensor::from_data(TensorData::new(targets, [n, 1]), &device);

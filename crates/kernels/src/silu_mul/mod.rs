@@ -1,10 +1,20 @@
 //! The gated activation of SwiGLU.
 
+mod cpu;
 mod reference;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
 
 use burn::tensor::Tensor;
 
+use crate::cpu::storage::OnFlex;
+
 /// `silu(gate) · up`, with `silu(x) = x · sigmoid(x)`, element by element. All shapes are equal.
 pub fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    reference::silu_mul(gate, up)
+    if gate.on_flex() && up.on_flex() {
+        cpu::silu_mul(gate, up)
+    } else {
+        reference::silu_mul(gate, up)
+    }
 }

@@ -1,0 +1,14 @@
+//! What the CPU implementations share: the SIMD level, `exp`, matrix products and tensor views.
+//!
+//! Everything here is deterministic whatever the number of threads: work is cut by shape alone and
+//! each output element is written by one task in a fixed order.
+
+pub(crate) mod exp;
+pub(crate) mod matrix;
+pub(crate) mod simd;
+pub(crate) mod storage;
+
+/// The instruction set the CPU kernels picked on this machine: `"avx512"`, `"avx2"` or `"portable"`.
+pub fn cpu_path() -> &'static str {
+    simd::level().name()
+}

@@ -1,0 +1,98 @@
+//! Flex tensors as slices, and fresh output buffers that are written exactly once.
+
+use std::mem::{ManuallyDrop, MaybeUninit};
+
+use burn::backend::DispatchDevice;
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
+
+/// Elements one parallel task of an elementwise loop handles: 64 KiB a buffer.
+pub(crate) const CHUNK: usize = 16 * 1024;
+
+/// Whether tensors live where the CPU kernels can read them: on Flex, as f32.
+pub(crate) trait OnFlex {
+    fn on_flex(&self) -> bool;
+}
+
+impl<const D: usize> OnFlex for Tensor<D> {
+    fn on_flex(&self) -> bool {
+        self.dtype() == DType::F32 && is_flex(&self.device())
+    }
+}
+
+fn is_flex(device: &Device) -> bool {
+    match device.as_dispatch() {
+        DispatchDevice::Flex(_) => true,
+        DispatchDevice::Autodiff(_) => {
+            matches!(
+                device.clone().without_autodiff().as_dispatch(),
+                DispatchDevice::Flex(_)
+            )
+        }
+        #[allow(unreachable_patterns)]
+        _ => false,
+    }
+}
+
+/// The tensor itself when its elements lie in order, else an ordered copy.
+pub(crate) fn dense(t: FlexTensor) -> FlexTensor {
+    if t.layout().is_contiguous() {
+        t
+    } else {
+        t.to_contiguous()
+    }
+}
+
+/// The elements of a tensor that went through [`dense`].
+pub(crate) fn values(t: &FlexTensor) -> &[f32] {
+    match t.as_slice::<f32>() {
+        Some(v) => v,
+        None => unreachable!("callers pass f32 tensors made dense"),
+    }
+}
+
+/// A tensor around a finished vector.
+pub(crate) fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {
+    debug_assert_eq!(values.len(), shape.num_elements());
+    FlexTensor::new(
+        Bytes::from_elems(values),
+        Layout::contiguous(shape),
+        DType::F32,
+    )
+}
+
+/// An output whose memory is not touched before the kernel writes it: zeroing first would cost a
+/// whole pass over memory.
+pub(crate) struct Fresh(Vec<MaybeUninit<f32>>);
+
+impl Fresh {
+    pub(crate) fn new(len: usize) -> Self {
+        let mut v = Vec::with_capacity(len);
+        // SAFETY: `MaybeUninit` needs no initialisation, and the capacity is `len`.
+        unsafe { v.set_len(len) };
+        Self(v)
+    }
+
+    pub(crate) fn slots(&mut self) -> &mut [MaybeUninit<f32>] {
+        &mut self.0
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.0.as_mut_ptr().cast()
+    }
+
+    /// # Safety
+    /// Every element has been written.
+    pub(crate) unsafe fn into_vec(self) -> Vec<f32> {
+        let mut v = ManuallyDrop::new(self.0);
+        // SAFETY: same size and alignment, and the caller has initialised every element.
+        unsafe { Vec::from_raw_parts(v.as_mut_ptr().cast(), v.len(), v.capacity()) }
+    }
+
+    /// # Safety
+    /// Every element has been written.
+    pub(crate) unsafe fn into_tensor(self, shape: Shape) -> FlexTensor {
+        // SAFETY: passed on to the caller.
+        tensor(unsafe { self.into_vec() }, shape)
+    }
+}

@@ -1,0 +1,122 @@
+//! `linear` and `lora_linear` against their references.
+
+use burn::tensor::{Device, Tensor};
+
+use super::{linear, lora_linear, reference};
+use crate::check::*;
+
+/// Sums of up to 300 products in another order.
+const TOLERANCE: f32 = 3e-6;
+
+type Linear = fn(Tensor<2>, Tensor<2>) -> Tensor<2>;
+type Lora = fn(Tensor<2>, Tensor<2>, Tensor<2>, Tensor<2>, f64) -> Tensor<2>;
+type Outcome = (Vec<f32>, Vec<Option<Vec<f32>>>);
+
+fn run_linear(op: Linear, device: &Device, [m, k, n]: [usize; 3], tracked: [bool; 2]) -> Outcome {
+    let (x, w) = (
+        leaf(1, [m, k], tracked[0], device),
+        leaf(2, [n, k], tracked[1], device),
+    );
+    let y = op(x.clone(), w.clone());
+    let mut grads = vec![None, None];
+    if tracked != [false; 2] {
+        let g = backward(&y, 3);
+        grads = vec![grad(&x, &g), grad(&w, &g)];
+    }
+    (floats(y), grads)
+}
+
+fn run_lora(op: Lora, device: &Device, [m, k, n, r]: [usize; 4], tracked: [bool; 4]) -> Outcome {
+    let (x, w) = (
+        leaf(1, [m, k], tracked[0], device),
+        leaf(2, [n, k], tracked[1], device),
+    );
+    let (a, b) = (
+        leaf(4, [r, k], tracked[2], device),
+        leaf(5, [n, r], tracked[3], device),
+    );
+    let y = op(x.clone(), w.clone(), a.clone(), b.clone(), 0.75);
+    let mut grads = vec![None; 4];
+    if tracked != [false; 4] {
+        let g = backward(&y, 3);
+        grads = [&x, &w, &a, &b].iter().map(|t| grad(t, &g)).collect();
+    }
+    (floats(y), grads)
+}
+
+fn mask<const N: usize>(bits: usize) -> [bool; N] {
+    std::array::from_fn(|i| bits >> i & 1 == 1)
+}
+
+#[test]
+fn linear_matches_reference() {
+    for size in [[1, 1, 1], [1, 70, 33], [5, 3, 90], [67, 300, 131]] {
+        for bits in 0..4 {
+            let (got, got_grads) = run_linear(linear, &flex(), size, mask(bits));
+            let (want, want_grads) = run_linear(reference::linear, &ndarray(), size, mask(bits));
+            close("linear", &got, &want, TOLERANCE);
+            close_grads("linear", &got_grads, &want_grads, TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn lora_matches_reference_for_every_mask() {
+    for size in [[1, 6, 5, 1], [1, 70, 33, 8], [67, 300, 131, 16]] {
+        for bits in 0..16 {
+            let (got, got_grads) = run_lora(lora_linear, &flex(), size, mask(bits));
+            let (want, want_grads) = run_lora(reference::lora_linear, &ndarray(), size, mask(bits));
+            close("lora_linear", &got, &want, TOLERANCE);
+            close_grads("lora_linear", &got_grads, &want_grads, TOLERANCE);
+        }
+    }
+}
+
+/// Transposed, narrowed and broadcast inputs; the incoming gradient is a transposed view as well.
+#[test]
+fn reads_views() {
+    let ops: [(Lora, Device); 2] = [(lora_linear, flex()), (reference::lora_linear, ndarray())];
+    let [got, want] = ops.map(|(op, device)| {
+        let x = leaf(1, [20, 9], true, &device);
+        let w = leaf(2, [20, 40], false, &device);
+        let a = leaf(4, [5, 30], true, &device);
+        let b = leaf(5, [1, 5], true, &device);
+        let y = op(
+            x.clone().transpose(),
+            w.transpose().narrow(0, 7, 11),
+            a.clone().narrow(1, 3, 20),
+            b.clone().expand([11, 5]),
+            2.0,
+        );
+        let g = backward(&y.clone().transpose(), 3);
+        (floats(y), vec![grad(&x, &g), grad(&a, &g), grad(&b, &g)])
+    });
+    close("views", &got.0, &want.0, TOLERANCE);
+    close_grads("views", &got.1, &want.1, TOLERANCE);
+}
+
+/// With the frozen inputs on the plain device, as a loaded base model has them.
+#[test]
+fn frozen_weights_need_no_autodiff_device() {
+    let x = leaf(1, [4, 6], true, &flex());
+    let y = linear(x.clone(), leaf(2, [5, 6], false, &Device::flex()));
+    let g = backward(&y, 3);
+    let (want, want_grads) = run_linear(reference::linear, &ndarray(), [4, 6, 5], [true, false]);
+    close("output", &floats(y), &want, TOLERANCE);
+    close_grads("output", &[grad(&x, &g), None], &want_grads, TOLERANCE);
+}
+
+#[test]
+fn not_a_number_passes() {
+    let x = tensor(vec![f32::NAN, 1.0], [1, 2], false, &flex());
+    let y = linear(x, leaf(2, [3, 2], false, &flex()));
+    assert!(floats(y).iter().all(|x| x.is_nan()));
+}
+
+#[test]
+fn threads_do_not_matter() {
+    same_on_any_pool(|| {
+        let (y, g) = run_lora(lora_linear, &flex(), [130, 576, 192, 16], [true; 4]);
+        std::iter::once(y).chain(g.into_iter().flatten()).collect()
+    });
+}

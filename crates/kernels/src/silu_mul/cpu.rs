@@ -1,0 +1,161 @@
+//! Fused `silu(gate) · up` on Flex: one pass forward, one backward.
+
+use std::mem::MaybeUninit;
+
+use burn::backend::autodiff::Autodiff;
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, Flex, backend_extension};
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use crate::cpu::exp::sigmoid;
+use crate::cpu::simd::{level, simd_fn};
+use crate::cpu::storage::{CHUNK, Fresh, dense, values};
+
+/// The operation as a backend extension.
+#[backend_extension(Flex, Autodiff)]
+pub trait SiluMulOps: Backend {
+    /// `silu(gate) · up`.
+    fn enamel_silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// Gradients of gate and up.
+    fn enamel_silu_mul_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+}
+
+pub(super) fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+    Tensor::from_dispatch(<Dispatch as SiluMulOps>::enamel_silu_mul(
+        gate.into_dispatch(),
+        up.into_dispatch(),
+    ))
+}
+
+simd_fn! {
+    fn forward<FMA>(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
+        for ((x, u), y) in gate.iter().zip(up).zip(out) {
+            y.write(x * sigmoid::<FMA>(*x) * u);
+        }
+    }
+}
+
+simd_fn! {
+    /// With `s = sigmoid(x)`: `dx = g·u·s·(1 + x·(1 − s))`, `du = g·x·s`.
+    fn backward<FMA>(
+        gate: &[f32],
+        up: &[f32],
+        grad: &[f32],
+        d_gate: &mut [MaybeUninit<f32>],
+        d_up: &mut [MaybeUninit<f32>],
+    ) {
+        let outputs = d_gate.iter_mut().zip(d_up);
+        for (((x, u), g), (dx, du)) in gate.iter().zip(up).zip(grad).zip(outputs) {
+            let s = sigmoid::<FMA>(*x);
+            dx.write(g * u * (s * (1.0 + x * (1.0 - s))));
+            du.write(g * (x * s));
+        }
+    }
+}
+
+impl SiluMulOps for Flex {
+    fn enamel_silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        let (gate, up) = (dense(gate), dense(up));
+        let (x, u, level) = (values(&gate), values(&up), level());
+        assert_eq!(x.len(), u.len(), "gate and up have the same shape");
+        let mut out = Fresh::new(x.len());
+        if x.len() <= CHUNK {
+            forward(level, x, u, out.slots());
+        } else {
+            let inputs = x.par_chunks(CHUNK).zip(u.par_chunks(CHUNK));
+            out.slots()
+                .par_chunks_mut(CHUNK)
+                .zip(inputs)
+                .for_each(|(y, (x, u))| forward(level, x, u, y));
+        }
+        // SAFETY: the chunks cover the output, and the three lengths agree.
+        unsafe { out.into_tensor(gate.layout().shape().clone()) }
+    }
+
+    fn enamel_silu_mul_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (gate, up, grad) = (dense(gate), dense(up), dense(grad));
+        let (x, u, g, level) = (values(&gate), values(&up), values(&grad), level());
+        assert!(
+            x.len() == u.len() && x.len() == g.len(),
+            "gate, up and gradient agree"
+        );
+        let (mut d_gate, mut d_up) = (Fresh::new(x.len()), Fresh::new(x.len()));
+        if x.len() <= CHUNK {
+            backward(level, x, u, g, d_gate.slots(), d_up.slots());
+        } else {
+            let inputs = x
+                .par_chunks(CHUNK)
+                .zip(u.par_chunks(CHUNK))
+                .zip(g.par_chunks(CHUNK));
+            let outputs = d_gate
+                .slots()
+                .par_chunks_mut(CHUNK)
+                .zip(d_up.slots().par_chunks_mut(CHUNK));
+            inputs
+                .zip(outputs)
+                .for_each(|(((x, u), g), (dx, du))| backward(level, x, u, g, dx, du));
+        }
+        let shape = gate.layout().shape().clone();
+        // SAFETY: the chunks cover both outputs, and all lengths agree.
+        unsafe { (d_gate.into_tensor(shape.clone()), d_up.into_tensor(shape)) }
+    }
+}
+
+#[derive(Debug)]
+struct SiluMulStep;
+
+impl<B: SiluMulOps> Backward<B, 2> for SiluMulStep {
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [gate_node, up_node] = ops.parents;
+        let (gate, up) = ops.state;
+        let (d_gate, d_up) = B::enamel_silu_mul_backward(gate, up, grad);
+        if let Some(node) = gate_node {
+            grads.register::<B>(node.id, d_gate);
+        }
+        if let Some(node) = up_node {
+            grads.register::<B>(node.id, d_up);
+        }
+    }
+}
+
+impl<B: SiluMulOps, C: CheckpointStrategy> SiluMulOps for Autodiff<B, C> {
+    fn enamel_silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        let (gate, gate_node) = gate.into_parts();
+        let (up, up_node) = up.into_parts();
+        match SiluMulStep
+            .prepare::<C>([gate_node, up_node])
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                let state = (gate.clone(), up.clone());
+                prep.finish(state, B::enamel_silu_mul(gate, up))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::enamel_silu_mul(gate, up)),
+        }
+    }
+
+    fn enamel_silu_mul_backward(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        unimplemented!("second-order gradients of silu_mul")
+    }
+}
