@@ -1,9 +1,31 @@
 //! Adapters (LoRA and its relatives) for linear layers of any Burn model, in PEFT's file format.
 
+pub mod attach;
+pub mod config;
+pub mod error;
 pub mod frozen;
 pub mod linear;
+pub mod merge;
+pub mod methods;
+pub mod model_card;
+pub mod peft_dir;
+pub mod plan;
 pub mod slot;
+pub mod target;
+pub mod trainable;
 
+pub use attach::{attach, detach, set_enabled, shapes};
+pub use config::{InitLora, LoraConfig, Purpose, Targets};
+pub use error::AdapterError;
 pub use frozen::Frozen;
-pub use linear::Linear;
+pub use linear::{Linear, SavedLinear};
+pub use merge::{merge, merged_weight};
+pub use methods::{Adapter, ParamMut, ParamRef};
+pub use model_card::SaveMeta;
+pub use peft_dir::{LoadedAdapter, load_config, load_pretrained, save_pretrained};
+pub use plan::{AdapterPlan, SavedPlan, TargetPlan, plan};
 pub use slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
+pub use trainable::{
+    export_gradients, export_trainable, for_each_trainable, for_each_trainable_mut,
+    import_trainable, trainable,
+};

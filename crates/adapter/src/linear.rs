@@ -4,6 +4,7 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
 use crate::frozen::frozen_param;
+use crate::methods::Adapter;
 
 /// `y = x·Wᵀ + b` with a frozen base and, once attached, an adapter beside it.
 #[derive(Module, Debug)]
@@ -11,6 +12,22 @@ pub struct Linear {
     /// Base weight `[out, in]`, as in Hugging Face files.
     pub weight: Param<Tensor<2>>,
     /// Base bias `[out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// The adapter, when this layer is a target.
+    pub adapter: Option<Adapter>,
+    /// The trained copy, when `modules_to_save` names this layer.
+    pub saved: Option<SavedLinear>,
+    /// Whether adapter and copy are in use.
+    #[module(skip)]
+    pub(crate) enabled: bool,
+}
+
+/// The trained copy of a linear layer.
+#[derive(Module, Debug)]
+pub struct SavedLinear {
+    /// `[out, in]`
+    pub weight: Param<Tensor<2>>,
+    /// `[out]`
     pub bias: Option<Param<Tensor<1>>>,
 }
 
@@ -20,6 +37,9 @@ impl Linear {
         Self {
             weight: frozen_param(&format!("{name}.weight"), weight),
             bias: bias.map(|b| frozen_param(&format!("{name}.bias"), b)),
+            adapter: None,
+            saved: None,
+            enabled: true,
         }
     }
 
@@ -29,11 +49,40 @@ impl Linear {
         let [out, width] = self.weight.dims();
         let rows = x.shape().num_elements() / width;
         // Two axes: a batched product would read the weight again for every batch row.
-        let mut y = enamel_kernels::linear(x.reshape([rows, width]), self.weight.val());
-        if let Some(bias) = &self.bias {
-            y = y + bias.val().unsqueeze();
+        let mut y = self.product(x.reshape([rows, width]));
+        if let Some(bias) = self.bias_in_use() {
+            y = y + bias.unsqueeze();
         }
         dims[D - 1] = out;
         y.reshape(dims)
+    }
+
+    /// `x · Wᵀ` with the weights in use, `[rows, in]` to `[rows, out]`.
+    fn product(&self, x: Tensor<2>) -> Tensor<2> {
+        match (&self.saved, &self.adapter) {
+            // A trained weight needs its own gradient, which the frozen kernels do not form.
+            (Some(saved), _) if self.enabled => x.matmul(saved.weight.val().transpose()),
+            (None, Some(adapter)) if self.enabled => adapter.forward(x, self.weight.val()),
+            _ => enamel_kernels::linear(x, self.weight.val()),
+        }
+    }
+
+    /// The weight that `forward` multiplies by, `[out, in]`: the trained copy, or the base plus what the
+    /// adapter adds, or the base. Formed anew where there is an adapter; in training, gradients flow
+    /// through it.
+    pub fn weight_in_use(&self) -> Tensor<2> {
+        match (&self.saved, &self.adapter) {
+            (Some(saved), _) if self.enabled => saved.weight.val(),
+            (None, Some(adapter)) if self.enabled => self.weight.val() + adapter.delta_weight(),
+            _ => self.weight.val(),
+        }
+    }
+
+    /// The bias that `forward` adds, `[out]`.
+    pub fn bias_in_use(&self) -> Option<Tensor<1>> {
+        match &self.saved {
+            Some(saved) if self.enabled => saved.bias.as_ref().map(|b| b.val()),
+            _ => self.bias.as_ref().map(|b| b.val()),
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! How a model shows its parameters to this crate: by name, in a fixed order.
 
-use crate::{Frozen, Linear};
+use crate::frozen::Frozen;
+use crate::linear::Linear;
 
 /// A named place that an adapter or `modules_to_save` can take hold of, to change it.
 pub enum Slot<'a> {
@@ -22,6 +23,30 @@ pub enum SlotRef<'a> {
     Norm(&'a Frozen<1>),
 }
 
+impl SlotRef<'_> {
+    /// What this place looks like from outside.
+    pub fn shape(&self, name: &str, head: bool) -> ModuleShape {
+        let (kind, shape, bias) = match self {
+            Self::Linear(linear) => {
+                let kind = if head {
+                    ModuleKind::Head
+                } else {
+                    ModuleKind::Linear
+                };
+                (kind, linear.weight.dims().to_vec(), linear.bias.is_some())
+            }
+            Self::Embedding(table) => (ModuleKind::Embedding, table.weight.dims().to_vec(), false),
+            Self::Norm(norm) => (ModuleKind::Norm, norm.weight.dims().to_vec(), false),
+        };
+        ModuleShape {
+            name: name.to_string(),
+            kind,
+            shape,
+            bias,
+        }
+    }
+}
+
 /// A model that adapters can be attached to.
 pub trait Adaptable {
     /// Calls `f` with each module's full name (`model.layers.0.self_attn.q_proj`), in the order in
@@ -29,6 +54,11 @@ pub trait Adaptable {
     fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>));
     /// The same, for reading.
     fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>));
+    /// Whether the linear layer called `name` yields the logits, so that `all-linear` leaves it out.
+    /// Unless a model says otherwise, that is the one called `lm_head`.
+    fn is_head(&self, name: &str) -> bool {
+        name.rsplit('.').next() == Some("lm_head")
+    }
 }
 
 /// What kind of module a name stands for.

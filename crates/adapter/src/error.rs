@@ -1,0 +1,91 @@
+//! What can go wrong with an adapter; every message names the datum and the next step.
+
+use std::path::PathBuf;
+
+/// An error of this crate. Problems of one kind are collected and reported together.
+#[derive(Debug, thiserror::Error)]
+pub enum AdapterError {
+    /// Options that are invalid or ask for what is not supported.
+    #[error("{origin}: {}", list(.problems))]
+    Config {
+        /// The file, or "adapter configuration".
+        origin: String,
+        /// One line an option.
+        problems: Vec<String>,
+    },
+    /// Target patterns that do not fit the model.
+    #[error("the adapter does not fit the model: {}", list(.problems))]
+    Plan {
+        /// One line a pattern or module.
+        problems: Vec<String>,
+    },
+    /// A file that cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A file that is not what its name says.
+    #[error("{}: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// Tensors of a file that do not fit the model, all of them.
+    #[error("{}: {}", path.display(), list(.problems))]
+    Mismatch {
+        /// The file.
+        path: PathBuf,
+        /// One line a tensor.
+        problems: Vec<String>,
+    },
+    /// Only a pickle file is there.
+    #[error(
+        "{}: only adapter_model.bin is there. A pickle file can run any code as it is read, so it is \
+         not opened; where you trust its origin, load it with PEFT and write it again with \
+         save_pretrained(directory, safe_serialization=True), then use that directory",
+        .0.display()
+    )]
+    Pickle(PathBuf),
+    /// A value that is NaN or infinite.
+    #[error("{0} holds a value that is not finite; nothing was changed or written")]
+    NonFinite(String),
+    /// An adapter is attached already.
+    #[error("{0} has an adapter already; detach or merge it first")]
+    Attached(String),
+    /// No adapter is attached.
+    #[error("the model has no adapter; attach or load one first")]
+    NoAdapter,
+    /// Values to import that do not fit the adapter that is attached.
+    #[error("the stored adapter state does not fit this adapter: {}", list(.problems))]
+    Import {
+        /// One line a tensor.
+        problems: Vec<String>,
+    },
+    /// A tensor's values could not be brought to the host.
+    #[error("{name} cannot be read back from its device: {reason}")]
+    Read {
+        /// The tensor.
+        name: String,
+        /// The backend's reason.
+        reason: String,
+    },
+}
+
+/// `a` alone, or a line each.
+fn list(problems: &[String]) -> String {
+    match problems {
+        [one] => one.clone(),
+        many => many
+            .iter()
+            .fold(format!("{} problems", many.len()), |text, line| {
+                format!("{text}\n  - {line}")
+            }),
+    }
+}
+
+pub(crate) type Result<T> = std::result::Result<T, AdapterError>;
