@@ -14,6 +14,9 @@ pub mod slot;
 pub mod target;
 pub mod trainable;
 
+#[cfg(test)]
+mod testing;
+
 pub use attach::{attach, detach, set_enabled, shapes};
 pub use config::{InitLora, LoraConfig, Purpose, Targets};
 pub use error::AdapterError;

@@ -401,3 +401,6 @@ fn made_for(config: &LoraConfig) -> String {
         None => "(the adapter does not say which base model it was made for)".into(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -45,22 +45,36 @@ impl Tiny {
 
     pub fn with(device: &Device, untied: bool) -> Self {
         let block = |i: usize| Block {
-            norm: Frozen::new(&format!("model.layers.{i}.input_layernorm.weight"), fill([HIDDEN], 90 + i, device) + 1.0),
+            norm: Frozen::new(
+                &format!("model.layers.{i}.input_layernorm.weight"),
+                fill([HIDDEN], 90 + i, device) + 1.0,
+            ),
             linear: LAYERS
                 .iter()
                 .enumerate()
                 .map(|(j, (name, out, width))| {
                     let bias = Some(fill([*out], 50 + 7 * i + j, device));
-                    Linear::new(&format!("model.layers.{i}.{name}"), fill([*out, *width], 10 * i + j, device), bias)
+                    Linear::new(
+                        &format!("model.layers.{i}.{name}"),
+                        fill([*out, *width], 10 * i + j, device),
+                        bias,
+                    )
                 })
                 .collect(),
         };
         Self {
-            embed: Frozen::new("model.embed_tokens.weight", fill([VOCAB, HIDDEN], 70, device) * 5.0),
+            embed: Frozen::new(
+                "model.embed_tokens.weight",
+                fill([VOCAB, HIDDEN], 70, device) * 5.0,
+            ),
             layers: (0..2).map(block).collect(),
             norm: Frozen::new("model.norm.weight", fill([HIDDEN], 95, device) + 1.0),
             head: untied.then(|| {
-                Linear::new("lm_head", fill([VOCAB, HIDDEN], 80, device), Some(fill([VOCAB], 81, device)))
+                Linear::new(
+                    "lm_head",
+                    fill([VOCAB, HIDDEN], 80, device),
+                    Some(fill([VOCAB], 81, device)),
+                )
             }),
         }
     }
@@ -68,7 +82,11 @@ impl Tiny {
     /// `[batch, time]` to `[batch, time, vocabulary]`.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [b, t] = ids.dims();
-        let mut x: Tensor<3> = self.embed.val().select(0, ids.reshape([b * t])).reshape([b, t, HIDDEN]);
+        let mut x: Tensor<3> = self
+            .embed
+            .val()
+            .select(0, ids.reshape([b * t]))
+            .reshape([b, t, HIDDEN]);
         for block in &self.layers {
             let h = x.clone() * block.norm.val().unsqueeze();
             let [q, k, v, o, gate, up, down] = [0, 1, 2, 3, 4, 5, 6].map(|i| &block.linear[i]);
@@ -85,7 +103,10 @@ impl Tiny {
 
     /// Its output on a fixed input.
     pub fn logits(&self) -> Vec<f32> {
-        self.forward(ids(&self.embed.weight.device())).into_data().try_into_vec().unwrap()
+        self.forward(ids(&self.embed.weight.device()))
+            .into_data()
+            .try_into_vec()
+            .unwrap()
     }
 }
 
@@ -98,14 +119,20 @@ pub fn ids(device: &Device) -> Tensor<2, Int> {
 pub fn fill<const D: usize>(shape: [usize; D], salt: usize, device: &Device) -> Tensor<D> {
     let count: usize = shape.iter().product();
     let value = |i: usize| ((i * 7919 + salt * 104_729) % 2003) as f32 / 10_015.0 - 0.1;
-    Tensor::from_data(TensorData::new((0..count).map(value).collect::<Vec<f32>>(), shape), device)
+    Tensor::from_data(
+        TensorData::new((0..count).map(value).collect::<Vec<f32>>(), shape),
+        device,
+    )
 }
 
 impl Adaptable for Tiny {
     fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>)) {
         f("model.embed_tokens", Slot::Embedding(&mut self.embed));
         for (i, block) in self.layers.iter_mut().enumerate() {
-            f(&format!("model.layers.{i}.input_layernorm"), Slot::Norm(&mut block.norm));
+            f(
+                &format!("model.layers.{i}.input_layernorm"),
+                Slot::Norm(&mut block.norm),
+            );
             for ((name, ..), linear) in LAYERS.iter().zip(&mut block.linear) {
                 f(&format!("model.layers.{i}.{name}"), Slot::Linear(linear));
             }
@@ -119,7 +146,10 @@ impl Adaptable for Tiny {
     fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
         f("model.embed_tokens", SlotRef::Embedding(&self.embed));
         for (i, block) in self.layers.iter().enumerate() {
-            f(&format!("model.layers.{i}.input_layernorm"), SlotRef::Norm(&block.norm));
+            f(
+                &format!("model.layers.{i}.input_layernorm"),
+                SlotRef::Norm(&block.norm),
+            );
             for ((name, ..), linear) in LAYERS.iter().zip(&block.linear) {
                 f(&format!("model.layers.{i}.{name}"), SlotRef::Linear(linear));
             }
@@ -145,9 +175,18 @@ impl LlamaSizes {
     pub fn modules(&self) -> Vec<ModuleShape> {
         let mut all = Vec::new();
         let mut add = |name: String, kind, shape: &[usize]| {
-            all.push(ModuleShape { name, kind, shape: shape.to_vec(), bias: false });
+            all.push(ModuleShape {
+                name,
+                kind,
+                shape: shape.to_vec(),
+                bias: false,
+            });
         };
-        add("model.embed_tokens".into(), ModuleKind::Embedding, &[self.vocab, self.hidden]);
+        add(
+            "model.embed_tokens".into(),
+            ModuleKind::Embedding,
+            &[self.vocab, self.hidden],
+        );
         for i in 0..self.layers {
             for (name, out, width) in [
                 ("self_attn.q_proj", self.hidden, self.hidden),
@@ -158,15 +197,27 @@ impl LlamaSizes {
                 ("mlp.up_proj", self.inner, self.hidden),
                 ("mlp.down_proj", self.hidden, self.inner),
             ] {
-                add(format!("model.layers.{i}.{name}"), ModuleKind::Linear, &[out, width]);
+                add(
+                    format!("model.layers.{i}.{name}"),
+                    ModuleKind::Linear,
+                    &[out, width],
+                );
             }
             for name in ["input_layernorm", "post_attention_layernorm"] {
-                add(format!("model.layers.{i}.{name}"), ModuleKind::Norm, &[self.hidden]);
+                add(
+                    format!("model.layers.{i}.{name}"),
+                    ModuleKind::Norm,
+                    &[self.hidden],
+                );
             }
         }
         add("model.norm".into(), ModuleKind::Norm, &[self.hidden]);
         if !self.tied {
-            add("lm_head".into(), ModuleKind::Head, &[self.vocab, self.hidden]);
+            add(
+                "lm_head".into(),
+                ModuleKind::Head,
+                &[self.vocab, self.hidden],
+            );
         }
         all
     }
@@ -175,7 +226,10 @@ impl LlamaSizes {
 /// The largest difference between two outputs.
 pub fn difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max)
 }
 
 /// Gives every parameter of the adapter values that are not its initial ones.

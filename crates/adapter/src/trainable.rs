@@ -156,3 +156,63 @@ pub fn import_trainable<M: Adaptable>(
     });
     Ok(())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use super::*;
+    use crate::testing::{Tiny, perturb};
+    use crate::{LoraConfig, attach};
+    use burn::tensor::Device;
+
+    fn adapted() -> Tiny {
+        let cfg = LoraConfig {
+            modules_to_save: Some(vec!["lm_head".into()]),
+            ..LoraConfig::default()
+        };
+        let mut model = Tiny::new(&Device::flex());
+        attach(&mut model, &cfg, 1).unwrap();
+        model
+    }
+
+    #[test]
+    fn values_come_back_to_the_bit_and_ids_stay() {
+        let mut model = adapted();
+        perturb(&mut model);
+        let state = export_trainable(&model).unwrap();
+        let mut other = adapted();
+        import_trainable(&mut other, state.clone()).unwrap();
+        assert_eq!(export_trainable(&other).unwrap(), state);
+        assert_eq!(trainable(&other), trainable(&model));
+        assert_eq!(other.logits(), model.logits());
+    }
+
+    #[test]
+    fn all_differences_are_reported_and_nothing_is_changed() {
+        let mut model = adapted();
+        let before = export_trainable(&model).unwrap();
+        let mut state = before.clone();
+        state[0].0 = "elsewhere".into();
+        state[1].1 = vec![1, 2];
+        state[2].2.pop();
+        let again = state[3].clone();
+        state.push(again);
+        let Err(AdapterError::Import { problems }) = import_trainable(&mut model, state) else {
+            panic!()
+        };
+        for part in [
+            "lora_A.weight is missing",
+            "is [1, 2] where",
+            "511 values",
+            "more than once",
+            "elsewhere is not",
+        ] {
+            assert!(
+                problems.iter().any(|p| p.contains(part)),
+                "{part} not in {problems:#?}"
+            );
+        }
+        assert_eq!(problems.len(), 5);
+        assert_eq!(export_trainable(&model).unwrap(), before);
+    }
+}

@@ -123,3 +123,148 @@ impl MethodConfig for LoraConfig {
         })
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use burn::module::Module;
+    use burn::tensor::{Device, Distribution, Tensor};
+
+    use crate::config::{LoraConfig, Targets};
+    use crate::slot::{Adaptable, SlotRef};
+    use crate::testing::{Tiny, difference, fill, perturb};
+    use crate::{Linear, attach};
+
+    fn adapted(cfg: LoraConfig) -> Tiny {
+        let cfg = LoraConfig {
+            target_modules: Some(Targets::AllLinear),
+            ..cfg
+        };
+        let mut model = Tiny::new(&Device::flex());
+        attach(&mut model, &cfg, 5).unwrap();
+        perturb(&mut model);
+        model
+    }
+
+    fn first(model: &Tiny) -> Linear {
+        let mut found = None;
+        model.for_each_slot_ref(&mut |name, slot| {
+            if let (SlotRef::Linear(l), true) = (slot, name.ends_with("0.mlp.up_proj")) {
+                found = Some(l.clone());
+            }
+        });
+        found.unwrap()
+    }
+
+    fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+        tensor.into_data().try_into_vec().unwrap()
+    }
+
+    #[test]
+    fn the_forward_pass_adds_the_delta() {
+        for cfg in [
+            LoraConfig {
+                lora_alpha: 16.0,
+                ..LoraConfig::default()
+            },
+            LoraConfig {
+                lora_alpha: 16.0,
+                use_rslora: true,
+                ..LoraConfig::default()
+            },
+        ] {
+            let linear = first(&adapted(cfg));
+            let x = fill([3, 64], 1, &Device::flex()) * 10.0;
+            let dense = x.clone().matmul(linear.weight_in_use().transpose())
+                + linear.bias_in_use().unwrap().unsqueeze();
+            // 64 products of values up to 1, twice.
+            assert!(difference(&values(linear.forward(x)), &values(dense)) < 1e-5);
+        }
+    }
+
+    /// The scale by hand: `alpha / r = 2`, `alpha / √r = 16 / √8`.
+    #[test]
+    fn the_delta_is_the_scaled_product() {
+        for (use_rslora, scale) in [(false, 2.0), (true, 16.0 / 8.0_f64.sqrt())] {
+            let linear = first(&adapted(LoraConfig {
+                lora_alpha: 16.0,
+                use_rslora,
+                ..LoraConfig::default()
+            }));
+            let super::Adapter::Lora(lora) = linear.adapter.as_ref().unwrap();
+            let by_hand = lora.lora_b.val().matmul(lora.lora_a.val()) * scale;
+            assert!(difference(&values(lora.delta_weight_of()), &values(by_hand)) < 1e-6);
+        }
+    }
+
+    #[test]
+    fn dropout_touches_the_adapters_input_alone_and_only_in_training() {
+        let plain = adapted(LoraConfig::default());
+        let dropping = adapted(LoraConfig {
+            lora_dropout: 0.5,
+            ..LoraConfig::default()
+        });
+        // Not in training: the same bits.
+        assert_eq!(plain.logits(), dropping.logits());
+        let training = dropping.train();
+        assert_eq!(training.valid().logits(), plain.logits());
+        let autodiff = Device::flex().autodiff();
+        autodiff.seed(1);
+        let linear = first(&training);
+        let x = fill([1, 64], 1, &autodiff) * 10.0;
+        let base = values(enamel_kernels::linear(x.clone(), linear.weight.val()));
+        let without = values(first(&plain).forward(x.clone().inner()));
+        let mut sum = vec![0.0; without.len()];
+        let runs = 4000;
+        let mut seen = Vec::new();
+        for _ in 0..runs {
+            let y = values(linear.forward(x.clone()));
+            y.iter()
+                .zip(&mut sum)
+                .for_each(|(y, sum)| *sum += y / runs as f32);
+            seen.push(y);
+        }
+        assert_ne!(seen[0], seen[1], "a new mask every time");
+        // The mean of the inverted dropout is the output without it. The deviation of one run is the
+        // root of the sum of 64 squared terms; allow five of the mean's.
+        let deviation = |i: usize| {
+            let mean = sum[i];
+            let squares = seen.iter().map(|y| (y[i] - mean).powi(2)).sum::<f32>();
+            (squares / runs as f32).sqrt()
+        };
+        for i in 0..without.len() {
+            let allowed = 5.0 * deviation(i) / (runs as f32).sqrt() + 1e-4;
+            assert!(
+                (sum[i] - without[i]).abs() < allowed,
+                "{i}: {} {} {allowed}",
+                sum[i],
+                without[i]
+            );
+        }
+        assert!(difference(&without, &base) > 0.0);
+    }
+
+    #[test]
+    fn dropped_everything_leaves_the_base() {
+        // With nearly everything dropped most runs are the base to the bit: it never sees the mask.
+        let model = adapted(LoraConfig {
+            lora_dropout: 0.999,
+            ..LoraConfig::default()
+        })
+        .train();
+        let linear = first(&model);
+        let device = Device::flex().autodiff();
+        let x = Tensor::<2>::random([1, 64], Distribution::Default, &device);
+        let base = values(
+            enamel_kernels::linear(x.clone(), linear.weight.val())
+                + linear.bias_in_use().unwrap().unsqueeze(),
+        );
+        assert!((0..50).any(|_| values(linear.forward(x.clone())) == base));
+    }
+
+    impl super::Lora {
+        fn delta_weight_of(&self) -> Tensor<2> {
+            super::Method::delta_weight(self)
+        }
+    }
+}
