@@ -1,1 +1,32 @@
-//! placeholder
+//! Data for fine-tuning: tokenizer, chat templates, record formats, loss masks and batches.
+//!
+//! From files to batches in four steps: [`Tokenizer::from_parts`] reads a model's tokenizer and chat
+//! template, [`load_examples`] reads rows and decides for every token whether it is trained,
+//! [`epoch_order`] orders them, and [`collate`] pads some of them into a [`Batch`]. Everything stays
+//! in host memory as plain vectors; this crate knows no tensor library.
+
+mod batch;
+mod chat_template;
+mod error;
+mod examples;
+mod files;
+mod inspect;
+mod masks;
+mod message;
+mod records;
+mod template_env;
+mod token_stream;
+mod tokenizer;
+
+pub use batch::{Batch, collate, epoch_order, group_by_length, split_rows};
+pub use chat_template::{ChatTemplate, RenderOptions, TemplateError};
+pub use error::{BAD_ROWS_SHOWN, BadReason, BadRow, DataError, RowRef};
+pub use examples::{
+    DataFile, DataSpec, Example, Examples, Note, OnBadRow, Truncation, load_examples,
+};
+pub use inspect::spans;
+pub use masks::{IGNORED, TrainOn};
+pub use message::Message;
+pub use records::RecordFormat;
+pub use token_stream::TokenStream;
+pub use tokenizer::{Encoded, Tokenizer};

@@ -1,0 +1,269 @@
+//! Chat templates: a conversation rendered to text, byte for byte as transformers renders it.
+
+use std::ops::Range;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::{Environment, Value};
+use serde_json::{Map, Value as Json};
+
+use crate::message::Message;
+use crate::template_env::{
+    BLOCK_END, BLOCK_START, MARK_VARIABLE, Raised, TEMPLATE_NAME, environment,
+    rewrite_generation_blocks, to_template_value,
+};
+
+/// Why a chat template could not be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TemplateError {
+    /// The template's source is not valid Jinja.
+    #[error("the chat template does not parse: {detail}")]
+    Parse {
+        /// The parser's message, with the template's line.
+        detail: String,
+    },
+    /// The template failed while rendering.
+    #[error("the chat template failed: {detail}")]
+    Render {
+        /// The engine's message, with the template's line.
+        detail: String,
+    },
+    /// The template refused the conversation through `raise_exception`.
+    #[error("the chat template refuses this conversation: {message}")]
+    Raised {
+        /// The template's own words.
+        message: String,
+    },
+}
+
+/// What a template sees besides the messages.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RenderOptions<'a> {
+    /// Whether to end with the header of the assistant's next turn.
+    pub add_generation_prompt: bool,
+    /// Tool descriptions (JSON schemas), where the conversation has some.
+    pub tools: Option<&'a Json>,
+    /// Further variables for the template (`enable_thinking = false`, …).
+    pub arguments: Option<&'a Map<String, Json>>,
+}
+
+/// A compiled chat template with its tokenizer's special tokens as variables.
+///
+/// The environment is transformers': `trim_blocks`, `lstrip_blocks`, Python's string and dict
+/// methods, loop controls, `raise_exception`, `strftime_now`, `tojson` as `json.dumps` writes it,
+/// and `{% generation %}` blocks. `strftime_now` shows UTC.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+    special_tokens: Vec<(String, String)>,
+    has_generation_blocks: bool,
+    now: i64,
+}
+
+impl ChatTemplate {
+    /// Compiles `source`; `special_tokens` are variables such as (`eos_token`, `</s>`).
+    ///
+    /// # Errors
+    /// [`TemplateError::Parse`] where the source is not valid Jinja.
+    pub fn new(source: &str, special_tokens: &[(String, String)]) -> Result<Self, TemplateError> {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs() as i64);
+        Self::with_now(source, special_tokens, now)
+    }
+
+    /// Like [`ChatTemplate::new`], with the time `strftime_now` shows fixed (Unix seconds), so that
+    /// a template with a date in it renders the same text on another day.
+    ///
+    /// # Errors
+    /// [`TemplateError::Parse`] where the source is not valid Jinja.
+    pub fn with_now(
+        source: &str,
+        special_tokens: &[(String, String)],
+        now: i64,
+    ) -> Result<Self, TemplateError> {
+        let environment = environment(source, now).map_err(|error| TemplateError::Parse {
+            detail: describe(&error),
+        })?;
+        Ok(Self {
+            environment,
+            has_generation_blocks: rewrite_generation_blocks(source).1,
+            source: source.to_owned(),
+            special_tokens: special_tokens.to_vec(),
+            now,
+        })
+    }
+
+    /// The template's source.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The time `strftime_now` shows, in Unix seconds.
+    pub fn now(&self) -> i64 {
+        self.now
+    }
+
+    /// Whether the text depends on the day it is rendered (the template calls `strftime_now`).
+    pub fn uses_clock(&self) -> bool {
+        self.source.contains("strftime_now")
+    }
+
+    /// Whether the template marks the assistant's text itself with `{% generation %}`.
+    pub fn has_generation_blocks(&self) -> bool {
+        self.has_generation_blocks
+    }
+
+    /// The conversation as text.
+    ///
+    /// # Errors
+    /// What the template raised, or how it failed.
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, TemplateError> {
+        self.render_with(
+            messages,
+            RenderOptions {
+                add_generation_prompt,
+                ..RenderOptions::default()
+            },
+        )
+    }
+
+    /// The conversation as text, with tools and further template variables.
+    ///
+    /// # Errors
+    /// What the template raised, or how it failed.
+    pub fn render_with(
+        &self,
+        messages: &[Message],
+        options: RenderOptions<'_>,
+    ) -> Result<String, TemplateError> {
+        self.render_context(messages, options, false)
+    }
+
+    /// The conversation as text, and the byte ranges of its `{% generation %}` blocks; no ranges
+    /// where the template rewrites its own output around a block, so that they cannot be trusted.
+    ///
+    /// # Errors
+    /// What the template raised, or how it failed.
+    pub fn render_generation(
+        &self,
+        messages: &[Message],
+        options: RenderOptions<'_>,
+    ) -> Result<(String, Vec<Range<usize>>), TemplateError> {
+        let plain = self.render_context(messages, options, false)?;
+        if !self.has_generation_blocks || plain.contains([BLOCK_START, BLOCK_END]) {
+            return Ok((plain, Vec::new()));
+        }
+        let marked = self.render_context(messages, options, true)?;
+        let mut text = String::with_capacity(plain.len());
+        let mut spans = Vec::new();
+        let mut open = Vec::new();
+        for c in marked.chars() {
+            match c {
+                BLOCK_START => open.push(text.len()),
+                BLOCK_END => {
+                    if let Some(start) = open.pop()
+                        && open.is_empty()
+                    {
+                        spans.push(start..text.len());
+                    }
+                }
+                c => text.push(c),
+            }
+        }
+        if text != plain || !open.is_empty() {
+            spans.clear();
+        }
+        Ok((plain, spans))
+    }
+
+    fn render_context(
+        &self,
+        messages: &[Message],
+        options: RenderOptions<'_>,
+        mark: bool,
+    ) -> Result<String, TemplateError> {
+        let messages: Vec<Value> = messages.iter().map(message_value).collect();
+        let mut context: Vec<(String, Value)> = self
+            .special_tokens
+            .iter()
+            .map(|(name, token)| (name.clone(), Value::from(token.as_str())))
+            .collect();
+        context.extend(
+            options
+                .arguments
+                .into_iter()
+                .flatten()
+                .map(|(name, value)| (name.clone(), to_template_value(value))),
+        );
+        context.extend([
+            ("messages".to_owned(), Value::from(messages)),
+            (
+                "tools".to_owned(),
+                options.tools.map_or(Value::from(()), to_template_value),
+            ),
+            ("documents".to_owned(), Value::from(())),
+            (
+                "add_generation_prompt".to_owned(),
+                Value::from(options.add_generation_prompt),
+            ),
+            (MARK_VARIABLE.to_owned(), Value::from(mark)),
+        ]);
+        let rendered = self
+            .environment
+            .get_template(TEMPLATE_NAME)
+            .and_then(|template| template.render(Value::from_pairs(context)));
+        rendered.map_err(|error| match raised(&error) {
+            Some(message) => TemplateError::Raised { message },
+            None => TemplateError::Render {
+                detail: describe(&error),
+            },
+        })
+    }
+}
+
+/// The names a message's reasoning is passed under; the first is the one templates read.
+const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// The message as the template sees it. As in transformers 5, reasoning given under an older name is
+/// also there as `reasoning_content` and `thinking`.
+fn message_value(message: &Message) -> Value {
+    let fields = message.fields();
+    let reasoning = REASONING_FIELDS
+        .iter()
+        .find_map(|name| fields.get(*name).filter(|value| !value.is_null()));
+    let Some(reasoning) = reasoning else {
+        return to_template_value(&Json::Object(fields.clone()));
+    };
+    let mut aliased = Map::new();
+    aliased.insert("thinking".to_owned(), reasoning.clone());
+    aliased.extend(fields.clone());
+    aliased.insert("reasoning_content".to_owned(), reasoning.clone());
+    to_template_value(&Json::Object(aliased))
+}
+
+fn raised(error: &minijinja::Error) -> Option<String> {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(current) = source {
+        if let Some(raised) = current.downcast_ref::<Raised>() {
+            return Some(raised.0.clone());
+        }
+        source = current.source();
+    }
+    None
+}
+
+fn describe(error: &minijinja::Error) -> String {
+    let mut text = error.kind().to_string();
+    if let Some(detail) = error.detail() {
+        text = format!("{text}: {detail}");
+    }
+    match error.line() {
+        Some(line) => format!("{text} (template line {line})"),
+        None => text,
+    }
+}

@@ -1,0 +1,252 @@
+//! What can be wrong with a data file, a row, a tokenizer or a template, in words for its author.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::chat_template::TemplateError;
+
+/// How many bad rows an error names before it only counts.
+pub const BAD_ROWS_SHOWN: usize = 20;
+
+/// Where a row came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RowRef {
+    /// The data file, as given.
+    pub file: Arc<Path>,
+    /// The line the row starts on, from 1.
+    pub line: usize,
+}
+
+impl fmt::Display for RowRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.line)
+    }
+}
+
+/// A row that cannot be trained on, and why.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BadRow {
+    /// Where the row is.
+    pub source: RowRef,
+    /// What is wrong with it.
+    pub reason: BadReason,
+}
+
+impl fmt::Display for BadRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.source, self.reason)
+    }
+}
+
+/// What is wrong with a row.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum BadReason {
+    /// The bytes are not UTF-8.
+    #[error("not valid UTF-8 (byte {offset} of the row)")]
+    Utf8 {
+        /// Where in the row the first wrong byte is.
+        offset: usize,
+    },
+    /// The text is not JSON.
+    #[error("invalid JSON: {detail}")]
+    Json {
+        /// The parser's message.
+        detail: String,
+    },
+    /// The row is JSON, but not an object.
+    #[error("a row must be a JSON object, this is {found}")]
+    NotAnObject {
+        /// The JSON type found.
+        found: &'static str,
+    },
+    /// The row matches no record format.
+    #[error("no known format: keys are {found}; expected {expected}")]
+    UnknownFormat {
+        /// The row's keys.
+        found: String,
+        /// The formats' keys.
+        expected: String,
+    },
+    /// A field the format needs is absent.
+    #[error("missing field `{field}` (format {format}); the row has {found}")]
+    MissingField {
+        /// The absent field.
+        field: String,
+        /// The format in force for the file.
+        format: &'static str,
+        /// The row's keys.
+        found: String,
+    },
+    /// A field has the wrong JSON type.
+    #[error("field `{field}` must be {expected}, not {found}")]
+    WrongType {
+        /// The field, with its path in the row.
+        field: String,
+        /// What it should be.
+        expected: &'static str,
+        /// What it is.
+        found: &'static str,
+    },
+    /// A message has a role no template knows.
+    #[error("message {index}: unknown role {role:?}; known roles are {known}")]
+    UnknownRole {
+        /// The message's position, from 0.
+        index: usize,
+        /// The role found.
+        role: String,
+        /// The roles accepted.
+        known: String,
+    },
+    /// There is nothing in the row.
+    #[error("`{field}` is empty")]
+    Empty {
+        /// The empty field.
+        field: String,
+    },
+    /// The row is a conversation and the tokenizer has no chat template.
+    #[error("a conversation needs a chat template and this tokenizer has none")]
+    NoChatTemplate,
+    /// The chat template failed on the conversation.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The template's turn boundaries cannot be established for this conversation.
+    #[error(
+        "message {index}: cannot find where the assistant's turn lies in the rendered text: {detail}; \
+         mark it in the chat template with {{% generation %}} … {{% endgeneration %}}"
+    )]
+    Boundary {
+        /// The assistant message's position, from 0.
+        index: usize,
+        /// What did not fit.
+        detail: String,
+    },
+    /// Nothing in the row is trained.
+    #[error("no trained token: {detail}")]
+    NothingTrained {
+        /// Why.
+        detail: String,
+    },
+    /// The row is too long and the recipe does not allow truncation.
+    #[error(
+        "{tokens} tokens, more than max_length = {max_length}; raise it or set truncation to \
+         \"keep_start\", \"keep_end\" or \"drop\""
+    )]
+    TooLong {
+        /// The row's length.
+        tokens: usize,
+        /// The limit.
+        max_length: usize,
+    },
+    /// A token id the tokenizer does not have.
+    #[error("{field}[{index}] = {id} is outside the vocabulary of {vocab_size} tokens")]
+    OutOfVocabulary {
+        /// `input_ids` or `labels`.
+        field: &'static str,
+        /// Position in the field.
+        index: usize,
+        /// The id.
+        id: i64,
+        /// The vocabulary's size.
+        vocab_size: usize,
+    },
+    /// Labels and input ids are not equally many.
+    #[error("`labels` has {labels} entries, `input_ids` has {input_ids}")]
+    LabelsLength {
+        /// Number of labels.
+        labels: usize,
+        /// Number of input ids.
+        input_ids: usize,
+    },
+    /// The tokenizer failed on the row's text.
+    #[error("the tokenizer failed: {detail}")]
+    Tokenizer {
+        /// The tokenizer's message.
+        detail: String,
+    },
+}
+
+/// Why data, a tokenizer or a template could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// A file or directory could not be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The path.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A directory holds no data file.
+    #[error("no .jsonl, .ndjson or .json file in {}", path.display())]
+    NoFiles {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The data specification names no path.
+    #[error("no data files given")]
+    NoPaths,
+    /// `tokenizer.json` cannot be used.
+    #[error("tokenizer.json cannot be used: {detail}")]
+    Tokenizer {
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// `tokenizer_config.json` has a field of the wrong shape.
+    #[error("tokenizer_config.json: `{field}` {detail}")]
+    TokenizerConfig {
+        /// The field.
+        field: String,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// The chat template cannot be used.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// Conversations need a chat template and there is none.
+    #[error(
+        "{row}: a conversation needs a chat template and this tokenizer has none; \
+         give one, or use rows of prompt and completion"
+    )]
+    NoChatTemplate {
+        /// The first row that needs it.
+        row: RowRef,
+    },
+    /// Rows that cannot be trained on, all of them.
+    #[error("{}", show_bad_rows(rows, *total))]
+    BadRows {
+        /// The first of them, at most [`BAD_ROWS_SHOWN`].
+        rows: Vec<BadRow>,
+        /// How many there are in all.
+        total: usize,
+    },
+    /// No row is left to train on.
+    #[error("no usable row in {files}{detail}")]
+    NoRows {
+        /// The files read.
+        files: String,
+        /// What became of the rows.
+        detail: String,
+    },
+    /// A value of the data specification is out of range.
+    #[error("data.{field} {detail}")]
+    Spec {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        detail: String,
+    },
+}
+
+fn show_bad_rows(rows: &[BadRow], total: usize) -> String {
+    use fmt::Write as _;
+    let mut text = format!("{total} bad row{}:", if total == 1 { "" } else { "s" });
+    for row in rows {
+        let _ = write!(text, "\n  {row}");
+    }
+    if total > rows.len() {
+        let _ = write!(text, "\n  … and {} more", total - rows.len());
+    }
+    text.push_str("\nCorrect them, or set on_bad_row = \"skip\" to train without them.");
+    text
+}

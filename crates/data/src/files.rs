@@ -1,0 +1,254 @@
+//! Data files: which ones a path names, and their rows with line numbers.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::error::{BadReason, DataError};
+
+/// Extensions taken from a directory.
+const EXTENSIONS: [&str; 3] = ["jsonl", "ndjson", "json"];
+
+/// One row's bytes in its file, or why it has none.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct RawRow {
+    /// The line it starts on, from 1.
+    pub(crate) line: usize,
+    pub(crate) bytes: Range<usize>,
+}
+
+/// The data files that `paths` name: files as they are, directories as their `.jsonl`, `.ndjson` and
+/// `.json` files by name.
+pub(crate) fn expand_paths(paths: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
+    if paths.is_empty() {
+        return Err(DataError::NoPaths);
+    }
+    let mut files = Vec::new();
+    for path in paths {
+        let read_error = |source| DataError::Read {
+            path: path.clone(),
+            source,
+        };
+        if !std::fs::metadata(path).map_err(read_error)?.is_dir() {
+            files.push(path.clone());
+            continue;
+        }
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(path).map_err(read_error)? {
+            let file = entry.map_err(read_error)?.path();
+            let extension = file
+                .extension()
+                .and_then(|e| e.to_str())
+                .unwrap_or_default();
+            if EXTENSIONS.contains(&extension.to_ascii_lowercase().as_str()) && file.is_file() {
+                found.push(file);
+            }
+        }
+        if found.is_empty() {
+            return Err(DataError::NoFiles { path: path.clone() });
+        }
+        found.sort();
+        files.append(&mut found);
+    }
+    Ok(files)
+}
+
+/// The rows of a file: the lines of JSONL, or the elements of one JSON array. Blank lines and a
+/// byte-order mark are skipped.
+pub(crate) fn split_rows_of(path: &Path, bytes: &[u8]) -> Vec<RawRow> {
+    let start = if bytes.starts_with(b"\xEF\xBB\xBF") {
+        3
+    } else {
+        0
+    };
+    let lines_only = path
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("jsonl") || e.eq_ignore_ascii_case("ndjson"));
+    let first = bytes[start..].iter().find(|b| !b.is_ascii_whitespace());
+    if first == Some(&b'[') && !lines_only {
+        array_elements(bytes, start)
+    } else {
+        lines(bytes, start)
+    }
+}
+
+fn lines(bytes: &[u8], mut start: usize) -> Vec<RawRow> {
+    let mut rows = Vec::new();
+    let mut line = 1;
+    while start < bytes.len() {
+        let end = bytes[start..]
+            .iter()
+            .position(|&b| b == b'\n')
+            .map_or(bytes.len(), |length| start + length);
+        push_trimmed(&mut rows, bytes, start..end, line);
+        start = end + 1;
+        line += 1;
+    }
+    rows
+}
+
+/// The elements of the array that starts at or after `start`, found by nesting and strings alone, so
+/// that a broken element is reported at its own line. What follows the array is a row too, and with
+/// it an error.
+fn array_elements(bytes: &[u8], start: usize) -> Vec<RawRow> {
+    let mut rows = Vec::new();
+    let mut line = 1;
+    let mut depth = 0usize;
+    let mut in_string = false;
+    let mut escaped = false;
+    let mut element = start;
+    let mut element_line = 1;
+    let mut closed = false;
+    for (at, &byte) in bytes.iter().enumerate().skip(start) {
+        if byte == b'\n' {
+            line += 1;
+        }
+        if in_string {
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' => escaped = true,
+                b'"' => in_string = false,
+                _ => {}
+            }
+            continue;
+        }
+        if closed {
+            continue;
+        }
+        match byte {
+            b'"' => in_string = true,
+            b'[' | b'{' => {
+                depth += 1;
+                if depth == 1 {
+                    element = at + 1;
+                    element_line = line;
+                }
+            }
+            b']' | b'}' => {
+                depth = depth.saturating_sub(1);
+                if depth == 0 {
+                    // A closing bracket directly after the opening one or a last comma.
+                    push_trimmed(&mut rows, bytes, element..at, element_line);
+                    element = at + 1;
+                    element_line = line;
+                    closed = true;
+                }
+            }
+            b',' if depth == 1 => {
+                push_trimmed(&mut rows, bytes, element..at, element_line);
+                element = at + 1;
+                element_line = line;
+            }
+            _ => {}
+        }
+    }
+    push_trimmed(&mut rows, bytes, element..bytes.len(), element_line);
+    rows
+}
+
+/// Adds `range` without the white space around it, where anything is left.
+fn push_trimmed(rows: &mut Vec<RawRow>, bytes: &[u8], range: Range<usize>, line: usize) {
+    let text = &bytes[range.clone()];
+    let blank = |b: &u8| b.is_ascii_whitespace();
+    let Some(first) = text.iter().position(|b| !blank(b)) else {
+        return;
+    };
+    let last = text.iter().rposition(|b| !blank(b)).unwrap_or(first);
+    rows.push(RawRow {
+        line: line + text[..first].iter().filter(|&&b| b == b'\n').count(),
+        bytes: range.start + first..range.start + last + 1,
+    });
+}
+
+/// A row's JSON object.
+pub(crate) fn parse_row(
+    bytes: &[u8],
+) -> Result<serde_json::Map<String, serde_json::Value>, BadReason> {
+    let text = std::str::from_utf8(bytes).map_err(|error| BadReason::Utf8 {
+        offset: error.valid_up_to(),
+    })?;
+    match serde_json::from_str(text) {
+        Ok(serde_json::Value::Object(map)) => Ok(map),
+        Ok(other) => Err(BadReason::NotAnObject {
+            found: crate::records::type_name(&other),
+        }),
+        Err(error) => Err(BadReason::Json {
+            detail: error.to_string(),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn rows(name: &str, text: &str) -> Vec<(usize, String)> {
+        split_rows_of(Path::new(name), text.as_bytes())
+            .into_iter()
+            .map(|row| (row.line, text[row.bytes].to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn lines_keep_their_numbers_past_blank_lines_bom_and_crlf() {
+        assert_eq!(
+            rows(
+                "a.jsonl",
+                "\u{FEFF}{\"a\":1}\r\n\r\n  \n {\"b\":2} \r\n{\"c\":3}"
+            ),
+            [
+                (1, "{\"a\":1}".to_owned()),
+                (4, "{\"b\":2}".to_owned()),
+                (5, "{\"c\":3}".to_owned())
+            ]
+        );
+        assert!(rows("a.jsonl", "").is_empty());
+    }
+
+    #[test]
+    fn array_elements_start_on_their_own_lines() {
+        assert_eq!(
+            rows(
+                "a.json",
+                "[\n  {\"a\": \"],}\\\"\"},\n\n  {\"b\":\n [1, 2]}\n]\n"
+            ),
+            [
+                (2, "{\"a\": \"],}\\\"\"}".to_owned()),
+                (4, "{\"b\":\n [1, 2]}".to_owned())
+            ]
+        );
+        assert!(rows("a.json", "[]").is_empty());
+        // Broken: no closing bracket, text after the array.
+        assert_eq!(
+            rows("a.json", "[{\"a\":1},\n{\"b\"")[1],
+            (2, "{\"b\"".to_owned())
+        );
+        assert_eq!(rows("a.json", "[1]\nx")[1], (2, "x".to_owned()));
+    }
+
+    #[test]
+    fn a_json_file_with_one_object_a_line_is_read_by_lines() {
+        assert_eq!(rows("a.json", "{\"a\":1}\n{\"a\":2}\n").len(), 2);
+    }
+
+    #[test]
+    fn directories_give_their_data_files_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["b.jsonl", "a.JSON", "notes.txt"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let files = expand_paths(&[dir.path().to_owned()]).unwrap();
+        let names: Vec<_> = files.iter().map(|f| f.file_name().unwrap()).collect();
+        assert_eq!(names, ["a.JSON", "b.jsonl"]);
+        let empty = tempfile::tempdir().unwrap();
+        assert!(matches!(
+            expand_paths(&[empty.path().to_owned()]),
+            Err(DataError::NoFiles { .. })
+        ));
+        assert!(matches!(
+            expand_paths(&[empty.path().join("none.jsonl")]),
+            Err(DataError::Read { .. })
+        ));
+        assert!(matches!(expand_paths(&[]), Err(DataError::NoPaths)));
+    }
+}
