@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::AttentionSpec;
 use super::ops::AttentionOps;
 use crate::cpu::exp::exp;
+use crate::cpu::heads::{Heads, by_heads};
 use crate::cpu::matrix::{Into, MatMut, MatRef, Threads, product};
 use crate::cpu::simd::{LANES, Level, dot, fma, level, simd_fn, sum_lanes};
 use crate::cpu::storage::{Fresh, dense, tensor, values};
@@ -21,54 +22,6 @@ const QUERIES: usize = 64;
 const KEYS: usize = 256;
 /// Up to so many query rows a key head, dot products beat packed tiles: decoding.
 const FEW_ROWS: usize = 16;
-
-/// A `[batch, tokens, heads, dim]` tensor whose last axis lies in order.
-struct Heads<'a> {
-    data: &'a [f32],
-    start: usize,
-    strides: [usize; 3],
-    dim: usize,
-}
-
-impl<'a> Heads<'a> {
-    fn of(t: &'a FlexTensor) -> Self {
-        let (shape, strides) = (t.layout().shape(), t.layout().strides());
-        Self {
-            data: t.storage::<f32>(),
-            start: t.layout().start_offset(),
-            strides: [0, 1, 2].map(|i| if shape[i] > 1 { strides[i] as usize } else { 0 }),
-            dim: shape[3],
-        }
-    }
-
-    fn at(&self, batch: usize, token: usize, head: usize) -> usize {
-        let [b, t, h] = self.strides;
-        self.start + batch * b + token * t + head * h
-    }
-
-    /// Rows `token .. token + rows` of a head.
-    fn tile(&self, batch: usize, token: usize, head: usize, rows: usize) -> MatRef<'a> {
-        MatRef::strided(
-            self.data,
-            self.at(batch, token, head),
-            rows,
-            self.dim,
-            self.strides[1],
-        )
-    }
-
-    fn row(&self, batch: usize, token: usize, head: usize) -> &'a [f32] {
-        let at = self.at(batch, token, head);
-        &self.data[at..at + self.dim]
-    }
-}
-
-/// The tensor itself when [`Heads`] can read it in place, else an ordered copy.
-fn by_heads(t: FlexTensor) -> FlexTensor {
-    let (shape, strides) = (t.layout().shape(), t.layout().strides());
-    let ok = (0..4).all(|i| shape[i] <= 1 || strides[i] > 0) && (strides[3] == 1 || shape[3] <= 1);
-    if ok { t } else { t.to_contiguous() }
-}
 
 /// Sizes of a call and what is visible to whom.
 #[derive(Clone, Copy)]

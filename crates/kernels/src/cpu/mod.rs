@@ -4,6 +4,7 @@
 //! each output element is written by one task in a fixed order.
 
 pub(crate) mod exp;
+pub(crate) mod heads;
 pub(crate) mod matrix;
 pub(crate) mod simd;
 pub(crate) mod storage;

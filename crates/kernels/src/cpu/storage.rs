@@ -51,6 +51,12 @@ pub(crate) fn values(t: &FlexTensor) -> &[f32] {
     }
 }
 
+/// The tensor as the whole of its buffer, to be overwritten through `storage_mut`: in place when
+/// this is the last handle, in a copy otherwise.
+pub(crate) fn owned(t: FlexTensor) -> FlexTensor {
+    t.to_contiguous()
+}
+
 /// A tensor around a finished vector.
 pub(crate) fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {
     debug_assert_eq!(values.len(), shape.num_elements());

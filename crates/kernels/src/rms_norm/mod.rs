@@ -1,8 +1,14 @@
 //! Root-mean-square normalisation over the last axis.
 
+mod cpu;
 mod reference;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
 
 use burn::tensor::Tensor;
+
+use crate::cpu::storage::OnFlex;
 
 /// `y = x / sqrt(mean(x²) + eps) · weight`, over the last axis.
 ///
@@ -10,5 +16,9 @@ use burn::tensor::Tensor;
 /// - x, result: `[..., hidden]`
 /// - weight: `[hidden]`
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
-    reference::rms_norm(x, weight, eps)
+    if x.on_flex() && weight.on_flex() {
+        cpu::rms_norm(x, weight, eps)
+    } else {
+        reference::rms_norm(x, weight, eps)
+    }
 }

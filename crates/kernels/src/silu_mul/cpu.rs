@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use crate::cpu::exp::sigmoid;
 use crate::cpu::simd::{level, simd_fn};
-use crate::cpu::storage::{CHUNK, Fresh, dense, values};
+use crate::cpu::storage::{CHUNK, Fresh, dense, owned, values};
 
 /// The operation as a backend extension.
 #[backend_extension(Flex, Autodiff)]
@@ -45,19 +45,13 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// With `s = sigmoid(x)`: `dx = g·u·s·(1 + x·(1 − s))`, `du = g·x·s`.
-    fn backward<FMA>(
-        gate: &[f32],
-        up: &[f32],
-        grad: &[f32],
-        d_gate: &mut [MaybeUninit<f32>],
-        d_up: &mut [MaybeUninit<f32>],
-    ) {
-        let outputs = d_gate.iter_mut().zip(d_up);
-        for (((x, u), g), (dx, du)) in gate.iter().zip(up).zip(grad).zip(outputs) {
+    /// With `s = sigmoid(x)`: `dx = g·u·s·(1 + x·(1 − s))` replaces x, `du = g·x·s` replaces g.
+    fn backward<FMA>(gate: &mut [f32], up: &[f32], grad: &mut [f32]) {
+        for ((x, u), g) in gate.iter_mut().zip(up).zip(grad) {
             let s = sigmoid::<FMA>(*x);
-            dx.write(g * u * (s * (1.0 + x * (1.0 - s))));
-            du.write(g * (x * s));
+            let d_up = *g * (*x * s);
+            *x = *g * u * (s * (1.0 + *x * (1.0 - s)));
+            *g = d_up;
         }
     }
 }
@@ -86,31 +80,27 @@ impl SiluMulOps for Flex {
         up: FloatTensor<Self>,
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (gate, up, grad) = (dense(gate), dense(up), dense(grad));
-        let (x, u, g, level) = (values(&gate), values(&up), values(&grad), level());
+        // In a training step these are the last handles of gate and gradient: no allocation.
+        let (mut gate, up, mut grad) = (owned(gate), dense(up), owned(grad));
+        let (x, u, g) = (
+            gate.storage_mut::<f32>(),
+            values(&up),
+            grad.storage_mut::<f32>(),
+        );
         assert!(
             x.len() == u.len() && x.len() == g.len(),
             "gate, up and gradient agree"
         );
-        let (mut d_gate, mut d_up) = (Fresh::new(x.len()), Fresh::new(x.len()));
+        let level = level();
         if x.len() <= CHUNK {
-            backward(level, x, u, g, d_gate.slots(), d_up.slots());
+            backward(level, x, u, g);
         } else {
-            let inputs = x
-                .par_chunks(CHUNK)
-                .zip(u.par_chunks(CHUNK))
-                .zip(g.par_chunks(CHUNK));
-            let outputs = d_gate
-                .slots()
-                .par_chunks_mut(CHUNK)
-                .zip(d_up.slots().par_chunks_mut(CHUNK));
-            inputs
-                .zip(outputs)
-                .for_each(|(((x, u), g), (dx, du))| backward(level, x, u, g, dx, du));
+            let inputs = u.par_chunks(CHUNK).zip(g.par_chunks_mut(CHUNK));
+            x.par_chunks_mut(CHUNK)
+                .zip(inputs)
+                .for_each(|(x, (u, g))| backward(level, x, u, g));
         }
-        let shape = gate.layout().shape().clone();
-        // SAFETY: the chunks cover both outputs, and all lengths agree.
-        unsafe { (d_gate.into_tensor(shape.clone()), d_up.into_tensor(shape)) }
+        (gate, grad)
     }
 }
 
