@@ -1,3 +1,37 @@
 //! Recipe to plan to run: everything between a recipe file and a finished adapter.
+//!
+//! [`run::train`] is the way in: it reads from top to bottom what happens. This is the only crate
+//! that knows burn-train.
 
+pub mod chat;
+pub mod checkpoints;
+pub mod device;
+mod error;
+pub mod eval;
+pub mod gradients;
+pub mod inputs;
+pub mod inspect;
+pub mod journal;
+pub mod loaded;
+pub mod measures;
+pub mod memory;
+pub mod merge;
+pub mod plan;
 pub mod recipe;
+mod renderer;
+mod report;
+pub mod run;
+mod run_dir;
+mod run_notes;
+pub mod samples;
+pub mod schedule;
+pub mod score;
+pub mod signals;
+pub mod steps;
+pub mod strategy;
+pub mod trainee;
+
+pub use error::TrainError;
+pub use run::{RunOutcome, TrainOptions, train};
+pub use run_dir::Resume;
+pub use run_notes::thousands;

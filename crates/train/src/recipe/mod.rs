@@ -74,6 +74,17 @@ impl Recipe {
         RecipeFile::read(path)?.with_overrides(overrides).resolve()
     }
 
+    /// A recipe for `base` alone, for questions that no data are needed for. A path is relative to
+    /// the current directory.
+    pub fn for_model<S: AsRef<str>>(base: &str, overrides: &[S]) -> Result<Self, RecipeError> {
+        let text = "data.train = 'none'\n".to_owned();
+        let mut recipe = RecipeFile::from_text(Path::new("(command line)"), text)
+            .with_overrides(overrides)
+            .resolve()?;
+        recipe.model.base = resolve::model_reference(base);
+        Ok(recipe)
+    }
+
     /// The run directory.
     pub fn output_dir(&self) -> PathBuf {
         self.output

@@ -67,6 +67,16 @@ pub(super) fn is_path_reference(reference: &str) -> bool {
             || reference.ends_with(".gguf"))
 }
 
+/// A model reference from the command line: paths are relative to the current directory.
+pub(super) fn model_reference(reference: &str) -> String {
+    match is_path_reference(reference) {
+        true => tidy(&std::env::current_dir().unwrap_or_default().join(reference))
+            .display()
+            .to_string(),
+        false => reference.to_owned(),
+    }
+}
+
 fn resolve_paths(recipe: &mut Recipe, path: &Path, origins: &Origins) {
     let here = std::env::current_dir().unwrap_or_default();
     let folder = here.join(path.parent().unwrap_or(Path::new("")));

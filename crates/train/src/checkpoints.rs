@@ -1,0 +1,272 @@
+//! Checkpoints: adapter, optimizer and position of a run, never the base.
+//!
+//! `checkpoints/step-000120/` holds `adapter/` (PEFT's format, so a checkpoint is an adapter too),
+//! `optimizer.bpk` (Burn's record of AdamW's moments, keyed by parameter) and `state.json`. It is
+//! written under another name and renamed when complete: a run killed at any instant leaves the
+//! last checkpoint loadable. The schedule, the order of rows and dropout depend on the seed and the
+//! step alone, so the step is all the random state there is.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use burn::optim::{ModuleOptimizer, OptimizerRecord};
+use burn::tensor::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
+
+/// Where a run stands between two optimizer steps.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    /// Optimizer steps done.
+    pub step: usize,
+    /// Optimizer steps of the whole run.
+    pub total_steps: usize,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Lowest validation loss and the step it was measured at.
+    pub best: Option<Best>,
+    /// Validations since the loss last fell, for early stopping.
+    pub evals_without_gain: usize,
+    /// Lowest loss that early stopping has counted.
+    pub patience_loss: Option<f64>,
+    /// Trained tokens so far.
+    pub trained_tokens: u64,
+    /// Tokens so far, padding left out.
+    pub tokens: u64,
+    /// Training time so far, over all sessions.
+    pub seconds: f64,
+    /// Validation loss before the first step.
+    pub first_valid_loss: Option<f64>,
+    /// SHA-256 of what decides the numbers (recipe and files): a run resumes only under the same.
+    pub fingerprint: String,
+}
+
+/// A validation result worth remembering.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// Step after which it was measured.
+    pub step: usize,
+    /// Mean negative log-likelihood.
+    pub loss: f64,
+}
+
+/// The checkpoints of one run directory.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    dir: PathBuf,
+    keep: usize,
+}
+
+const STATE: &str = "state.json";
+const OPTIMIZER: &str = "optimizer.bpk";
+/// The adapter's folder within a checkpoint.
+pub const ADAPTER: &str = "adapter";
+
+impl Checkpoints {
+    /// The checkpoints under `run_dir`, of which the newest `keep` stay (and the best one).
+    pub fn new(run_dir: &Path, keep: usize) -> Self {
+        Self { dir: run_dir.join("checkpoints"), keep }
+    }
+
+    /// The folder of the checkpoint after `step`.
+    pub fn path(&self, step: usize) -> PathBuf {
+        self.dir.join(format!("step-{step:06}"))
+    }
+
+    /// Complete checkpoints, oldest first.
+    pub fn list(&self) -> Vec<(usize, PathBuf)> {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return Vec::new() };
+        let mut found: Vec<_> = entries
+            .flatten()
+            .filter_map(|e| {
+                let step = e.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?;
+                e.path().join(STATE).is_file().then(|| (step, e.path()))
+            })
+            .collect();
+        found.sort();
+        found
+    }
+
+    /// The newest complete checkpoint.
+    pub fn latest(&self) -> Option<PathBuf> {
+        self.list().pop().map(|(_, path)| path)
+    }
+
+    /// Writes the checkpoint of `state.step`; `write_adapter` fills the adapter's folder. Then
+    /// removes the oldest ones beyond the limit, never the best.
+    ///
+    /// # Errors
+    /// When the disk refuses; what was there before stays.
+    pub fn save(
+        &self,
+        state: &RunState,
+        optimizer: &ModuleOptimizer,
+        write_adapter: impl FnOnce(&Path) -> Result<(), TrainError>,
+    ) -> Result<PathBuf, TrainError> {
+        fs::create_dir_all(&self.dir).map_err(TrainError::io(&self.dir, "creating the folder"))?;
+        let staging = tempfile::Builder::new()
+            .prefix(".saving-")
+            .tempdir_in(&self.dir)
+            .map_err(TrainError::io(&self.dir, "creating a folder in it"))?;
+        write_adapter(&staging.path().join(ADAPTER))?;
+        let bytes = optimizer.into_bytes().map_err(|e| TrainError::Framework(e.to_string()))?;
+        write_synced(&staging.path().join(OPTIMIZER), &bytes)?;
+        let json = serde_json::to_vec_pretty(state)
+            .map_err(|e| TrainError::Framework(format!("writing the run's state: {e}")))?;
+        write_synced(&staging.path().join(STATE), &json)?;
+
+        let target = self.path(state.step);
+        if target.exists() {
+            fs::remove_dir_all(&target).map_err(TrainError::io(&target, "replacing it"))?;
+        }
+        let staged = staging.keep();
+        fs::rename(&staged, &target).map_err(TrainError::io(&target, "renaming it into place"))?;
+        sync_dir(&self.dir);
+        self.prune(state.best.map(|b| b.step));
+        Ok(target)
+    }
+
+    fn prune(&self, best: Option<usize>) {
+        let all = self.list();
+        let excess = all.len().saturating_sub(self.keep);
+        for (step, path) in all.into_iter().take(excess) {
+            if Some(step) != best {
+                // A checkpoint that cannot be removed costs disk space and nothing else.
+                let _ = fs::remove_dir_all(path);
+            }
+        }
+        self.sweep();
+    }
+
+    /// Removes what killed runs left half-written.
+    pub fn sweep(&self) {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return };
+        for entry in entries.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(".saving-") {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
+    }
+}
+
+/// The state of the checkpoint in `dir`.
+///
+/// # Errors
+/// When the file is missing or not one of ours.
+pub fn read_state(dir: &Path) -> Result<RunState, TrainError> {
+    let path = dir.join(STATE);
+    let bytes = fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
+    serde_json::from_slice(&bytes).map_err(|e| TrainError::Run {
+        path,
+        reason: format!("not a run's state: {e}"),
+        help: "resume from another checkpoint, or start again without --resume".into(),
+    })
+}
+
+/// Puts the moments of the checkpoint in `dir` into `optimizer`.
+///
+/// # Errors
+/// When the file is missing or damaged.
+pub fn load_optimizer(
+    dir: &Path,
+    optimizer: ModuleOptimizer,
+) -> Result<ModuleOptimizer, TrainError> {
+    let path = dir.join(OPTIMIZER);
+    let bytes = fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
+    let record = OptimizerRecord::from_bytes(Bytes::from_bytes_vec(bytes)).map_err(|e| {
+        TrainError::Run {
+            path,
+            reason: format!("not an optimizer's state: {e}"),
+            help: "resume from another checkpoint".into(),
+        }
+    })?;
+    Ok(optimizer.load_record(record))
+}
+
+/// Writes a file and waits until it is on the disk.
+pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    let mut file = File::create(path).map_err(TrainError::io(path, "creating"))?;
+    file.write_all(bytes).map_err(TrainError::io(path, "writing"))?;
+    file.sync_all().map_err(TrainError::io(path, "writing"))
+}
+
+/// Writes a file whole or not at all.
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating the folder"))?;
+    let mut file = tempfile::Builder::new()
+        .prefix(".writing-")
+        .tempfile_in(dir)
+        .map_err(TrainError::io(path, "creating"))?;
+    file.write_all(bytes).map_err(TrainError::io(path, "writing"))?;
+    file.as_file().sync_all().map_err(TrainError::io(path, "writing"))?;
+    // Temporary files are private; what a run leaves is for everybody whom the umask lets in.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let _ = file.as_file().set_permissions(fs::Permissions::from_mode(0o644));
+    }
+    file.persist(path).map_err(|e| TrainError::io(path, "renaming into place")(e.error))?;
+    sync_dir(dir);
+    Ok(())
+}
+
+/// Makes renames in `dir` durable where the system lets a folder be synced.
+fn sync_dir(dir: &Path) {
+    if let Ok(dir) = File::open(dir) {
+        let _ = dir.sync_all();
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used)]
+mod tests {
+    use super::*;
+    use burn::optim::AdamWConfig;
+
+    fn save(c: &Checkpoints, step: usize, best: Option<usize>) {
+        let best = best.map(|step| Best { step, loss: 1.0 });
+        let state = RunState { step, best, ..RunState::default() };
+        c.save(&state, &AdamWConfig::new().init(), |dir| {
+            fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating"))
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn the_newest_and_the_best_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(dir.path(), 2);
+        for step in 1..=5 {
+            save(&c, step, (step >= 2).then_some(2));
+        }
+        let steps: Vec<usize> = c.list().into_iter().map(|(s, _)| s).collect();
+        assert_eq!(steps, [2, 4, 5]);
+        assert_eq!(read_state(&c.latest().unwrap()).unwrap().step, 5);
+    }
+
+    #[test]
+    fn a_failed_save_leaves_what_was_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(dir.path(), 2);
+        save(&c, 1, None);
+        let state = RunState { step: 1, ..RunState::default() };
+        let failed = c.save(&state, &AdamWConfig::new().init(), |_| {
+            Err(TrainError::Framework("disk full".into()))
+        });
+        assert!(failed.is_err());
+        assert_eq!(c.list().len(), 1);
+        assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_half_written_checkpoint_does_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let c = Checkpoints::new(dir.path(), 2);
+        save(&c, 1, None);
+        fs::create_dir_all(c.path(9)).unwrap();
+        assert!(c.latest().unwrap().ends_with("step-000001"));
+    }
+}

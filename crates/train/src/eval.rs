@@ -1,0 +1,72 @@
+//! `enamel eval`: loss and perplexity of a model on a recipe's validation rows.
+
+use std::path::Path;
+
+use burn::train::InferenceStep;
+use enamel_model::CausalLm;
+use enamel_model::source::PullProgress;
+use serde::Serialize;
+
+use crate::error::TrainError;
+use crate::inputs::Inputs;
+use crate::recipe::Recipe;
+use crate::steps::EvalLoader;
+use crate::trainee::Trainee;
+
+/// What an evaluation measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct EvalReport {
+    /// Rows read.
+    pub rows: usize,
+    /// Tokens with a label.
+    pub trained_tokens: usize,
+    /// Mean negative log-likelihood, in nats.
+    pub loss: f64,
+    /// `exp(loss)`.
+    pub perplexity: f64,
+    /// Wall time in seconds, loading left out.
+    pub seconds: f64,
+    /// Where it ran.
+    pub device: String,
+}
+
+/// Evaluates the recipe's base, with `adapter` if one is given, on the validation rows.
+///
+/// # Errors
+/// Anything wrong with the inputs, or a recipe without validation rows.
+pub fn evaluate(
+    recipe: &Recipe,
+    adapter: Option<&Path>,
+    progress: &mut dyn PullProgress,
+) -> Result<EvalReport, TrainError> {
+    let inputs = Inputs::open(recipe, None, progress)?;
+    if inputs.valid.is_empty() {
+        return Err(TrainError::Mismatch(
+            "the recipe has no validation rows\n  help: set data.valid or data.valid_fraction"
+                .to_string(),
+        ));
+    }
+    let mut model = CausalLm::load(&inputs.base.config, &inputs.base.checkpoint, &inputs.device)?;
+    if let Some(dir) = adapter {
+        enamel_adapter::load_pretrained(&mut model, dir, false)?;
+    }
+    let trainee = Trainee { model };
+    let pad = inputs.base.tokenizer.padding_id();
+    let started = std::time::Instant::now();
+    let loader = EvalLoader::new(&inputs.valid, recipe.train.batch_size, pad);
+    let (mut sum, mut count) = (0.0, 0);
+    for batch in loader.batches() {
+        let out = InferenceStep::step(&trainee, batch.clone());
+        sum += out.loss_sum;
+        count += out.trained_tokens;
+    }
+    let loss = sum / count.max(1) as f64;
+    Ok(EvalReport {
+        rows: inputs.valid.len(),
+        trained_tokens: count,
+        loss,
+        perplexity: loss.exp(),
+        seconds: started.elapsed().as_secs_f64(),
+        device: inputs.device_name,
+    })
+}

@@ -1,0 +1,164 @@
+//! Everything a run reads, opened and checked against each other before anything large is made.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use enamel_adapter::{AdapterPlan, LoraConfig};
+use enamel_data::{Example, Examples, load_examples, split_rows};
+use enamel_model::CausalLm;
+use enamel_model::source::PullProgress;
+use sha2::{Digest, Sha256};
+
+use crate::error::TrainError;
+use crate::loaded::OpenBase;
+use crate::recipe::{FileHash, LockInfo, Recipe};
+use crate::device;
+
+/// The inputs of a run.
+pub struct Inputs {
+    /// Where to compute (no autodiff).
+    pub device: Device,
+    /// Its name.
+    pub device_name: String,
+    /// The base model.
+    pub base: OpenBase,
+    /// Training rows.
+    pub train: Examples,
+    /// Validation rows.
+    pub valid: Vec<Example>,
+    /// The adapter's configuration: the recipe's, or that of the adapter training starts from.
+    pub adapter: LoraConfig,
+    /// What it matches.
+    pub plan: AdapterPlan,
+    /// Hashes and versions.
+    pub lock: LockInfo,
+}
+
+impl Inputs {
+    /// Opens and checks everything. `template_time` is the time that a chat template with a date in it
+    /// shall show, when an earlier run has to be repeated.
+    ///
+    /// # Errors
+    /// The first kind of input with problems, with all problems of that kind.
+    pub fn open(
+        recipe: &Recipe,
+        template_time: Option<i64>,
+        progress: &mut dyn PullProgress,
+    ) -> Result<Self, TrainError> {
+        let (device, choice) = device::open(recipe.device.parse()?)?;
+        let template = recipe.model.chat_template_text()?;
+        let mut base = OpenBase::open(&recipe.model.base, template.as_deref(), progress)?;
+        if let Some(time) = template_time {
+            base.tokenizer.set_template_time(time)?;
+        }
+        let adapter = match &recipe.adapter.init_from {
+            Some(dir) => enamel_adapter::load_config(dir)?,
+            None => recipe.adapter.lora_config(),
+        };
+        let plan = enamel_adapter::plan(&base.config.modules(), &adapter)?;
+        let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
+        let mut data_files = hashes_of(&train);
+        let valid = match recipe.data.valid_spec() {
+            None => hold_back(&mut train, recipe),
+            Some(spec) => {
+                let valid = load_examples(&spec, &base.tokenizer)?;
+                data_files.extend(hashes_of(&valid));
+                valid.rows
+            }
+        };
+        let lock = LockInfo {
+            enamel: env!("CARGO_PKG_VERSION").to_string(),
+            burn: "0.22.1".to_string(),
+            device: choice.to_string(),
+            platform: format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH),
+            threads: rayon::current_num_threads(),
+            model_source: base.local.source_note.clone(),
+            template_time: base
+                .tokenizer
+                .chat_template()
+                .filter(|t| t.uses_clock())
+                .map(enamel_data::ChatTemplate::now),
+            model_files: base
+                .checkpoint
+                .hashes()?
+                .into_iter()
+                .map(|(path, sha256)| FileHash { path, sha256 })
+                .collect(),
+            tokenizer_files: vec![FileHash {
+                path: PathBuf::from("tokenizer.json and chat template"),
+                sha256: tokenizer_hash(&base),
+            }],
+            data_files,
+            init_files: init_files(recipe.adapter.init_from.as_deref())?,
+        };
+        let device_name = choice.to_string();
+        Ok(Self { device, device_name, base, train, valid, adapter, plan, lock })
+    }
+
+    /// The base with the adapter attached, on the plain device: from `checkpoint` when resuming, else
+    /// from `adapter.init_from`, else with its first values.
+    ///
+    /// # Errors
+    /// Anything wrong with the weights or the adapter's files.
+    pub fn model(
+        &self,
+        recipe: &Recipe,
+        checkpoint: Option<&Path>,
+    ) -> Result<CausalLm, TrainError> {
+        let mut model = CausalLm::load(&self.base.config, &self.base.checkpoint, &self.device)?;
+        match checkpoint.or(recipe.adapter.init_from.as_deref()) {
+            Some(dir) => {
+                enamel_adapter::load_pretrained(&mut model, dir, true)?;
+            }
+            None => {
+                enamel_adapter::attach(&mut model, &self.adapter, recipe.seed)?;
+            }
+        }
+        Ok(model)
+    }
+}
+
+fn hashes_of(examples: &Examples) -> Vec<FileHash> {
+    let files = examples.files.iter();
+    files.map(|f| FileHash { path: f.path.clone(), sha256: f.sha256.clone() }).collect()
+}
+
+/// Takes the validation share out of the training rows.
+fn hold_back(train: &mut Examples, recipe: &Recipe) -> Vec<Example> {
+    let fraction = recipe.data.valid_fraction;
+    if fraction <= 0.0 {
+        return Vec::new();
+    }
+    let (keep, held) = split_rows(train.rows.len(), fraction, recipe.seed);
+    let held = held.into_iter().map(|i| train.rows[i].clone()).collect();
+    train.rows = keep.into_iter().map(|i| train.rows[i].clone()).collect();
+    held
+}
+
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn tokenizer_hash(base: &OpenBase) -> String {
+    let mut hash = Sha256::new();
+    hash.update(base.tokenizer.sha256().as_bytes());
+    if let Some(template) = base.tokenizer.chat_template() {
+        hash.update(template.source().as_bytes());
+    }
+    hex(hash)
+}
+
+fn init_files(dir: Option<&Path>) -> Result<Vec<FileHash>, TrainError> {
+    let Some(dir) = dir else { return Ok(Vec::new()) };
+    let names = ["adapter_config.json", "adapter_model.safetensors"];
+    names
+        .iter()
+        .map(|name| {
+            let path = dir.join(name);
+            let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
+            let mut hash = Sha256::new();
+            hash.update(&bytes);
+            Ok(FileHash { path, sha256: hex(hash) })
+        })
+        .collect()
+}

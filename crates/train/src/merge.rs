@@ -1,0 +1,145 @@
+//! `enamel merge`: an adapter folded into its base, written as a model of its own and read back.
+
+use std::path::PathBuf;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use enamel_model::checkpoint::Checkpoint;
+use enamel_model::save::{self, Dtype};
+use enamel_model::source::PullProgress;
+use enamel_model::{CausalLm, LlamaConfig, ModelInput};
+
+use crate::error::TrainError;
+use crate::loaded::OpenBase;
+
+/// What to merge, and where to.
+#[derive(Clone, Debug)]
+pub struct MergeOptions {
+    /// The base; `None` for the one that the adapter names.
+    pub model: Option<String>,
+    /// The adapter's directory.
+    pub adapter: PathBuf,
+    /// The directory to write; it must not hold a model yet.
+    pub output: PathBuf,
+    /// Element type of the written weights; `None` for the base's own.
+    pub dtype: Option<Dtype>,
+}
+
+/// What merging did to the numbers.
+#[derive(Clone, Debug)]
+pub struct MergeReport {
+    /// The directory written.
+    pub output: PathBuf,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Modules that the adapter changed.
+    pub modules: usize,
+    /// Positions of the probe at which logits were compared.
+    pub positions: usize,
+    /// Largest magnitude among the adapted model's logits, to judge differences by.
+    pub max_abs_logit: f64,
+    /// Largest difference of logits between base + adapter and the weights merged in f32.
+    pub max_abs_logit_diff: f64,
+    /// The same between base + adapter and the files as written and read back: rounding to
+    /// `dtype` is in it.
+    pub max_abs_logit_diff_written: f64,
+}
+
+/// Tokens of the text on which logits are compared.
+const PROBE_TOKENS: usize = 48;
+
+/// Merges, writes, reads back and compares.
+pub fn merge(
+    options: &MergeOptions,
+    device: &Device,
+    progress: &mut dyn PullProgress,
+) -> Result<MergeReport, TrainError> {
+    let reference = match &options.model {
+        Some(reference) => reference.clone(),
+        None => base_of(&options.adapter)?,
+    };
+    refuse_occupied(&options.output)?;
+    let base = OpenBase::open(&reference, None, progress)?;
+    let dtype = options
+        .dtype
+        .unwrap_or_else(|| save::native_dtype(&base.checkpoint));
+    let mut base = base.load(device)?;
+    let loaded = enamel_adapter::load_pretrained(&mut base.model, &options.adapter, false)?;
+    let adapted = probe_logits(&base.model)?;
+    enamel_adapter::merge(&mut base.model)?;
+    let merged = probe_logits(&base.model)?;
+    save::write_hf(&options.output, &base.model, &base.checkpoint, dtype)?;
+    // The merged model has served its purpose; two at once would double the memory.
+    drop(base);
+
+    let checkpoint = Checkpoint::open(&options.output)?;
+    let config = LlamaConfig::from_json(checkpoint.config_json())?;
+    let written = probe_logits(&CausalLm::load(&config, &checkpoint, device)?)?;
+    Ok(MergeReport {
+        output: options.output.clone(),
+        dtype,
+        modules: loaded.plan.targets.len() + loaded.plan.saved.len(),
+        positions: PROBE_TOKENS,
+        max_abs_logit: adapted
+            .iter()
+            .fold(0.0, |max, x| f64::from(x.abs()).max(max)),
+        max_abs_logit_diff: max_difference(&adapted, &merged),
+        max_abs_logit_diff_written: max_difference(&adapted, &written),
+    })
+}
+
+/// The base model that an adapter's configuration names.
+pub fn base_of(adapter: &std::path::Path) -> Result<String, TrainError> {
+    let config = enamel_adapter::load_config(adapter)?;
+    config
+        .base_model_name_or_path
+        .filter(|name| !name.is_empty())
+        .ok_or_else(|| TrainError::Run {
+            path: adapter.to_owned(),
+            reason: "adapter_config.json does not name a base model".to_owned(),
+            help: "give it with --model".to_owned(),
+        })
+}
+
+fn refuse_occupied(output: &std::path::Path) -> Result<(), TrainError> {
+    if output.is_file() || output.join("config.json").exists() {
+        return Err(TrainError::Run {
+            path: output.to_owned(),
+            reason: "there is a file or a model already".to_owned(),
+            help: "choose another --output, or remove it".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// Logits `[PROBE_TOKENS, vocabulary]`, row-major, of a fixed sequence that wanders through the
+/// whole vocabulary.
+fn probe_logits(model: &CausalLm) -> Result<Vec<f32>, TrainError> {
+    let vocabulary = model.config().vocab_size;
+    // Steps of a golden section of the vocabulary spread the tokens evenly over it.
+    let ids: Vec<i64> = (1..=PROBE_TOKENS)
+        .map(|i| ((i as f64 * 0.618_033_988_749_895).fract() * vocabulary as f64) as i64)
+        .collect();
+    let device = model.device();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, PROBE_TOKENS]), &device);
+    let hidden = model.forward_hidden(&ModelInput::new(ids), None);
+    let [_, tokens, width] = hidden.dims();
+    model
+        .logits(hidden.reshape([tokens, width]))
+        .try_into_vec_as::<f32>()
+        .map_err(|error| TrainError::Framework(format!("reading logits: {error}")))
+}
+
+fn max_difference(a: &[f32], b: &[f32]) -> f64 {
+    if a.len() != b.len() {
+        return f64::INFINITY;
+    }
+    a.iter().zip(b).fold(0.0, |max, (a, b)| {
+        let difference = f64::from((a - b).abs());
+        // `max` would swallow a NaN.
+        if difference.is_nan() {
+            f64::NAN
+        } else {
+            difference.max(max)
+        }
+    })
+}

@@ -1,0 +1,386 @@
+//! `enamel plan`: everything a recipe comes to, with nothing large in memory.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use enamel_adapter::{AdapterPlan, LoraConfig};
+use enamel_data::Note;
+use enamel_model::LlamaConfig;
+use enamel_model::source::PullProgress;
+
+use crate::error::TrainError;
+use crate::inputs::Inputs;
+use crate::loaded::OpenBase;
+use crate::recipe::{Cadence, Length, Recipe};
+use crate::run_notes;
+
+/// What training a recipe would be.
+#[derive(Clone, Debug)]
+pub struct PlanReport {
+    /// The base, as the recipe names it.
+    pub model: String,
+    /// Where it came from; empty if only its configuration was there.
+    pub source: String,
+    /// Its shape in words.
+    pub shape: String,
+    /// The adapter's rank, alpha and dropout in words.
+    pub method: String,
+    /// Matched modules and counts.
+    pub adapter: AdapterPlan,
+    /// The data, unless only the model was asked about.
+    pub data: Option<DataPlan>,
+}
+
+/// What the data come to.
+#[derive(Clone, Debug)]
+pub struct DataPlan {
+    /// Rows to train on.
+    pub train_rows: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Those of them that are trained.
+    pub trained_tokens: usize,
+    /// Longest training row, in tokens.
+    pub longest: usize,
+    /// Rows to validate on.
+    pub valid_rows: usize,
+    /// Training rows shortened to `max_length`.
+    pub truncated: usize,
+    /// Training rows left out as unusable or too long.
+    pub left_out: usize,
+    /// What is worth saying.
+    pub notes: Vec<Note>,
+    /// Optimizer steps of one epoch.
+    pub steps_per_epoch: usize,
+    /// Optimizer steps of the run.
+    pub steps: usize,
+    /// Rhythm, batch and schedule in words.
+    pub rhythm: String,
+}
+
+/// Optimizer steps an epoch and in all, for `rows` training rows.
+pub fn step_counts(recipe: &Recipe, rows: usize) -> (usize, usize) {
+    let train = &recipe.train;
+    let per_epoch = rows
+        .div_ceil(train.batch_size)
+        .div_ceil(train.gradient_accumulation_steps);
+    let total = match train.length() {
+        Length::Steps(steps) => steps,
+        Length::Epochs(epochs) => (epochs * per_epoch as f64).ceil() as usize,
+    };
+    (per_epoch, total)
+}
+
+/// Opens everything that the recipe names and counts. The base is fetched if it is not there.
+pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanReport, TrainError> {
+    let inputs = Inputs::open(recipe, None, progress)?;
+    Ok(PlanReport {
+        model: recipe.model.base.clone(),
+        source: inputs.base.local.source_note.clone(),
+        shape: shape(&inputs.base.config),
+        method: method(&inputs.adapter),
+        data: Some(data_plan(recipe, &inputs)),
+        adapter: inputs.plan,
+    })
+}
+
+/// Counts for a model alone. A directory that holds nothing but `config.json`, or such a file, is
+/// enough.
+pub fn plan_model(
+    recipe: &Recipe,
+    progress: &mut dyn PullProgress,
+) -> Result<PlanReport, TrainError> {
+    let (config, source) = match config_only(Path::new(&recipe.model.base))? {
+        Some(config) => (config, String::new()),
+        None => {
+            let base = OpenBase::open(&recipe.model.base, None, progress)?;
+            (base.config, base.local.source_note)
+        }
+    };
+    let lora = recipe.adapter.lora_config();
+    Ok(PlanReport {
+        model: recipe.model.base.clone(),
+        source,
+        shape: shape(&config),
+        method: method(&lora),
+        adapter: enamel_adapter::plan(&config.modules(), &lora)?,
+        data: None,
+    })
+}
+
+/// The configuration at `path`, if there is one without weights beside it.
+fn config_only(path: &Path) -> Result<Option<LlamaConfig>, TrainError> {
+    let file = match path.extension() {
+        Some(extension) if extension == "json" => path.to_owned(),
+        _ => path.join("config.json"),
+    };
+    let has_weights = |name: &str| path.join(name).exists();
+    if !file.is_file()
+        || has_weights("model.safetensors")
+        || has_weights("model.safetensors.index.json")
+    {
+        return Ok(None);
+    }
+    let bytes = std::fs::read(&file).map_err(TrainError::io(&file, "reading it"))?;
+    let json = serde_json::from_slice(&bytes).map_err(|error| TrainError::Run {
+        path: file.clone(),
+        reason: format!("is not JSON: {error}"),
+        help: "give a directory with the model's config.json".to_owned(),
+    })?;
+    Ok(Some(LlamaConfig::from_json(&json)?))
+}
+
+fn data_plan(recipe: &Recipe, inputs: &Inputs) -> DataPlan {
+    let train = &inputs.train;
+    let (steps_per_epoch, steps) = step_counts(recipe, train.rows.len());
+    DataPlan {
+        train_rows: train.rows.len(),
+        tokens: train.tokens(),
+        trained_tokens: train.trained_tokens(),
+        longest: train
+            .rows
+            .iter()
+            .map(|row| row.input_ids.len())
+            .max()
+            .unwrap_or(0),
+        valid_rows: inputs.valid.len(),
+        truncated: train.truncated,
+        left_out: train.dropped + train.skipped.len(),
+        notes: train.notes.clone(),
+        steps_per_epoch,
+        steps,
+        rhythm: rhythm(recipe, steps),
+    }
+}
+
+fn shape(config: &LlamaConfig) -> String {
+    format!(
+        "{}, {} layers of width {}, {} tokens",
+        config.family.model_type(),
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.vocab_size
+    )
+}
+
+fn method(lora: &LoraConfig) -> String {
+    format!(
+        "LoRA, r = {}, lora_alpha = {}, lora_dropout = {}{}",
+        lora.r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        if lora.use_rslora { ", rsLoRA" } else { "" }
+    )
+}
+
+fn rhythm(recipe: &Recipe, steps: usize) -> String {
+    let train = &recipe.train;
+    let every = |cadence| match cadence {
+        Cadence::Never => "never".to_owned(),
+        Cadence::Steps(n) => format!("every {n} steps"),
+        Cadence::Epoch => "every epoch".to_owned(),
+    };
+    format!(
+        "{} × {} rows a step, learning rate {} after {} steps of warm-up, validation {}, checkpoint {}",
+        train.batch_size,
+        train.gradient_accumulation_steps,
+        train.learning_rate,
+        train.warmup(steps),
+        every(train.eval_cadence()),
+        every(train.save_cadence()),
+    )
+}
+
+impl PlanReport {
+    /// Matched modules by pattern: `model.layers.*.self_attn.q_proj`, how many, and of what shape
+    /// and rank.
+    pub fn groups(&self) -> Vec<ModuleGroup> {
+        let mut groups: Vec<ModuleGroup> = Vec::new();
+        let mut places: BTreeMap<(String, usize, usize, usize), usize> = BTreeMap::new();
+        for target in &self.adapter.targets {
+            let pattern = layer_pattern(&target.name);
+            let key = (pattern, target.r, target.in_features, target.out_features);
+            let place = *places.entry(key.clone()).or_insert_with(|| {
+                groups.push(ModuleGroup {
+                    pattern: key.0.clone(),
+                    r: target.r,
+                    in_features: target.in_features,
+                    out_features: target.out_features,
+                    count: 0,
+                    params: 0,
+                });
+                groups.len() - 1
+            });
+            if let Some(group) = groups.get_mut(place) {
+                group.count += 1;
+                group.params += target.params;
+            }
+        }
+        groups
+    }
+
+    /// Bytes that weights, adapter, gradients and AdamW's two moments take in f32; activations come
+    /// on top and grow with the batch.
+    pub fn memory(&self) -> Memory {
+        let float = size_of::<f32>();
+        Memory {
+            base: (self.adapter.total - self.adapter.trainable) * float,
+            adapter: self.adapter.trainable * float,
+            gradients: self.adapter.trainable * float,
+            optimizer: self.adapter.trainable * 2 * float,
+        }
+    }
+}
+
+/// Modules that differ in nothing but their layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModuleGroup {
+    /// Name, with `*` for the layer's number.
+    pub pattern: String,
+    /// Rank.
+    pub r: usize,
+    /// Width of the input.
+    pub in_features: usize,
+    /// Width of the output.
+    pub out_features: usize,
+    /// Modules.
+    pub count: usize,
+    /// Trained parameters of all of them.
+    pub params: usize,
+}
+
+/// Bytes by purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Frozen weights.
+    pub base: usize,
+    /// Trained parameters.
+    pub adapter: usize,
+    /// Their gradients.
+    pub gradients: usize,
+    /// The optimizer's state.
+    pub optimizer: usize,
+}
+
+fn layer_pattern(name: &str) -> String {
+    let part = |part: &str| match part.parse::<usize>() {
+        Ok(_) => "*".to_owned(),
+        Err(_) => part.to_owned(),
+    };
+    name.split('.').map(part).collect::<Vec<_>>().join(".")
+}
+
+fn thousands(n: usize) -> String {
+    run_notes::thousands(n as u64)
+}
+
+/// Bytes in binary units.
+pub fn bytes_text(bytes: usize) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+impl fmt::Display for PlanReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "model      {}", self.model)?;
+        if !self.source.is_empty() {
+            writeln!(f, "           {}", self.source)?;
+        }
+        writeln!(f, "           {}", self.shape)?;
+        writeln!(f, "adapter    {}", self.method)?;
+        let groups = self.groups();
+        let width = groups.iter().map(|g| g.pattern.len()).max().unwrap_or(0);
+        for g in &groups {
+            let shape = format!("{} -> {}", g.in_features, g.out_features);
+            writeln!(
+                f,
+                "           {:width$}  × {:<3}  {shape:<14}  r = {:<3}  {:>13}",
+                g.pattern,
+                g.count,
+                g.r,
+                thousands(g.params)
+            )?;
+        }
+        for saved in &self.adapter.saved {
+            let (name, params) = (&saved.name, thousands(saved.params));
+            writeln!(f, "           {name:width$}  trained whole  {params:>26}")?;
+        }
+        writeln!(
+            f,
+            "trainable  {} of {} parameters ({:.4} %)",
+            thousands(self.adapter.trainable),
+            thousands(self.adapter.total),
+            self.adapter.percent()
+        )?;
+        let memory = self.memory();
+        write!(
+            f,
+            "memory     base {}, adapter {}, gradients {}, optimizer {} (in f32, activations on top)",
+            bytes_text(memory.base),
+            bytes_text(memory.adapter),
+            bytes_text(memory.gradients),
+            bytes_text(memory.optimizer)
+        )?;
+        match &self.data {
+            Some(data) => write!(f, "\n{data}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for DataPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "data       {} rows to train on: {} tokens, {} of them trained, longest row {}; {} rows to validate on",
+            thousands(self.train_rows),
+            thousands(self.tokens),
+            thousands(self.trained_tokens),
+            thousands(self.longest),
+            thousands(self.valid_rows)
+        )?;
+        if self.truncated + self.left_out > 0 {
+            write!(
+                f,
+                "\n           {} rows shortened, {} left out",
+                self.truncated, self.left_out
+            )?;
+        }
+        for note in &self.notes {
+            write!(f, "\n           note: {note}")?;
+        }
+        write!(
+            f,
+            "\nsteps      {} an epoch, {} in all\n           {}",
+            thousands(self.steps_per_epoch),
+            thousands(self.steps),
+            self.rhythm
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(bytes_text(19_537_920), "18.6 MiB");
+    }
+
+    #[test]
+    fn layers_of_one_kind_are_one_pattern() {
+        assert_eq!(
+            layer_pattern("model.layers.12.mlp.up_proj"),
+            "model.layers.*.mlp.up_proj"
+        );
+        assert_eq!(layer_pattern("lm_head"), "lm_head");
+    }
+}

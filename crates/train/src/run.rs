@@ -1,0 +1,336 @@
+//! `enamel train`: from a recipe to an adapter, in one straight line.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::optim::AdamWConfig;
+use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
+use enamel_adapter::SaveMeta;
+use enamel_model::source::PullProgress;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoints::{self, ADAPTER, Best, Checkpoints, RunState, write_atomic};
+use crate::error::TrainError;
+use crate::inputs::Inputs;
+use crate::journal::Journal;
+use crate::measures::{
+    GradNorm, LearningRate, Loss, Memory, Perplexity, Progress, Scalar, TokensPerSecond,
+};
+use crate::recipe::{Cadence, Length, LockInfo, Recipe};
+use crate::renderer::{Dashboard, Lines};
+use crate::run_dir::{Resume, RunDir, fingerprint};
+use crate::samples::{self, Prompt, Sample};
+use crate::schedule::Schedule;
+use crate::signals::StopFlag;
+use crate::steps::{EvalLoader, StepLoader, StepPlan, StepSettings};
+use crate::strategy::{LoopEnd, Rhythm, Say, StepStrategy};
+use crate::trainee::Trainee;
+use crate::{report, run_notes};
+
+/// How to run, besides what the recipe says.
+pub struct TrainOptions<'a> {
+    /// Whether to go on with a run.
+    pub resume: Resume,
+    /// Draw burn-train's dashboard; needs a terminal.
+    pub dashboard: bool,
+    /// Says lines to the person who waits.
+    pub say: Say,
+    /// Set by signals.
+    pub stop: StopFlag,
+    /// Told of downloads.
+    pub progress: &'a mut dyn PullProgress,
+    /// What the run stood on that wrote the recipe, if it is a lock file.
+    pub locked: Option<LockInfo>,
+}
+
+/// What a run came to; `summary.json` holds the same.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RunOutcome {
+    /// The run directory.
+    pub dir: PathBuf,
+    /// The finished adapter; none when the run was interrupted.
+    pub adapter: Option<PathBuf>,
+    /// Newest checkpoint.
+    pub checkpoint: Option<PathBuf>,
+    /// The signal that interrupted it.
+    pub interrupted: Option<i32>,
+    /// Interrupted from the dashboard.
+    pub stopped_by_user: bool,
+    /// Whether early stopping ended it.
+    pub stopped_early: bool,
+    /// Steps done.
+    pub step: usize,
+    /// Steps planned.
+    pub total_steps: usize,
+    /// Validation loss before the first step.
+    pub first_valid_loss: Option<f64>,
+    /// Validation loss of the adapter that was kept.
+    pub valid_loss: Option<f64>,
+    /// Lowest validation loss and its step.
+    pub best: Option<Best>,
+    /// Mean training loss of the last stretch.
+    pub train_loss: Option<f64>,
+    /// Trainable parameters.
+    pub trainable: usize,
+    /// Tokens trained on, padding left out.
+    pub tokens: u64,
+    /// Time spent in training steps, over all sessions.
+    pub seconds: f64,
+    /// Tokens a second in this session's steps.
+    pub tokens_per_second: f64,
+    /// Most resident memory of this process, in bytes.
+    pub peak_memory: u64,
+    /// Answers before and after.
+    pub samples: Vec<Sample>,
+}
+
+/// Trains as `recipe` says.
+///
+/// # Errors
+/// Anything wrong with the recipe's inputs, found before training; afterwards a non-finite loss, a
+/// full disk or a failing device. The run directory then keeps its last checkpoint.
+pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, TrainError> {
+    let time = run_notes::template_time(recipe, &options.resume, options.locked.as_ref());
+    let inputs = Inputs::open(recipe, time, options.progress)?;
+    let lock = inputs.lock.clone();
+    run_notes::refuse_changed_lock(options.locked.as_ref(), &lock)?;
+    let run = RunDir::open(recipe, &options.resume, &fingerprint(recipe, &lock)?)?;
+    let plan = Arc::new(step_plan(recipe, &inputs));
+    let rhythm = rhythm(recipe, &plan);
+    run_notes::announce(&options.say, recipe, &inputs, &run, &rhythm);
+    run.prepare(recipe, &lock)?;
+
+    let resumed = run.checkpoint.as_deref();
+    let model = inputs.model(recipe, resumed.map(|c| c.join(ADAPTER)).as_deref())?;
+    let rows = if inputs.valid.is_empty() { &inputs.train.rows } else { &inputs.valid };
+    let prompts = samples::prompts(&recipe.train, rows, &inputs.base.tokenizer)?;
+    let before = answers_before(recipe, &run, &inputs, &model, &prompts, &options.say)?;
+
+    let (model, mut end) = launch(recipe, &inputs, &run, plan, rhythm, model, &options)?;
+    if let Some(error) = end.error.take() {
+        return Err(error);
+    }
+    finish(recipe, &inputs, &run, model, end, (&prompts, before), &options.say)
+}
+
+fn step_plan(recipe: &Recipe, inputs: &Inputs) -> StepPlan {
+    let settings = StepSettings {
+        batch_size: recipe.train.batch_size,
+        accumulation: recipe.train.gradient_accumulation_steps,
+        seed: recipe.seed,
+        shuffle: recipe.data.shuffle,
+        group_by_length: recipe.data.group_by_length,
+        pad_id: inputs.base.tokenizer.padding_id(),
+        max_grad_norm: recipe.train.max_grad_norm,
+    };
+    StepPlan::new(inputs.train.rows.clone(), settings)
+}
+
+fn rhythm(recipe: &Recipe, plan: &StepPlan) -> Rhythm {
+    let t = &recipe.train;
+    let per_epoch = plan.steps_per_epoch().max(1);
+    let every = |cadence| match cadence {
+        Cadence::Never => None,
+        Cadence::Steps(n) => Some(n),
+        Cadence::Epoch => Some(per_epoch),
+    };
+    Rhythm {
+        total: match t.length() {
+            Length::Steps(n) => n,
+            Length::Epochs(e) => ((e * per_epoch as f64).ceil() as usize).max(1),
+        },
+        per_epoch,
+        eval: every(t.eval_cadence()),
+        save: every(t.save_cadence()),
+        log: t.logging_steps,
+        patience: t.early_stopping_patience,
+        threshold: t.early_stopping_threshold,
+    }
+}
+
+/// The base's answers: computed before the first step, read back when resuming.
+fn answers_before(
+    recipe: &Recipe,
+    run: &RunDir,
+    inputs: &Inputs,
+    model: &enamel_model::CausalLm,
+    prompts: &[Prompt],
+    say: &Say,
+) -> Result<Vec<String>, TrainError> {
+    let path = run.path.join("samples.json");
+    if run.checkpoint.is_some()
+        && let Ok(bytes) = std::fs::read(&path)
+        && let Ok(old) = serde_json::from_slice::<Vec<Sample>>(&bytes)
+        && old.len() == prompts.len()
+    {
+        return Ok(old.into_iter().map(|s| s.before).collect());
+    }
+    if !prompts.is_empty() {
+        say(&format!("answering {} sample questions before training", prompts.len()));
+    }
+    let tokenizer = &inputs.base.tokenizer;
+    let answers = samples::answers(model, tokenizer, prompts, recipe.train.max_new_tokens)?;
+    write_samples(&path, &pair(prompts, answers.clone(), Vec::new()))?;
+    Ok(answers)
+}
+
+fn pair(prompts: &[Prompt], before: Vec<String>, after: Vec<String>) -> Vec<Sample> {
+    let after = after.into_iter().chain(std::iter::repeat(String::new()));
+    let all = prompts.iter().zip(before).zip(after);
+    all.map(|((prompt, before), after)| Sample {
+        prompt: prompt.text.clone(),
+        reference: prompt.reference.clone(),
+        before,
+        after,
+    })
+    .collect()
+}
+
+fn write_samples(path: &Path, samples: &[Sample]) -> Result<(), TrainError> {
+    write_json(path, &samples)
+}
+
+fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), TrainError> {
+    let json = serde_json::to_vec_pretty(value)
+        .map_err(|e| TrainError::Framework(format!("writing {}: {e}", path.display())))?;
+    write_atomic(path, &json)
+}
+
+/// Hands the model to burn-train, with our strategy in charge of the loop.
+fn launch(
+    recipe: &Recipe,
+    inputs: &Inputs,
+    run: &RunDir,
+    plan: Arc<StepPlan>,
+    rhythm: Rhythm,
+    model: enamel_model::CausalLm,
+    options: &TrainOptions<'_>,
+) -> Result<(Trainee, LoopEnd), TrainError> {
+    let t = &recipe.train;
+    let mut optimizer = AdamWConfig::new()
+        .with_beta_1(t.adam_beta1 as f32)
+        .with_beta_2(t.adam_beta2 as f32)
+        .with_epsilon(t.adam_epsilon as f32)
+        .with_weight_decay(t.weight_decay as f32)
+        .init();
+    if let Some(checkpoint) = &run.checkpoint {
+        optimizer = checkpoints::load_optimizer(checkpoint, optimizer)?;
+    }
+    let total = rhythm.total;
+    let schedule = Schedule::new(t.lr_scheduler_type, t.learning_rate, t.warmup(total), total)
+        .starting_at(run.state.step);
+    let valid: &[_] = if rhythm.eval.is_some() { &inputs.valid } else { &[] };
+    let valid = Arc::new(EvalLoader::new(valid, t.batch_size, inputs.base.tokenizer.padding_id()));
+    let train = Arc::new(StepLoader::new(plan.clone(), total));
+    let end = Arc::new(Mutex::new(LoopEnd::default()));
+    let interrupter = Interrupter::new();
+    let strategy = StepStrategy {
+        device: inputs.device.clone().autodiff(),
+        optimizer: optimizer.clone(),
+        scheduler: schedule.clone().into(),
+        start: RunState { total_steps: total, ..run.state.clone() },
+        rhythm,
+        plan,
+        checkpoints: Checkpoints::new(&run.path, t.save_total_limit),
+        adapter: inputs.adapter.clone(),
+        meta: save_meta(inputs, None),
+        stop: options.stop.clone(),
+        say: if options.dashboard { Arc::new(|_| {}) } else { options.say.clone() },
+        journal: Mutex::new(Journal::open(&run.path.join("metrics.jsonl"), run.state.step)?),
+        end: end.clone(),
+    };
+    let renderer: Box<dyn burn::train::renderer::MetricsRenderer> = if options.dashboard {
+        Box::new(Dashboard::new(interrupter.clone(), run.state.step, total))
+    } else {
+        Box::new(Lines)
+    };
+    let training = SupervisedTraining::new(&run.path, train, valid)
+        .metric_train_numeric(Scalar::<Loss>::new())
+        .metric_valid_numeric(Scalar::<Loss>::new())
+        .metric_train_numeric(Scalar::<Perplexity>::new())
+        .metric_valid_numeric(Scalar::<Perplexity>::new())
+        .metric_train_numeric(Scalar::<LearningRate>::new())
+        .metric_train_numeric(Scalar::<GradNorm>::new())
+        .metric_train_numeric(Scalar::<TokensPerSecond>::new())
+        .metric_train_numeric(Scalar::<Memory>::new())
+        .metric_train(Progress::new())
+        .with_training_strategy(TrainingStrategy::Custom(Arc::new(strategy)))
+        .with_application_logger(None)
+        .with_metric_logger(burn::train::logger::InMemoryMetricLogger::default())
+        .with_interrupter(interrupter)
+        .renderer(renderer)
+        .label(&run.path.display().to_string());
+    let learner = Learner::new(Trainee { model }, optimizer, schedule);
+    // burn-train answers "stop immediately" on the dashboard with a panic.
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| training.launch(learner)))
+        .map_err(|_| TrainError::Framework("it was killed or failed inside burn-train".into()))?;
+    let end = std::mem::take(&mut *end.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok((result.model, end))
+}
+
+fn save_meta(inputs: &Inputs, extra_readme: Option<String>) -> SaveMeta {
+    SaveMeta {
+        base_model_name_or_path: Some(inputs.base.name_for_peft()),
+        revision: inputs.base.local.revision.clone(),
+        task_type: Some("CAUSAL_LM".to_string()),
+        extra_readme,
+    }
+}
+
+/// Writes the adapter, the samples, the summary and the report.
+fn finish(
+    recipe: &Recipe,
+    inputs: &Inputs,
+    run: &RunDir,
+    trainee: Trainee,
+    end: LoopEnd,
+    (prompts, before): (&[Prompt], Vec<String>),
+    say: &Say,
+) -> Result<RunOutcome, TrainError> {
+    let mut model = trainee.model;
+    let interrupted = end.signal.is_some() || end.stopped_by_user;
+    let mut outcome = RunOutcome {
+        dir: run.path.clone(),
+        adapter: None,
+        checkpoint: end.checkpoint.or_else(|| Checkpoints::new(&run.path, 1).latest()),
+        interrupted: end.signal,
+        stopped_by_user: end.stopped_by_user,
+        stopped_early: end.stopped_early,
+        step: end.state.step,
+        total_steps: end.state.total_steps,
+        first_valid_loss: end.state.first_valid_loss,
+        valid_loss: end.last_valid_loss,
+        best: end.state.best,
+        train_loss: end.last_train_loss,
+        trainable: inputs.plan.trainable,
+        tokens: end.state.tokens,
+        seconds: end.state.seconds,
+        tokens_per_second: end.tokens_per_second,
+        peak_memory: end.peak_memory,
+        samples: pair(prompts, before.clone(), Vec::new()),
+    };
+    if interrupted {
+        return Ok(outcome);
+    }
+    if let (true, Some(best)) = (recipe.train.load_best_model_at_end, end.state.best)
+        && best.step != end.state.step
+    {
+        let dir = Checkpoints::new(&run.path, 1).path(best.step).join(ADAPTER);
+        enamel_adapter::detach(&mut model);
+        enamel_adapter::load_pretrained(&mut model, &dir, false)?;
+        outcome.valid_loss = Some(best.loss);
+        say(&format!("keeping the adapter of step {}, whose validation loss is lowest", best.step));
+    }
+    let adapter = run.path.join(ADAPTER);
+    let card = run_notes::card(recipe, inputs, &outcome);
+    enamel_adapter::save_pretrained(&model, &inputs.adapter, &save_meta(inputs, Some(card)), &adapter)?;
+    outcome.adapter = Some(adapter);
+    let tokenizer = &inputs.base.tokenizer;
+    let after =
+        samples::answers(&model, tokenizer, prompts, recipe.train.max_new_tokens)?;
+    outcome.samples = pair(prompts, before, after);
+    write_samples(&run.path.join("samples.json"), &outcome.samples)?;
+    write_json(&run.path.join("summary.json"), &outcome)?;
+    report::write(&run.path, recipe, inputs, &outcome)?;
+    Ok(outcome)
+}

@@ -1,0 +1,204 @@
+//! The model as burn-train sees it: one optimizer step's work as `TrainStep`, one validation batch
+//! as `InferenceStep`.
+
+use std::time::Instant;
+
+use burn::backend::ExecutionError;
+use burn::module::Module;
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{Int, Tensor, TensorData};
+use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
+use enamel_data::Batch;
+use enamel_model::causal_lm::{CausalLm, ModelInput};
+
+use crate::gradients;
+
+/// The adapted model under training.
+#[derive(Module, Debug)]
+pub struct Trainee {
+    /// The frozen base with its adapters.
+    pub model: CausalLm,
+}
+
+/// All forward passes of one optimizer step. A pure function of the recipe and the step's number,
+/// so that a resumed run sees what an uninterrupted one would have seen.
+#[derive(Clone, Debug)]
+pub struct StepItem {
+    /// Optimizer step, counted from 1.
+    pub step: usize,
+    /// Seed of everything random in this step.
+    pub seed: u64,
+    /// The micro-batches whose gradients are added up.
+    pub micro: Vec<Batch>,
+    /// Bound on the global norm of the gradient; 0 for none.
+    pub max_grad_norm: f64,
+}
+
+/// What one optimizer step measured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepOutput {
+    /// Optimizer step, counted from 1.
+    pub step: usize,
+    /// Steps of the whole run.
+    pub total_steps: usize,
+    /// Mean negative log-likelihood over the step's trained tokens, in nats.
+    pub loss: f64,
+    /// Tokens with a label.
+    pub trained_tokens: usize,
+    /// Tokens that are not padding.
+    pub tokens: usize,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+    /// Wall time of forward, backward and clipping.
+    pub seconds: f64,
+    /// Resident memory of the process after the step, in bytes.
+    pub memory: u64,
+    /// Estimated time to the end of the run.
+    pub eta_seconds: f64,
+}
+
+/// What one validation batch measured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvalOutput {
+    /// Sum of negative log-likelihoods, in nats.
+    pub loss_sum: f64,
+    /// Tokens with a label.
+    pub trained_tokens: usize,
+}
+
+impl ItemLazy for StepOutput {
+    fn sync(self) -> Result<Self, ExecutionError> {
+        Ok(self)
+    }
+}
+
+impl ItemLazy for EvalOutput {
+    fn sync(self) -> Result<Self, ExecutionError> {
+        Ok(self)
+    }
+}
+
+/// Labels of the next token: position `t` of a row gets the label of token `t + 1`, the last one
+/// none. Row-major, −100 where nothing is trained.
+pub fn shifted_labels(batch: &Batch) -> Vec<i64> {
+    let mut shifted = vec![-100; batch.labels.len()];
+    for (from, to) in batch.labels.chunks(batch.len).zip(shifted.chunks_mut(batch.len)) {
+        let n = from.len() - 1;
+        to[..n].copy_from_slice(&from[1..]);
+    }
+    shifted
+}
+
+impl Trainee {
+    /// Sum of the negative log-likelihoods of a batch's labels, `[1]`.
+    ///
+    /// Rows are padded on the right and attention is causal, so no real token ever sees padding and
+    /// no mask is needed; the labels leave padding out of the loss.
+    pub fn loss_sum(&self, batch: &Batch) -> Tensor<1> {
+        let device = self.model.device();
+        let ids = TensorData::new(batch.input_ids.clone(), [batch.batch, batch.len]);
+        let input = ModelInput::new(Tensor::<2, Int>::from_data(ids, &device));
+        let hidden = self.model.forward_hidden(&input, None);
+        let [rows, len, width] = hidden.dims();
+        let labels = shifted_labels(batch);
+        let hidden = hidden.reshape([rows * len, width]);
+        let head = self.model.head_weight();
+        enamel_kernels::linear_cross_entropy(hidden, head, &labels)
+    }
+}
+
+/// Splitmix64 over the parts: independent streams for each step and micro-batch.
+pub fn mix_seed(seed: u64, a: u64, b: u64) -> u64 {
+    [a, b].iter().fold(seed, |state, part| {
+        let mut z = (state ^ part.wrapping_mul(0xD6E8_FEB8_6659_FD93)).wrapping_add(0x9E37_79B9_7F4A_7C15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    })
+}
+
+/// A one-element tensor as a number; NaN if the device failed, which the caller reports as such.
+pub(crate) fn scalar(t: Tensor<1>) -> f64 {
+    t.into_data().iter::<f64>().next().unwrap_or(f64::NAN)
+}
+
+impl TrainStep for Trainee {
+    type Input = StepItem;
+    type Output = StepOutput;
+
+    fn step(&self, item: StepItem) -> TrainOutput<StepOutput> {
+        let started = Instant::now();
+        let device = self.model.device();
+        // The mean is over all trained tokens of the step, so that the split into micro-batches
+        // does not matter (1 x 8 equals 8 x 1).
+        let total: usize = item.micro.iter().map(|b| b.trained_tokens).sum();
+        let mut sum = 0.0;
+        let mut tokens = 0;
+        let mut accumulator = GradientsAccumulator::new();
+        for (index, batch) in item.micro.iter().enumerate() {
+            device.seed(mix_seed(item.seed, item.step as u64, index as u64));
+            let loss = self.loss_sum(batch);
+            sum += scalar(loss.clone().inner());
+            tokens += batch.tokens;
+            let grads = loss.div_scalar(total.max(1) as f64).backward();
+            accumulator.accumulate(self, GradientsParams::from_grads(grads, self));
+        }
+        let (grads, grad_norm) =
+            gradients::clip_global_norm(self, accumulator.grads(), item.max_grad_norm);
+        TrainOutput {
+            grads,
+            item: StepOutput {
+                step: item.step,
+                total_steps: 0,
+                loss: sum / total.max(1) as f64,
+                trained_tokens: total,
+                tokens,
+                grad_norm,
+                learning_rate: 0.0,
+                seconds: started.elapsed().as_secs_f64(),
+                memory: 0,
+                eta_seconds: 0.0,
+            },
+        }
+    }
+}
+
+impl InferenceStep for Trainee {
+    type Input = Batch;
+    type Output = EvalOutput;
+
+    fn step(&self, batch: Batch) -> EvalOutput {
+        let loss_sum = scalar(self.loss_sum(&batch));
+        EvalOutput { loss_sum, trained_tokens: batch.trained_tokens }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_move_one_to_the_left_within_each_row() {
+        let batch = Batch {
+            input_ids: vec![1, 2, 3, 4, 5, 0],
+            labels: vec![7, 2, 3, -100, 5, -100],
+            attention_mask: vec![true, true, true, true, true, false],
+            batch: 2,
+            len: 3,
+            trained_tokens: 3,
+            tokens: 5,
+            rows: vec![0, 1],
+        };
+        assert_eq!(shifted_labels(&batch), [2, 3, -100, 5, -100, -100]);
+    }
+
+    #[test]
+    fn seeds_differ_between_steps_and_micro_batches() {
+        let seeds = [mix_seed(1, 1, 0), mix_seed(1, 0, 1), mix_seed(1, 2, 0), mix_seed(2, 1, 0)];
+        for (i, a) in seeds.iter().enumerate() {
+            assert!(seeds[i + 1..].iter().all(|b| a != b));
+        }
+    }
+}
