@@ -42,7 +42,10 @@ impl Directory {
         let config: Value = serde_json::from_slice(&text)
             .map_err(|e| CheckpointError::malformed(&config_path, format!("not JSON ({e})")))?;
         if !config.is_object() {
-            return Err(CheckpointError::malformed(&config_path, "not a JSON object"));
+            return Err(CheckpointError::malformed(
+                &config_path,
+                "not a JSON object",
+            ));
         }
         let (weights, tensors) = SafetensorsSet::open(path)?;
         let directory = Self {

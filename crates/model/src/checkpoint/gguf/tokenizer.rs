@@ -273,9 +273,8 @@ fn byte_level(
             "use_regex": use_regex,
         })
     };
-    let sequence = |first: Value, rest: Value| {
-        json!({"type": "Sequence", "pretokenizers": [first, rest]})
-    };
+    let sequence =
+        |first: Value, rest: Value| json!({"type": "Sequence", "pretokenizers": [first, rest]});
     let split = |regex: &str| {
         json!({
             "type": "Split",

@@ -1,0 +1,412 @@
+//! Writing a model as a directory in Hugging Face layout, tensor by tensor.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::{Checkpoint, CheckpointError};
+
+/// The element type of a saved model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaveDtype {
+    /// 32-bit float.
+    F32,
+    /// 16-bit float.
+    F16,
+    /// bfloat16.
+    BF16,
+}
+
+impl SaveDtype {
+    /// From `f32`, `f16`, `bf16` or PyTorch's `float32`, `float16`, `bfloat16`.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text.strip_prefix("torch.").unwrap_or(text) {
+            "f32" | "float32" | "float" => Some(Self::F32),
+            "f16" | "float16" | "half" => Some(Self::F16),
+            "bf16" | "bfloat16" => Some(Self::BF16),
+            _ => None,
+        }
+    }
+
+    /// The type that a `config.json` names (`dtype` or `torch_dtype`); f32 when it names none.
+    pub fn of_config(config: &Value) -> Self {
+        ["dtype", "torch_dtype"]
+            .into_iter()
+            .find_map(|key| Self::parse(config.get(key)?.as_str()?))
+            .unwrap_or(Self::F32)
+    }
+
+    fn torch_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::BF16 => "bfloat16",
+        }
+    }
+
+    fn safetensors_name(self) -> &'static str {
+        match self {
+            Self::F32 => "F32",
+            Self::F16 => "F16",
+            Self::BF16 => "BF16",
+        }
+    }
+
+    fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+/// How to save.
+#[derive(Clone, Debug)]
+pub struct SaveOptions {
+    /// The element type.
+    pub dtype: SaveDtype,
+    /// Whether a directory that holds something is replaced.
+    pub overwrite: bool,
+    /// The most bytes of tensors in one file; larger models are split into shards.
+    pub shard_bytes: u64,
+}
+
+impl SaveOptions {
+    /// Shards of 5 GB, the size transformers uses, and never over an existing directory.
+    pub fn new(dtype: SaveDtype) -> Self {
+        Self {
+            dtype,
+            overwrite: false,
+            shard_bytes: 5_000_000_000,
+        }
+    }
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedModel {
+    /// Names of all files, in the order written.
+    pub files: Vec<String>,
+    /// Bytes of all tensors.
+    pub tensor_bytes: u64,
+}
+
+/// Why a model cannot be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The target holds something.
+    #[error("{} exists and is not empty; give another directory, or allow overwriting", .0.display())]
+    Exists(PathBuf),
+    /// A value cannot be had in the chosen type.
+    #[error("tensor '{name}' has values beyond the range of f16; save as bf16 or f32")]
+    OutOfRange {
+        /// The tensor.
+        name: String,
+    },
+    /// A tensor's values do not fit its shape.
+    #[error("tensor '{name}' of shape {shape:?} was given {found} values")]
+    WrongLength {
+        /// The tensor.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// The number of values that came.
+        found: usize,
+    },
+    /// A tensor's values could not be had.
+    #[error("tensor '{name}': {source}")]
+    Read {
+        /// The tensor.
+        name: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The base model's tokenizer or configuration cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The file system refused.
+    #[error("{}: {source}", .path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> SaveError + '_ {
+    move |source| SaveError::Io {
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Writes weights, configuration, tokenizer, generation settings and chat template to `dir`.
+///
+/// `tensors` are names and shapes in the order to write; `read` gives the values of one, row-major,
+/// and is called once for each, so that one tensor at a time is in memory. Everything else comes
+/// from `source`: copied from a directory, built from metadata for GGUF. All is written under a
+/// temporary name beside `dir` and renamed when complete.
+pub fn write_hf(
+    dir: &Path,
+    tensors: &[(String, Vec<usize>)],
+    read: &mut dyn FnMut(&str) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>>,
+    source: &Checkpoint,
+    options: &SaveOptions,
+) -> Result<SavedModel, SaveError> {
+    let occupied = is_occupied(dir)?;
+    if occupied && !options.overwrite {
+        return Err(SaveError::Exists(dir.to_owned()));
+    }
+    let parent = match dir.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent).map_err(io(parent))?;
+    let temporary = tempfile::Builder::new()
+        .prefix(".saving-")
+        .tempdir_in(parent)
+        .map_err(io(parent))?;
+    let at = temporary.path();
+
+    let mut files = Vec::new();
+    let shards = shards(tensors, options);
+    let count = shards.len();
+    let mut weight_map = Map::new();
+    for (number, shard) in shards.iter().enumerate() {
+        let name = match count {
+            1 => "model.safetensors".to_owned(),
+            _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+        };
+        write_shard(&at.join(&name), shard, read, options.dtype)?;
+        for (tensor, _) in *shard {
+            weight_map.insert(tensor.clone(), name.clone().into());
+        }
+        files.push(name);
+    }
+    let tensor_bytes = tensors.iter().map(|(_, shape)| size(shape, options)).sum();
+    if count > 1 {
+        let index = json!({"metadata": {"total_size": tensor_bytes}, "weight_map": weight_map});
+        let name = "model.safetensors.index.json";
+        write_json(&at.join(name), &index)?;
+        files.push(name.to_owned());
+    }
+    write_json(
+        &at.join("config.json"),
+        &saved_config(source.config_json(), tensors, options.dtype),
+    )?;
+    files.push("config.json".to_owned());
+    files.extend(write_side_files(at, source)?);
+
+    move_into_place(temporary, dir, occupied)?;
+    Ok(SavedModel {
+        files,
+        tensor_bytes,
+    })
+}
+
+fn is_occupied(dir: &Path) -> Result<bool, SaveError> {
+    match fs::read_dir(dir) {
+        Ok(mut entries) => Ok(entries.next().is_some()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(io(dir)(error)),
+    }
+}
+
+/// Renames the finished directory; what it replaces goes only after it.
+fn move_into_place(
+    temporary: tempfile::TempDir,
+    dir: &Path,
+    occupied: bool,
+) -> Result<(), SaveError> {
+    // Kept from here on: a failing rename must not remove the finished model.
+    let finished = temporary.keep();
+    if !occupied {
+        // Renaming onto an empty directory replaces it; onto none, creates it.
+        return fs::rename(&finished, dir).map_err(io(dir));
+    }
+    let old = finished.with_extension("old");
+    fs::rename(dir, &old).map_err(io(dir))?;
+    fs::rename(&finished, dir).map_err(io(dir))?;
+    fs::remove_dir_all(&old).map_err(io(&old))
+}
+
+fn size(shape: &[usize], options: &SaveOptions) -> u64 {
+    shape.iter().map(|&dim| dim as u64).product::<u64>() * options.dtype.bytes()
+}
+
+/// Cuts the list so that no part is above the limit, but for single tensors that are.
+fn shards<'a>(
+    tensors: &'a [(String, Vec<usize>)],
+    options: &SaveOptions,
+) -> Vec<&'a [(String, Vec<usize>)]> {
+    let mut shards = Vec::new();
+    let (mut start, mut bytes) = (0, 0);
+    for (i, (_, shape)) in tensors.iter().enumerate() {
+        let more = size(shape, options);
+        if i > start && bytes + more > options.shard_bytes {
+            shards.extend(tensors.get(start..i));
+            (start, bytes) = (i, 0);
+        }
+        bytes += more;
+    }
+    shards.extend(tensors.get(start..));
+    shards
+}
+
+fn write_shard(
+    path: &Path,
+    tensors: &[(String, Vec<usize>)],
+    read: &mut dyn FnMut(&str) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>>,
+    dtype: SaveDtype,
+) -> Result<(), SaveError> {
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut offset = 0u64;
+    for (name, shape) in tensors {
+        let count: u64 = shape.iter().map(|&dim| dim as u64).product();
+        let end = offset + count * dtype.bytes();
+        header.insert(
+            name.clone(),
+            json!({
+                "dtype": dtype.safetensors_name(),
+                "shape": shape,
+                "data_offsets": [offset, end],
+            }),
+        );
+        offset = end;
+    }
+    let mut text = Value::Object(header).to_string().into_bytes();
+    // Spaces up to a multiple of eight align the data.
+    text.resize(text.len().next_multiple_of(8), b' ');
+
+    let file = File::create(path).map_err(io(path))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    out.write_all(&(text.len() as u64).to_le_bytes())
+        .and_then(|()| out.write_all(&text))
+        .map_err(io(path))?;
+    for (name, shape) in tensors {
+        let values = read(name).map_err(|source| SaveError::Read {
+            name: name.clone(),
+            source,
+        })?;
+        if values.len() != shape.iter().product::<usize>() {
+            return Err(SaveError::WrongLength {
+                name: name.clone(),
+                shape: shape.clone(),
+                found: values.len(),
+            });
+        }
+        write_values(&mut out, name, &values, dtype, path)?;
+    }
+    let file = out.into_inner().map_err(|e| io(path)(e.into_error()))?;
+    file.sync_all().map_err(io(path))
+}
+
+/// Values converted at a time.
+const CHUNK: usize = 1 << 16;
+
+fn write_values(
+    out: &mut impl Write,
+    name: &str,
+    values: &[f32],
+    dtype: SaveDtype,
+    path: &Path,
+) -> Result<(), SaveError> {
+    let mut buffer: Vec<u8> = Vec::with_capacity(CHUNK * 4);
+    for chunk in values.chunks(CHUNK) {
+        buffer.clear();
+        match dtype {
+            SaveDtype::F32 => buffer.extend(chunk.iter().flat_map(|x| x.to_le_bytes())),
+            SaveDtype::BF16 => {
+                buffer.extend(chunk.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()));
+            }
+            SaveDtype::F16 => {
+                if chunk
+                    .iter()
+                    .any(|x| x.is_finite() && f16::from_f32(*x).is_infinite())
+                {
+                    return Err(SaveError::OutOfRange {
+                        name: name.to_owned(),
+                    });
+                }
+                buffer.extend(chunk.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()));
+            }
+        }
+        out.write_all(&buffer).map_err(io(path))?;
+    }
+    Ok(())
+}
+
+/// The base's configuration, true for what is saved.
+fn saved_config(config: &Value, tensors: &[(String, Vec<usize>)], dtype: SaveDtype) -> Value {
+    let mut config = config.clone();
+    let Some(map) = config.as_object_mut() else {
+        return config;
+    };
+    // transformers 4 reads the one key, 5 the other.
+    for key in ["torch_dtype", "dtype"] {
+        map.insert(key.into(), dtype.torch_name().into());
+    }
+    map.shift_remove("quantization_config");
+    // A head of its own, which training may have made of a tied one, must not be tied on loading.
+    let head = tensors.iter().any(|(name, _)| name == "lm_head.weight");
+    map.insert("tie_word_embeddings".into(), (!head).into());
+    config
+}
+
+/// Copies or builds everything that is neither weights nor `config.json`.
+fn write_side_files(at: &Path, source: &Checkpoint) -> Result<Vec<String>, SaveError> {
+    let mut files = Vec::new();
+    if !source.is_gguf() {
+        for from in source.side_files() {
+            let Some(name) = from.file_name().filter(|name| *name != "config.json") else {
+                continue;
+            };
+            let to = at.join(name);
+            fs::copy(&from, &to).map_err(io(&from))?;
+            files.push(name.to_string_lossy().into_owned());
+        }
+        return Ok(files);
+    }
+    write_bytes(&at.join("tokenizer.json"), &source.tokenizer_json()?)?;
+    files.push("tokenizer.json".to_owned());
+    if let Some(template) = source.chat_template() {
+        write_bytes(&at.join("chat_template.jinja"), template.as_bytes())?;
+        files.push("chat_template.jinja".to_owned());
+    }
+    if let Some(config) = source.tokenizer_config() {
+        write_json(&at.join("tokenizer_config.json"), &config)?;
+        let special: Map<String, Value> = ["bos_token", "eos_token", "pad_token", "unk_token"]
+            .into_iter()
+            .filter_map(|key| Some((key.to_owned(), config.get(key)?.clone())))
+            .collect();
+        write_json(&at.join("special_tokens_map.json"), &Value::Object(special))?;
+        files.push("tokenizer_config.json".to_owned());
+        files.push("special_tokens_map.json".to_owned());
+    }
+    if let Some(config) = source.generation_config() {
+        write_json(&at.join("generation_config.json"), &config)?;
+        files.push("generation_config.json".to_owned());
+    }
+    Ok(files)
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<(), SaveError> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|e| io(path)(e.into()))?;
+    text.push(b'\n');
+    write_bytes(path, &text)
+}
+
+fn write_bytes(path: &Path, bytes: &[u8]) -> Result<(), SaveError> {
+    let mut file = File::create(path).map_err(io(path))?;
+    file.write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(io(path))
+}
+
+#[cfg(test)]
+mod tests;
