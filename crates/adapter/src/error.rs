@@ -35,13 +35,15 @@ pub enum AdapterError {
         /// What is wrong, and what to do.
         reason: String,
     },
-    /// Tensors of a file that do not fit the model, all of them.
-    #[error("{}: {}", path.display(), list(.problems))]
+    /// An adapter's file that does not fit the model: everything that differs.
+    #[error("{}: {}\n  {note}", path.display(), list(.problems))]
     Mismatch {
         /// The file.
         path: PathBuf,
-        /// One line a tensor.
+        /// One line a tensor or module.
         problems: Vec<String>,
+        /// What may explain them.
+        note: String,
     },
     /// Only a pickle file is there.
     #[error(

@@ -26,7 +26,7 @@ pub use merge::{merge, merged_weight};
 pub use methods::{Adapter, ParamMut, ParamRef};
 pub use model_card::SaveMeta;
 pub use peft_dir::{LoadedAdapter, load_config, load_pretrained, save_pretrained};
-pub use plan::{AdapterPlan, SavedPlan, TargetPlan, plan};
+pub use plan::{AdapterPlan, SavedPlan, TargetPlan, plan, plan_for_load};
 pub use slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
 pub use trainable::{
     export_gradients, export_trainable, for_each_trainable, for_each_trainable_mut,

@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::attach::{attached, install, shapes};
 use crate::config::{LoraConfig, Targets};
 use crate::error::{AdapterError, Result};
+use crate::linear::Linear;
 use crate::methods::MethodConfig;
 use crate::model_card::{SaveMeta, model_card};
 use crate::plan::{AdapterPlan, PREFIX, plan_for_load};
@@ -46,7 +47,7 @@ pub fn save_pretrained<M: Adaptable>(
     let config = resolved(model, cfg, meta);
     let plan = plan_for_load(&shapes(model), &config)?;
     let tensors = export_trainable(model)?;
-    agree(&config, &plan, &tensors, dir)?;
+    agree(model, &config, &plan, &tensors, dir)?;
     if let Some((key, ..)) = tensors
         .iter()
         .find(|(_, _, values)| values.iter().any(|v| !v.is_finite()))
@@ -80,10 +81,7 @@ pub fn save_pretrained<M: Adaptable>(
 /// Reads `adapter_config.json`; what is not supported is refused by name.
 pub fn load_config(dir: &Path) -> Result<LoraConfig> {
     let path = dir.join(CONFIG);
-    let text = std::fs::read_to_string(&path).map_err(|source| AdapterError::Io {
-        path: path.clone(),
-        source,
-    })?;
+    let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, e))?;
     let value: Value = serde_json::from_str(&text).map_err(|e| AdapterError::Format {
         path: path.clone(),
         reason: format!("not JSON: {e}"),
@@ -109,10 +107,11 @@ pub fn load_pretrained<M: Adaptable>(
         return Err(AdapterError::Pickle(dir.to_path_buf()));
     }
     let plan = plan_for_load(&shapes(model), &config).map_err(|error| match error {
-        AdapterError::Plan { mut problems } => {
-            problems.push(made_for(&config));
-            AdapterError::Plan { problems }
-        }
+        AdapterError::Plan { problems } => AdapterError::Mismatch {
+            path: dir.join(CONFIG),
+            problems,
+            note: made_for(&config),
+        },
         other => other,
     })?;
     let mut values = read_weights(&weights, model, &config, &plan)?;
@@ -163,6 +162,20 @@ fn resolved<M: Adaptable>(model: &M, cfg: &LoraConfig, meta: &SaveMeta) -> LoraC
     config
 }
 
+/// A file that an adapter directory must have.
+fn unreadable(path: &Path, source: std::io::Error) -> AdapterError {
+    let path = path.to_path_buf();
+    match source.kind() {
+        std::io::ErrorKind::NotFound => AdapterError::Format {
+            path,
+            reason: "there is no such file; an adapter directory has adapter_config.json and \
+                     adapter_model.safetensors"
+                .into(),
+        },
+        _ => AdapterError::Io { path, source },
+    }
+}
+
 /// Keys and shapes of every tensor of the file.
 fn expected<C: MethodConfig>(config: &C, plan: &AdapterPlan) -> BTreeMap<String, Vec<usize>> {
     let mut all = BTreeMap::new();
@@ -189,37 +202,52 @@ fn expected<C: MethodConfig>(config: &C, plan: &AdapterPlan) -> BTreeMap<String,
     all
 }
 
-/// Refuses to write a configuration that does not describe the tensors beside it.
-fn agree(config: &LoraConfig, plan: &AdapterPlan, tensors: &[Tensor], dir: &Path) -> Result<()> {
-    let have: BTreeMap<_, _> = tensors
-        .iter()
-        .map(|(key, shape, _)| (key.clone(), shape.clone()))
-        .collect();
+/// Refuses to write a configuration that does not describe the adapter beside it.
+fn agree<M: Adaptable>(
+    model: &M,
+    config: &LoraConfig,
+    plan: &AdapterPlan,
+    tensors: &[Tensor],
+    dir: &Path,
+) -> Result<()> {
+    let have: BTreeMap<_, _> = tensors.iter().map(|(key, shape, _)| (key, shape)).collect();
     let want = expected(config, plan);
-    let differs =
-        |a: &BTreeMap<String, Vec<usize>>, b: &BTreeMap<String, Vec<usize>>, what: &str| {
-            let odd = a.iter().filter(|(key, shape)| b.get(*key) != Some(shape));
-            odd.map(|(key, shape)| format!("{key} {shape:?} {what}"))
-                .collect::<Vec<_>>()
-        };
-    let mut problems = differs(
-        &want,
-        &have,
-        "follows from the configuration, but is not attached so",
-    );
-    problems.extend(differs(
-        &have,
-        &want,
-        "is attached, but does not follow from the configuration",
-    ));
-    if problems.is_empty() {
-        Ok(())
-    } else {
-        Err(AdapterError::Mismatch {
-            path: dir.join(CONFIG),
-            problems,
-        })
+    let mut problems = Vec::new();
+    for (key, shape) in want
+        .iter()
+        .filter(|(key, shape)| have.get(key) != Some(shape))
+    {
+        problems.push(format!("{key} {shape:?} is not what is attached"));
     }
+    for (key, shape) in have.iter().filter(|(key, _)| !want.contains_key(**key)) {
+        problems.push(format!("{key} {shape:?} is attached, but not asked for"));
+    }
+    model.for_each_slot_ref(&mut |name, slot| {
+        let SlotRef::Linear(Linear {
+            adapter: Some(adapter),
+            ..
+        }) = slot
+        else {
+            return;
+        };
+        let target = plan.targets.iter().find(|t| t.name == name);
+        if let Some(target) = target.filter(|t| t.scale != adapter.scale()) {
+            problems.push(format!(
+                "{name} is scaled by {}, not by {}",
+                adapter.scale(),
+                target.scale
+            ));
+        }
+    });
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let note = "Save with the configuration that the adapter was attached with.".into();
+    Err(AdapterError::Mismatch {
+        path: dir.join(CONFIG),
+        problems,
+        note,
+    })
 }
 
 type Tensor = (String, Vec<usize>, Vec<f32>);
@@ -285,7 +313,7 @@ fn read_weights<M: Adaptable>(
         path: path.to_path_buf(),
         source,
     };
-    let file = File::open(path).map_err(io)?;
+    let file = File::open(path).map_err(|e| unreadable(path, e))?;
     if file.metadata().map_err(io)?.len() == 0 {
         return Err(format("the file is empty".into()));
     }
@@ -339,10 +367,10 @@ fn read_weights<M: Adaptable>(
     if problems.is_empty() {
         return Ok(values);
     }
-    problems.push(made_for(config));
     Err(AdapterError::Mismatch {
         path: path.to_path_buf(),
         problems,
+        note: made_for(config),
     })
 }
 
@@ -396,9 +424,9 @@ fn decode(view: &TensorView<'_>) -> Option<Vec<f32>> {
 fn made_for(config: &LoraConfig) -> String {
     match &config.base_model_name_or_path {
         Some(base) => {
-            format!("(the adapter says it was made for {base}; is this the same base model?)")
+            format!("The adapter says it was made for {base}: is this the same base model?")
         }
-        None => "(the adapter does not say which base model it was made for)".into(),
+        None => "The adapter does not say which base model it was made for.".into(),
     }
 }
 

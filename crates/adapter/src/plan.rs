@@ -84,12 +84,17 @@ pub fn plan<C: MethodConfig>(modules: &[ModuleShape], cfg: &C) -> Result<Adapter
     build(modules, cfg, Purpose::Initialise)
 }
 
-/// The plan of an adapter in a file. PEFT's own files may name modules that the model does not have
-/// (`["classifier", "score"]`); here the file's tensors decide instead.
-pub(crate) fn plan_for_load<C: MethodConfig>(
-    modules: &[ModuleShape],
-    cfg: &C,
-) -> Result<AdapterPlan> {
+/// The plan of an adapter that is read from a file. PEFT's own files may name modules that the model
+/// does not have (`["classifier", "score"]`) and initialisations that are not here; the file's tensors
+/// decide instead.
+pub fn plan_for_load<C: MethodConfig>(modules: &[ModuleShape], cfg: &C) -> Result<AdapterPlan> {
+    let problems = cfg.problems(Purpose::Load);
+    if !problems.is_empty() {
+        return Err(AdapterError::Config {
+            origin: "adapter configuration".into(),
+            problems,
+        });
+    }
     build(modules, cfg, Purpose::Load)
 }
 
@@ -167,7 +172,7 @@ fn target<C: MethodConfig>(
                 "not a linear layer"
             };
             return Err(format!(
-                "target_modules: {name} is {what}; only linear layers are adapted (modules_to_save trains a full copy)"
+                "target_modules: {name} is {what}; LoRA on anything but a linear layer is not supported (modules_to_save trains a full copy)"
             ));
         }
     };

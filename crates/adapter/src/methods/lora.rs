@@ -54,6 +54,10 @@ impl Method for Lora {
             .mul_scalar(self.scale)
     }
 
+    fn scale(&self) -> f64 {
+        self.scale
+    }
+
     fn for_each_param(&self, f: &mut dyn FnMut(&'static str, ParamRef<'_>)) {
         f(A, ParamRef::Matrix(&self.lora_a));
         f(B, ParamRef::Matrix(&self.lora_b));

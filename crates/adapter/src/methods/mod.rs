@@ -21,6 +21,8 @@ pub trait Method: Module {
     /// What the adapter adds to the weight, `[out, in]`: the definition that merging and export use
     /// and that `forward` is tested against.
     fn delta_weight(&self) -> Tensor<2>;
+    /// The factor in front of the adapter's product.
+    fn scale(&self) -> f64;
     /// Calls `f` with each parameter under the name it has in PEFT's file after the module's.
     fn for_each_param(&self, f: &mut dyn FnMut(&'static str, ParamRef<'_>));
     /// The same, to change them.
@@ -182,6 +184,11 @@ macro_rules! methods {
             /// What the adapter adds to the weight; see [`Method::delta_weight`].
             pub fn delta_weight(&self) -> Tensor<2> {
                 match self { $(Self::$variant(m) => m.delta_weight(),)+ }
+            }
+
+            /// The factor in front of the adapter's product.
+            pub fn scale(&self) -> f64 {
+                match self { $(Self::$variant(m) => m.scale(),)+ }
             }
 
             /// Its parameters; see [`Method::for_each_param`].
