@@ -80,7 +80,7 @@ pub enum GenerateError {
 
 /// Continues `prompt`. Each new token is handed to `on_token`, which may end it; a token of `stop`
 /// ends it too and is neither handed on nor returned. The model is used as it stands, adapters
-/// included; evaluate a training model through [`burn::module::AutodiffModule::valid`].
+/// included; evaluate a training model through [`burn::module::Module::valid`].
 pub fn generate(
     model: &CausalLm,
     prompt: &[u32],
@@ -199,4 +199,171 @@ fn choose(logits: &[f32], sampling: &Sampling, rng: &mut ChaCha8Rng) -> u32 {
         }
     }
     ids[weights.len() - 1] // rounding left a trace of the last weight
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::testing::{devices, ids, tiny_config, values};
+    use burn::tensor::Device;
+    use serde_json::json;
+
+    fn model(device: &Device) -> CausalLm {
+        CausalLm::random(&tiny_config(json!({})), 11, device).unwrap()
+    }
+
+    fn run(model: &CausalLm, stop: &[u32], sampling: &Sampling) -> Vec<u32> {
+        let mut streamed = Vec::new();
+        let produced = generate(model, &[1, 2, 3], stop, sampling, &mut |id| {
+            streamed.push(id);
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert_eq!(produced, streamed);
+        produced
+    }
+
+    fn sampled(seed: u64) -> Sampling {
+        let (top_k, top_p) = (Some(20), Some(0.95));
+        Sampling {
+            temperature: 1.5,
+            top_k,
+            top_p,
+            seed,
+            max_new_tokens: 30,
+        }
+    }
+
+    #[test]
+    fn greedy_takes_the_largest_logit_of_a_full_pass() {
+        for device in devices() {
+            let model = model(&device);
+            let mut text = vec![1i64, 2, 3];
+            for id in run(&model, &[], &Sampling::greedy(12)) {
+                let hidden = model.forward_hidden(&ModelInput::new(ids(&[&text], &device)), None);
+                let last = hidden.narrow(1, text.len() - 1, 1).reshape([1, 16]);
+                let logits = values(model.logits(last));
+                assert!(logits.iter().all(|x| *x <= logits[id as usize]));
+                text.push(i64::from(id));
+            }
+            assert_eq!(text.len(), 15);
+        }
+    }
+
+    #[test]
+    fn the_seed_decides() {
+        let model = model(&Device::flex());
+        assert_eq!(run(&model, &[], &sampled(4)), run(&model, &[], &sampled(4)));
+        assert_ne!(run(&model, &[], &sampled(4)), run(&model, &[], &sampled(5)));
+        let narrow = Sampling {
+            top_k: Some(1),
+            ..sampled(4)
+        };
+        assert_eq!(
+            run(&model, &[], &narrow),
+            run(&model, &[], &Sampling::greedy(30))
+        );
+        let narrow = Sampling {
+            top_k: None,
+            top_p: Some(1e-9),
+            ..sampled(4)
+        };
+        assert_eq!(
+            run(&model, &[], &narrow),
+            run(&model, &[], &Sampling::greedy(30))
+        );
+    }
+
+    #[test]
+    fn stop_tokens_and_the_callback_end_it() {
+        let model = model(&Device::flex());
+        let all = run(&model, &[], &sampled(4));
+        let stop = all[5];
+        let until = all.iter().position(|id| *id == stop).unwrap();
+        assert_eq!(run(&model, &[stop], &sampled(4)), all[..until]);
+        let mut calls = 0;
+        let ended = generate(&model, &[1, 2, 3], &[], &sampled(4), &mut |_| {
+            calls += 1;
+            if calls == 3 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        });
+        assert_eq!(ended.unwrap(), all[..3]);
+    }
+
+    #[test]
+    fn sampling_follows_the_probabilities() {
+        // Softmax of these at temperature 2 is 1/2, 1/4, 1/8, 1/8.
+        let logits: Vec<f32> = [8f32, 4.0, 2.0, 2.0].iter().map(|x| 2.0 * x.ln()).collect();
+        let frequencies = |top_k, top_p| {
+            let sampling = Sampling {
+                temperature: 2.0,
+                top_k,
+                top_p,
+                seed: 0,
+                max_new_tokens: 1,
+            };
+            let mut rng = ChaCha8Rng::seed_from_u64(1);
+            let mut counts = [0.0; 4];
+            for _ in 0..8000 {
+                counts[choose(&logits, &sampling, &mut rng) as usize] += 1.0 / 8000.0;
+            }
+            counts
+        };
+        let check = |got: [f64; 4], expected: [f64; 4]| {
+            // Four standard deviations of a frequency of one half among 8000.
+            let close = got.iter().zip(expected).all(|(a, b)| (a - b).abs() < 0.023);
+            assert!(close, "{got:?}");
+        };
+        check(frequencies(None, None), [0.5, 0.25, 0.125, 0.125]);
+        check(frequencies(Some(2), None), [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
+        // The first two reach three quarters exactly; a little more needs the third.
+        check(
+            frequencies(None, Some(0.74)),
+            [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0],
+        );
+        check(
+            frequencies(None, Some(0.76)),
+            [4.0 / 7.0, 2.0 / 7.0, 1.0 / 7.0, 0.0],
+        );
+    }
+
+    #[test]
+    fn unusable_requests_are_errors() {
+        let model = model(&Device::flex());
+        let mut go = |_| ControlFlow::Continue(());
+        let mut with = |prompt: &[u32], sampling: &Sampling| {
+            generate(&model, prompt, &[], sampling, &mut go).unwrap_err()
+        };
+        assert_eq!(with(&[], &sampled(1)), GenerateError::EmptyPrompt);
+        let out = GenerateError::TokenOutOfRange {
+            id: 40,
+            vocab_size: 40,
+        };
+        assert_eq!(with(&[1, 40], &sampled(1)), out);
+        for bad in [
+            Sampling {
+                temperature: -1.0,
+                ..sampled(1)
+            },
+            Sampling {
+                temperature: f64::NAN,
+                ..sampled(1)
+            },
+            Sampling {
+                top_p: Some(0.0),
+                ..sampled(1)
+            },
+            Sampling {
+                top_k: Some(0),
+                ..sampled(1)
+            },
+        ] {
+            let error = with(&[1], &bad);
+            assert!(matches!(error, GenerateError::BadSetting { .. }), "{error}");
+        }
+    }
 }

@@ -96,3 +96,76 @@ fn write(store: Option<Tensor<4>>, new: Tensor<4>, len: usize) -> Tensor<4> {
     };
     store.slice_assign(s![.., len..total, .., ..], new)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::testing::{devices, distance, ids, tiny_config, values};
+    use crate::{CausalLm, ModelInput};
+    use enamel_kernels::KeyMask;
+    use serde_json::json;
+
+    #[test]
+    fn pieces_through_the_cache_equal_one_pass() {
+        let rows: [Vec<i64>; 2] = [
+            (0..9).map(|i| (i * 7 + 3) % 40).collect(),
+            (0..9).map(|i| (i * 11 + 1) % 40).collect(),
+        ];
+        for changes in [
+            json!({}),
+            json!({"model_type": "mistral", "sliding_window": 3}),
+            json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+        ] {
+            for device in devices() {
+                let model = CausalLm::random(&tiny_config(changes.clone()), 5, &device).unwrap();
+                // The second row begins with two tokens of padding.
+                let mask = |keys: usize| {
+                    let valid = [vec![true; keys], (0..keys).map(|i| i >= 2).collect()].concat();
+                    Some(KeyMask {
+                        valid: Arc::new(valid),
+                        batch: 2,
+                        keys,
+                    })
+                };
+                let piece = |range: std::ops::Range<usize>| ModelInput {
+                    attention_mask: mask(range.end),
+                    input_ids: ids(&[&rows[0][range.clone()], &rows[1][range]], &device),
+                };
+                let whole = model.forward_hidden(&piece(0..9), None);
+                let mut cache = KvCache::new();
+                assert!(cache.is_empty());
+                let pieces = [0..4, 4..7, 7..8, 8..9]
+                    .map(|range| model.forward_hidden(&piece(range), Some(&mut cache)));
+                assert_eq!(cache.len(), 9);
+                let joined = Tensor::cat(pieces.to_vec(), 1);
+                // Sums of another length are taken in another order: rounding only.
+                let (a, b) = (
+                    values(whole.narrow(1, 2, 7)),
+                    values(joined.narrow(1, 2, 7)),
+                );
+                assert!(distance(&a, &b) < 1e-5, "{changes} on {device:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_appended_survives_growth() {
+        for device in devices() {
+            let mut cache = KvCache::new();
+            let mut expected = Vec::new();
+            for step in 0..2 * BLOCK + 90 {
+                let new = Tensor::<4>::full([1, 1, 1, 2], step as f32, &device);
+                let (k, v) = cache.append(0, new.clone(), new.neg());
+                cache.advance(1);
+                expected.extend([step as f32; 2]);
+                if step % 50 == 0 || step + 1 == 2 * BLOCK + 90 {
+                    assert_eq!(values(k), expected);
+                    assert_eq!(values(v.neg()), expected);
+                }
+            }
+        }
+    }
+}

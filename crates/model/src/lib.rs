@@ -7,6 +7,10 @@ pub mod config;
 pub mod generate;
 pub mod kv_cache;
 pub mod rope;
+pub mod save;
+pub mod source;
+#[cfg(test)]
+mod testing;
 
 pub use causal_lm::{CausalLm, LoadError, ModelInput};
 pub use config::{ConfigError, LlamaConfig};

@@ -339,8 +339,8 @@ mod tests {
         let (_, factor) = yarn.frequencies(16, 1);
         assert_eq!(factor, (0.1 * 4f64.ln() + 1.0) as f32);
         let (cos, sin) = yarn.tables(16, 0, 1, &Device::flex());
-        assert_eq!(cos.into_data().to_vec::<f32>().unwrap(), [factor; 8]);
-        assert_eq!(sin.into_data().to_vec::<f32>().unwrap(), [0.0; 8]);
+        assert_eq!(cos.into_data().try_to_vec::<f32>().unwrap(), [factor; 8]);
+        assert_eq!(sin.into_data().try_to_vec::<f32>().unwrap(), [0.0; 8]);
     }
 
     #[test]
@@ -371,7 +371,7 @@ mod tests {
         let device = Device::flex();
         let (all, _) = plain.tables(8, 0, 10, &device);
         let (tail, _) = plain.tables(8, 7, 3, &device);
-        let all = all.narrow(0, 7, 3).into_data().to_vec::<f32>().unwrap();
-        assert_eq!(all, tail.into_data().to_vec::<f32>().unwrap());
+        let all = all.narrow(0, 7, 3).into_data().try_to_vec::<f32>().unwrap();
+        assert_eq!(all, tail.into_data().try_to_vec::<f32>().unwrap());
     }
 }
