@@ -29,6 +29,6 @@ pub use peft_dir::{LoadedAdapter, load_config, load_pretrained, save_pretrained}
 pub use plan::{AdapterPlan, SavedPlan, TargetPlan, plan, plan_for_load};
 pub use slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
 pub use trainable::{
-    export_gradients, export_trainable, for_each_trainable, for_each_trainable_mut,
+    HostTensor, export_gradients, export_trainable, for_each_trainable, for_each_trainable_mut,
     import_trainable, trainable,
 };

@@ -18,7 +18,7 @@ use crate::model_card::{SaveMeta, model_card};
 use crate::plan::{AdapterPlan, PREFIX, plan_for_load};
 use crate::slot::{Adaptable, SlotRef};
 use crate::target::DEFAULT_TARGETS;
-use crate::trainable::{export_trainable, for_each_trainable_mut};
+use crate::trainable::{HostTensor, export_trainable, for_each_trainable_mut};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -207,7 +207,7 @@ fn agree<M: Adaptable>(
     model: &M,
     config: &LoraConfig,
     plan: &AdapterPlan,
-    tensors: &[Tensor],
+    tensors: &[HostTensor],
     dir: &Path,
 ) -> Result<()> {
     let have: BTreeMap<_, _> = tensors.iter().map(|(key, shape, _)| (key, shape)).collect();
@@ -250,9 +250,7 @@ fn agree<M: Adaptable>(
     })
 }
 
-type Tensor = (String, Vec<usize>, Vec<f32>);
-
-fn serialize(tensors: &[Tensor]) -> std::result::Result<Vec<u8>, safetensors::SafeTensorError> {
+fn serialize(tensors: &[HostTensor]) -> std::result::Result<Vec<u8>, safetensors::SafeTensorError> {
     let bytes = |values: &[f32]| {
         values
             .iter()

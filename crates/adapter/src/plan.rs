@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::config::Purpose;
+use crate::config::{Purpose, Targets};
 use crate::error::{AdapterError, Result};
 use crate::methods::MethodConfig;
 use crate::slot::{ModuleKind, ModuleShape};
@@ -129,7 +129,7 @@ fn build<C: MethodConfig>(
             matcher
                 .unused()
                 .into_iter()
-                .map(|(option, entry)| unused(option, entry, modules)),
+                .map(|(option, entry)| unused(option, entry, selection.target, modules)),
         );
         problems.extend(matcher.unused_layers().into_iter().map(|layer| {
             format!("layers_to_transform: layer {layer} holds none of the target modules")
@@ -199,18 +199,24 @@ fn target<C: MethodConfig>(
     Ok(plan)
 }
 
-fn unused(option: &str, entry: &str, modules: &[ModuleShape]) -> String {
-    let ends_with = |name: &str| {
-        name == entry
-            || name
-                .strip_suffix(entry)
-                .is_some_and(|head| head.ends_with('.'))
+/// Why an entry may have matched nothing, and what to write instead.
+fn unused(option: &str, entry: &str, targets: Option<&Targets>, modules: &[ModuleShape]) -> String {
+    let is_end = |m: &ModuleShape| {
+        m.name
+            .strip_suffix(entry)
+            .is_some_and(|head| head.is_empty() || head.ends_with('.'))
     };
-    if modules.iter().any(|m| ends_with(&m.name)) {
-        return format!(
-            "{option}: {entry:?} matches no target: what it names is excluded, saved whole, in another layer or not \
-             among target_modules"
-        );
+    if modules.iter().any(is_end) {
+        let why = match (option, targets) {
+            ("target_modules", Some(Targets::Regex(_))) => format!(
+                "matches no module's whole name, as a string must; write [{entry:?}] for modules of this name"
+            ),
+            ("rank_pattern" | "alpha_pattern", _) => {
+                "matches no target that an earlier pattern has not matched already".into()
+            }
+            _ => "is excluded, saved whole or in a layer that is not asked for".into(),
+        };
+        return format!("{option}: {entry:?} {why}");
     }
     let inside = format!(".{entry}.");
     if modules
@@ -259,7 +265,7 @@ fn elements(module: &ModuleShape) -> usize {
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use super::*;
-    use crate::config::{LoraConfig, Targets};
+    use crate::config::LoraConfig;
     use crate::testing::LlamaSizes;
 
     const SMOLLM2: LlamaSizes = LlamaSizes {
@@ -403,7 +409,7 @@ mod tests {
             24
         );
         assert_eq!(names(&regex(r".*layers\.(?P<n>[01])\..*q_proj")).len(), 2);
-        assert!(problems(&regex("q_proj"), &SMALL)[0].contains("\"q_proj\" matches no target"));
+        assert!(problems(&regex("q_proj"), &SMALL)[0].contains("write [\"q_proj\"]"));
         assert!(problems(&regex("(q_proj"), &SMALL)[0].contains("not a regular expression"));
     }
 
@@ -514,7 +520,7 @@ mod tests {
             "exclude_modules: \"o_porj\" matches no module; nearest: o_proj",
             "modules_to_save: \"lm_hed\" matches no module; nearest: lm_head",
             "rank_pattern: \"gate\"",
-            "alpha_pattern: \"up_proj\" matches no target",
+            "alpha_pattern: \"up_proj\" matches no target that",
         ] {
             assert!(
                 found.iter().any(|p| p.contains(part)),

@@ -224,27 +224,20 @@ impl Matcher {
     pub fn unused(&self) -> Vec<(&'static str, &str)> {
         let mut out = self.target.unused("target_modules");
         out.extend(self.exclude.unused("exclude_modules"));
-        out.extend(
-            self.save
-                .iter()
-                .map(|(e, _)| e)
-                .filter(|e| !e.used)
-                .map(|e| ("modules_to_save", e.text.as_str())),
-        );
-        out.extend(
-            self.rank
-                .iter()
-                .map(|(e, ..)| e)
-                .filter(|e| !e.used)
-                .map(|e| ("rank_pattern", e.text.as_str())),
-        );
-        out.extend(
-            self.alpha
-                .iter()
-                .map(|(e, ..)| e)
-                .filter(|e| !e.used)
-                .map(|e| ("alpha_pattern", e.text.as_str())),
-        );
+        let save = self
+            .save
+            .iter()
+            .map(|(entry, _)| ("modules_to_save", entry));
+        let rank = self.rank.iter().map(|(entry, ..)| ("rank_pattern", entry));
+        let alpha = self
+            .alpha
+            .iter()
+            .map(|(entry, ..)| ("alpha_pattern", entry));
+        let idle = save
+            .chain(rank)
+            .chain(alpha)
+            .filter(|(_, entry)| !entry.used);
+        out.extend(idle.map(|(option, entry)| (option, entry.text.as_str())));
         out
     }
 

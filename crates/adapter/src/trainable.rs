@@ -81,8 +81,11 @@ pub fn trainable<M: Adaptable>(model: &M) -> Vec<(String, ParamId, Vec<usize>)> 
     all
 }
 
-/// Key, shape and values (row-major, bit for bit) of every parameter of the adapter.
-pub fn export_trainable<M: Adaptable>(model: &M) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+/// A tensor on the host: key in PEFT's file, shape, values (row-major).
+pub type HostTensor = (String, Vec<usize>, Vec<f32>);
+
+/// Key, shape and values (bit for bit) of every parameter of the adapter.
+pub fn export_trainable<M: Adaptable>(model: &M) -> Result<Vec<HostTensor>> {
     let mut all = Vec::new();
     for_each_trainable(model, &mut |key, param| {
         all.push(
@@ -95,10 +98,7 @@ pub fn export_trainable<M: Adaptable>(model: &M) -> Result<Vec<(String, Vec<usiz
 }
 
 /// Key, shape and gradient of every parameter of the adapter that the backward pass reached.
-pub fn export_gradients<M: Adaptable>(
-    model: &M,
-    grads: &Gradients,
-) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+pub fn export_gradients<M: Adaptable>(model: &M, grads: &Gradients) -> Result<Vec<HostTensor>> {
     let mut all = Vec::new();
     for_each_trainable(model, &mut |key, param| {
         let gradient = param.gradient(key, grads).transpose();
@@ -109,10 +109,7 @@ pub fn export_gradients<M: Adaptable>(
 
 /// Puts back what [`export_trainable`] returned. Names and shapes must be exactly the adapter's; all
 /// differences are reported, and then nothing is changed.
-pub fn import_trainable<M: Adaptable>(
-    model: &mut M,
-    state: Vec<(String, Vec<usize>, Vec<f32>)>,
-) -> Result<()> {
+pub fn import_trainable<M: Adaptable>(model: &mut M, state: Vec<HostTensor>) -> Result<()> {
     let have = trainable(model);
     let mut problems = Vec::new();
     for (key, _, shape) in &have {
