@@ -60,8 +60,7 @@ impl Linear {
     /// `x · Wᵀ` with the weights in use, `[rows, in]` to `[rows, out]`.
     fn product(&self, x: Tensor<2>) -> Tensor<2> {
         match (&self.saved, &self.adapter) {
-            // A trained weight needs its own gradient, which the frozen kernels do not form.
-            (Some(saved), _) if self.enabled => x.matmul(saved.weight.val().transpose()),
+            (Some(saved), _) if self.enabled => enamel_kernels::linear(x, saved.weight.val()),
             (None, Some(adapter)) if self.enabled => adapter.forward(x, self.weight.val()),
             _ => enamel_kernels::linear(x, self.weight.val()),
         }
