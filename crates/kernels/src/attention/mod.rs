@@ -1,7 +1,10 @@
 //! Grouped-query scaled-dot-product attention.
 
+mod backward;
 mod cpu;
+mod decode;
 mod ops;
+mod problem;
 mod reference;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -5,7 +5,7 @@ use super::simd::fma;
 /// `exp(x)`, within 2 units in the last place; exact 0 and infinity where f32 under- or overflows,
 /// NaN for NaN. Polynomial and range reduction after Cephes' `expf` (S. Moshier).
 #[inline(always)]
-pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
+pub(crate) fn exp<const L: u8>(x: f32) -> f32 {
     /// 1.5 · 2²³: adding it leaves the rounded integer in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
     /// ln 2 in two parts; the first has so few bits that its product with an integer is exact.
@@ -15,17 +15,17 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     // Written so that a NaN passes both comparisons unchanged.
     let x = if x > 89.0 { 89.0 } else { x };
     let x = if x < -104.0 { -104.0 } else { x };
-    let shifted = fma::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
+    let shifted = fma::<L>(x, std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = fma::<FMA>(n, -LN2_HI, x);
-    let r = fma::<FMA>(n, -LN2_LO, r);
+    let r = fma::<L>(n, -LN2_HI, x);
+    let r = fma::<L>(n, -LN2_LO, r);
     let p = 1.987_569_1e-4;
-    let p = fma::<FMA>(p, r, 1.398_199_9e-3);
-    let p = fma::<FMA>(p, r, 8.333_452e-3);
-    let p = fma::<FMA>(p, r, 4.166_579_6e-2);
-    let p = fma::<FMA>(p, r, 1.666_666_5e-1);
-    let p = fma::<FMA>(p, r, 0.5);
-    let p = fma::<FMA>(p, r * r, r) + 1.0;
+    let p = fma::<L>(p, r, 1.398_199_9e-3);
+    let p = fma::<L>(p, r, 8.333_452e-3);
+    let p = fma::<L>(p, r, 4.166_579_6e-2);
+    let p = fma::<L>(p, r, 1.666_666_5e-1);
+    let p = fma::<L>(p, r, 0.5);
+    let p = fma::<L>(p, r * r, r) + 1.0;
     // 2ⁿ as two factors: n = 128 and n = −149 are not exponents of a normal number.
     let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
     let half = n >> 1;
@@ -35,8 +35,8 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
 
 /// `1 / (1 + exp(−x))`.
 #[inline(always)]
-pub(crate) fn sigmoid<const FMA: bool>(x: f32) -> f32 {
-    1.0 / (1.0 + exp::<FMA>(-x))
+pub(crate) fn sigmoid<const L: u8>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<L>(-x))
 }
 
 #[cfg(test)]
@@ -45,9 +45,9 @@ mod tests {
     use super::*;
 
     simd_fn! {
-        fn exp_all<FMA>(x: &mut [f32]) {
+        fn exp_all<L>(x: &mut [f32]) {
             for x in x {
-                *x = exp::<FMA>(*x);
+                *x = exp::<L>(*x);
             }
         }
     }

@@ -4,6 +4,15 @@ use std::marker::PhantomData;
 
 use burn::backend::flex::FlexTensor;
 use gemm::Parallelism;
+use rayon::prelude::*;
+
+use super::simd::{dot, level, simd_fn};
+
+/// Up to so many rows, a product with a row-major `wᵀ` is bound by reading w: dot products read it
+/// on all threads, in order and without packing, where `gemm` would use one.
+const FEW_ROWS: usize = 4;
+/// Weights that one task of such a product reads.
+const FEW_ROWS_TASK: usize = 64 * 1024;
 
 /// A matrix read in place: element `(i, j)` lies `i·rs + j·cs` floats after the start.
 #[derive(Clone, Copy)]
@@ -75,6 +84,13 @@ impl<'a> MatRef<'a> {
             cs,
             life: PhantomData,
         }
+    }
+
+    fn row(self, i: usize) -> &'a [f32] {
+        assert!(i < self.rows && self.cs == 1);
+        let start = self.ptr.wrapping_offset(i as isize * self.rs);
+        // SAFETY: the view was checked when made, and the row lies in order.
+        unsafe { std::slice::from_raw_parts(start, self.cols) }
     }
 
     pub(crate) fn t(self) -> Self {
@@ -164,6 +180,9 @@ pub(crate) fn product(
     if m == 0 || n == 0 {
         return;
     }
+    if threads == Threads::All && m <= FEW_ROWS && a.cs == 1 && b.rs == 1 && k > 0 {
+        return few_rows(dst, into, scale, a, b.t());
+    }
     let threads = match threads {
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(0),
@@ -191,5 +210,45 @@ pub(crate) fn product(
             false,
             threads,
         );
+    }
+}
+
+/// [`product`] of few rows of `a` with the rows of `w`.
+fn few_rows(dst: &mut MatMut<'_>, into: Into, scale: f32, a: MatRef<'_>, w: MatRef<'_>) {
+    let task = (FEW_ROWS_TASK / a.cols).max(1);
+    let level = level();
+    // `[column][row]` first: a task then owns an unbroken piece of it.
+    let mut columns = vec![0.0f32; dst.cols * dst.rows];
+    let rows = dst.rows;
+    let part = |(i, part): (usize, &mut [f32])| few_dots(level, a, w, i * task, part);
+    if dst.cols <= task {
+        part((0, &mut columns));
+    } else {
+        columns
+            .par_chunks_mut(task * rows)
+            .enumerate()
+            .for_each(part);
+    }
+    for i in 0..rows {
+        for (j, column) in columns.chunks_exact(rows).enumerate() {
+            // SAFETY: inside the destination, which is exclusive.
+            unsafe {
+                let at = dst.ptr.offset(i as isize * dst.rs).add(j);
+                let old = if into == Into::Add { *at } else { 0.0 };
+                *at = old + scale * column[i];
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// `out[j][i] = a[i] · w[from + j]`.
+    fn few_dots<L>(a: MatRef<'_>, w: MatRef<'_>, from: usize, out: &mut [f32]) {
+        for (j, out) in out.chunks_exact_mut(a.rows).enumerate() {
+            let weights = w.row(from + j);
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = dot::<L>(a.row(i), weights);
+            }
+        }
     }
 }

@@ -9,7 +9,8 @@ pub(crate) mod matrix;
 pub(crate) mod simd;
 pub(crate) mod storage;
 
-/// The instruction set the CPU kernels picked on this machine: `"avx512"`, `"avx2"` or `"portable"`.
+/// The instruction set the CPU kernels use on this machine: `"avx512"`, `"avx2"` or `"portable"`. The
+/// environment variable `ENAMEL_CPU_PATH` can name a lesser one than the best.
 pub fn cpu_path() -> &'static str {
     simd::level().name()
 }

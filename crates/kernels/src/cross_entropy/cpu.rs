@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use crate::cpu::exp::exp;
 use crate::cpu::matrix::{Into, MatMut, MatRef, Threads, product, readable};
-use crate::cpu::simd::{LANES, level, simd_fn, sum_lanes};
+use crate::cpu::simd::{self, LANES, level, simd_fn, sum_lanes};
 use crate::cpu::storage::{Fresh, dense, tensor, values};
 
 /// Floats of one chunk's logits (64 MiB): many rows share each packing of the head, and the chunk
@@ -73,30 +73,17 @@ pub(super) fn token_log_probs(hidden: Tensor<2>, head: Tensor<2>, labels: &[i64]
 
 simd_fn! {
     /// The row's maximum and `Σ exp(x − max)`. With `keep`, the row becomes `exp(x − max)`.
-    fn exponentials<FMA>(row: &mut [f32], keep: bool) -> (f32, f64) {
+    fn exponentials<L>(row: &mut [f32], keep: bool) -> (f32, f64) {
         /// Terms summed in f32 before they join the f64 total.
         const BLOCK: usize = 64 * LANES;
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        let chunks = row.chunks_exact(LANES);
-        let mut max = f32::NEG_INFINITY;
-        for x in chunks.remainder() {
-            max = if *x > max { *x } else { max };
-        }
-        for x in chunks {
-            for i in 0..LANES {
-                lanes[i] = if x[i] > lanes[i] { x[i] } else { lanes[i] };
-            }
-        }
-        for x in lanes {
-            max = if x > max { x } else { max };
-        }
+        let max = simd::max(row, f32::NEG_INFINITY);
         let mut total = 0.0f64;
         for block in row.chunks_mut(BLOCK) {
             let mut lanes = [0.0f32; LANES];
             let mut chunks = block.chunks_exact_mut(LANES);
             for x in &mut chunks {
                 for i in 0..LANES {
-                    let e = exp::<FMA>(x[i] - max);
+                    let e = exp::<L>(x[i] - max);
                     lanes[i] += e;
                     if keep {
                         x[i] = e;
@@ -104,7 +91,7 @@ simd_fn! {
                 }
             }
             for x in chunks.into_remainder() {
-                let e = exp::<FMA>(*x - max);
+                let e = exp::<L>(*x - max);
                 lanes[0] += e;
                 if keep {
                     *x = e;

@@ -51,7 +51,7 @@ pub(super) fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64
 
 simd_fn! {
     /// Several rows: `y = x·inverse·weight` with `inverse = 1/sqrt(mean(x²) + eps)`.
-    fn forward<FMA>(
+    fn forward<L>(
         x: &[f32],
         weight: &[f32],
         eps: f32,
@@ -61,7 +61,7 @@ simd_fn! {
         let width = weight.len();
         let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse);
         for ((x, y), inverse) in rows {
-            let inv = (dot::<FMA>(x, x) / width as f32 + eps).sqrt().recip();
+            let inv = (dot::<L>(x, x) / width as f32 + eps).sqrt().recip();
             inverse.write(inv);
             for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
                 y.write(x * inv * w);
@@ -73,7 +73,7 @@ simd_fn! {
 simd_fn! {
     /// Several rows: with `h = g·weight`, `dx = inverse·h − x·inverse³·mean(h·x)` replaces g, and
     /// `g·x·inverse` is added to `d_weight` unless that is empty.
-    fn backward<FMA>(
+    fn backward<L>(
         x: &[f32],
         weight: &[f32],
         inverse: &[f32],
@@ -84,14 +84,14 @@ simd_fn! {
         let rows = x.chunks_exact(width).zip(grad.chunks_exact_mut(width)).zip(inverse);
         for ((x, g), inv) in rows {
             for ((d, g), x) in d_weight.iter_mut().zip(&*g).zip(x) {
-                *d = fma::<FMA>(*g, x * inv, *d);
+                *d = fma::<L>(*g, x * inv, *d);
             }
             for (g, w) in g.iter_mut().zip(weight) {
                 *g *= w;
             }
-            let c = -dot::<FMA>(g, x) / width as f32 * inv * inv * inv;
+            let c = -dot::<L>(g, x) / width as f32 * inv * inv * inv;
             for (g, x) in g.iter_mut().zip(x) {
-                *g = fma::<FMA>(*x, c, *g * inv);
+                *g = fma::<L>(*x, c, *g * inv);
             }
         }
     }

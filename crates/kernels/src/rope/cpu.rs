@@ -36,14 +36,14 @@ pub(super) fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
 
 simd_fn! {
     /// All heads of one position: `y1 = x1·cos − x2·sign·sin`, `y2 = x2·cos + x1·sign·sin`.
-    fn rotate<FMA>(heads: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
+    fn rotate<L>(heads: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
         let half = cos.len();
         for head in heads.chunks_exact_mut(2 * half) {
             let (x1, x2) = head.split_at_mut(half);
             for (((x1, x2), c), s) in x1.iter_mut().zip(x2).zip(cos).zip(sin) {
                 let (a, b, s) = (*x1, *x2, sign * s);
-                *x1 = fma::<FMA>(a, *c, -(b * s));
-                *x2 = fma::<FMA>(b, *c, a * s);
+                *x1 = fma::<L>(a, *c, -(b * s));
+                *x2 = fma::<L>(b, *c, a * s);
             }
         }
     }

@@ -37,18 +37,18 @@ pub(super) fn silu_mul<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor
 }
 
 simd_fn! {
-    fn forward<FMA>(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
+    fn forward<L>(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
         for ((x, u), y) in gate.iter().zip(up).zip(out) {
-            y.write(x * sigmoid::<FMA>(*x) * u);
+            y.write(x * sigmoid::<L>(*x) * u);
         }
     }
 }
 
 simd_fn! {
     /// With `s = sigmoid(x)`: `dx = g·u·s·(1 + x·(1 − s))` replaces x, `du = g·x·s` replaces g.
-    fn backward<FMA>(gate: &mut [f32], up: &[f32], grad: &mut [f32]) {
+    fn backward<L>(gate: &mut [f32], up: &[f32], grad: &mut [f32]) {
         for ((x, u), g) in gate.iter_mut().zip(up).zip(grad) {
-            let s = sigmoid::<FMA>(*x);
+            let s = sigmoid::<L>(*x);
             let d_up = *g * (*x * s);
             *x = *g * u * (s * (1.0 + *x * (1.0 - s)));
             *g = d_up;
