@@ -1,2 +1,89 @@
-//! placeholder
-fn main() {}
+//! The `enamel` binary: one file a subcommand, each of which reads its arguments, calls a library
+//! and prints what came back.
+#![allow(missing_docs, reason = "a binary has no readers of its API")]
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "printing is this crate's task"
+)]
+
+mod failure;
+mod pull_progress;
+mod recipe_args;
+mod sampling_args;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+// Tensors are allocated and freed at a rate that glibc's allocator answers with page faults.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Fires a thin, trainable layer onto a finished, frozen model.
+#[derive(Parser)]
+#[command(
+    name = "enamel",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// How a verb ended when nothing went wrong.
+enum Outcome {
+    Done,
+    /// A signal asked to stop; its number.
+    Interrupted(i32),
+}
+
+macro_rules! verbs {
+    ($( $(#[doc = $doc:literal])+ $module:ident => $variant:ident; )*) => {
+        $( mod $module; )*
+
+        #[derive(Subcommand)]
+        enum Verb { $( $(#[doc = $doc])+ $variant($module::Args), )* }
+
+        impl Verb {
+            fn run(self) -> anyhow::Result<Outcome> {
+                match self { $( Self::$variant(args) => args.run(), )* }
+            }
+        }
+    };
+}
+
+verbs! {
+    /// Fine-tune a model as a recipe says
+    train => Train;
+    /// Check a recipe and count what it trains, without training
+    plan => Plan;
+    /// Show rows as the model will see them, and which tokens are trained
+    inspect => Inspect;
+    /// Fetch a base model into the cache
+    pull => Pull;
+    /// List what can compute, and how much memory it has
+    devices => Devices;
+    /// Answer a prompt
+    generate => Generate;
+    /// Hold a conversation
+    chat => Chat;
+    /// Measure loss and perplexity on a recipe's validation rows
+    eval => Eval;
+    /// Give loss and log-probability of each token of given rows
+    score => Score;
+    /// Fold an adapter into its base and write a model of its own
+    merge => Merge;
+    /// Measure the speed and memory of training and decoding on this machine
+    bench => Bench;
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().verb.run() {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Interrupted(signal)) => ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)),
+        Err(error) => failure::report(&error),
+    }
+}

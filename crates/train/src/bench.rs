@@ -84,7 +84,10 @@ pub fn bench(
         tokens => Some(decode(&model, vocabulary, tokens)?),
     };
     let mut trainee = Trainee { model }.fork(&device.clone().autodiff());
-    let mut optimizer = AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(0.0).init();
+    let mut optimizer = AdamWConfig::new()
+        .with_epsilon(1e-8)
+        .with_weight_decay(0.0)
+        .init();
     for &(rows, tokens) in &options.shapes {
         reset_peak();
         let mut seconds = Vec::with_capacity(options.steps);
@@ -98,7 +101,9 @@ pub fn bench(
             };
             let output = TrainStep::step(&trainee, item);
             trainee = trainee.optimize(&mut optimizer, 1e-4.into(), output.grads);
-            device.sync().map_err(|e| TrainError::Framework(format!("waiting for the device: {e}")))?;
+            device
+                .sync()
+                .map_err(|e| TrainError::Framework(format!("waiting for the device: {e}")))?;
             if step > 0 {
                 seconds.push(started.elapsed().as_secs_f64());
             }
@@ -118,8 +123,9 @@ pub fn bench(
 
 /// Full rows, every token trained: nothing is padding, so tokens a second means all of them.
 fn batch(rows: usize, tokens: usize, vocabulary: usize) -> Batch {
-    let ids: Vec<i64> =
-        (0..rows * tokens).map(|i| ((i * 7919 + 13) % vocabulary) as i64).collect();
+    let ids: Vec<i64> = (0..rows * tokens)
+        .map(|i| ((i * 7919 + 13) % vocabulary) as i64)
+        .collect();
     Batch {
         labels: ids.clone(),
         input_ids: ids,
@@ -132,13 +138,11 @@ fn batch(rows: usize, tokens: usize, vocabulary: usize) -> Batch {
     }
 }
 
-fn decode(
-    model: &CausalLm,
-    vocabulary: usize,
-    tokens: usize,
-) -> Result<DecodeFigures, TrainError> {
+fn decode(model: &CausalLm, vocabulary: usize, tokens: usize) -> Result<DecodeFigures, TrainError> {
     reset_peak();
-    let prompt: Vec<u32> = (0..PROMPT).map(|i| ((i * 7919 + 13) % vocabulary) as u32).collect();
+    let prompt: Vec<u32> = (0..PROMPT)
+        .map(|i| ((i * 7919 + 13) % vocabulary) as u32)
+        .collect();
     let started = Instant::now();
     let mut first = None;
     let produced = generate(model, &prompt, &[], &Sampling::greedy(tokens), &mut |_| {

@@ -49,6 +49,9 @@ pub enum TrainError {
     /// Generating text.
     #[error(transparent)]
     Generate(#[from] enamel_model::GenerateError),
+    /// Writing a model.
+    #[error(transparent)]
+    Save(#[from] enamel_model::save::SaveError),
     /// A file of the run directory.
     #[error("{}: {what}: {source}", path.display())]
     Io {

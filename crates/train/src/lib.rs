@@ -3,6 +3,7 @@
 //! [`run::train`] is the way in: it reads from top to bottom what happens. This is the only crate
 //! that knows burn-train.
 
+pub mod bench;
 pub mod chat;
 pub mod checkpoints;
 pub mod device;

@@ -5,7 +5,9 @@ use std::path::Path;
 use burn::tensor::Device;
 use enamel_data::Tokenizer;
 use enamel_model::checkpoint::Checkpoint;
-use enamel_model::source::{self, LocalModel, ModelRef, PullOptions, PullProgress};
+use enamel_model::source::{
+    self, Catalogue, EntrySource, LocalModel, ModelRef, PullOptions, PullProgress,
+};
 use enamel_model::{CausalLm, LlamaConfig};
 use serde_json::Value;
 
@@ -67,10 +69,23 @@ impl OpenBase {
         })
     }
 
-    /// What an adapter's `base_model_name_or_path` should say: the hub's name where the model came
-    /// from there or has one, else where it lies.
-    pub fn name_for_peft(&self) -> String {
-        self.local.path.display().to_string()
+    /// What an adapter's `base_model_name_or_path` should say for PEFT to find the same base: the
+    /// hub's name where there is one, else where the model lies.
+    pub fn name_for_peft(&self) -> Option<String> {
+        let hub_name = match ModelRef::parse(&self.local.reference) {
+            Ok(ModelRef::Hub(hub)) => Some(hub.repository),
+            Ok(ModelRef::Catalogue(name)) => hub_repository(&name),
+            _ => None,
+        };
+        Some(hub_name.unwrap_or_else(|| self.local.path.display().to_string()))
+    }
+
+    /// The commit that goes with [`Self::name_for_peft`], where it is known.
+    pub fn revision_for_peft(&self) -> Option<String> {
+        // A package's version is not a revision of the hub's repository.
+        let is_commit =
+            |text: &String| text.len() == 40 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        self.local.revision.clone().filter(is_commit)
     }
 
     /// Loads the weights, one tensor after the other.
@@ -100,6 +115,53 @@ impl LoadedBase {
             self.checkpoint.generation_config().as_ref(),
         )
     }
+}
+
+/// The hub repository among a catalogue entry's sources.
+fn hub_repository(name: &str) -> Option<String> {
+    let catalogue = Catalogue::built_in().ok()?;
+    catalogue
+        .get(name)?
+        .sources
+        .iter()
+        .find_map(|source| match source {
+            EntrySource::Hub { repository, .. } => Some(repository.clone()),
+            EntrySource::Wheel(_) => None,
+        })
+}
+
+/// The reference to the base that an adapter's configuration names: a path that exists, a model of
+/// the catalogue that has another source besides the hub, or a hub repository.
+pub fn base_of(adapter: &Path) -> Result<String, TrainError> {
+    let config = enamel_adapter::load_config(adapter)?;
+    let name = config
+        .base_model_name_or_path
+        .filter(|name| !name.is_empty());
+    let name = name.ok_or_else(|| TrainError::Run {
+        path: adapter.to_owned(),
+        reason: "adapter_config.json does not name a base model".to_owned(),
+        help: "give it with --model".to_owned(),
+    })?;
+    if Path::new(&name).exists() || ModelRef::parse(&name).is_ok() {
+        return Ok(name);
+    }
+    let catalogue = Catalogue::built_in()?;
+    let same = |entry: &&str| hub_repository(entry).as_deref() == Some(name.as_str());
+    if let Some(entry) = catalogue.names().find(same) {
+        return Ok(entry.to_owned());
+    }
+    let hub = match config.revision {
+        Some(revision) => format!("hf:{name}@{revision}"),
+        None => format!("hf:{name}"),
+    };
+    // What is no hub name either was a path on another machine.
+    ModelRef::parse(&hub)
+        .map(|_| hub)
+        .map_err(|_| TrainError::Run {
+            path: adapter.to_owned(),
+            reason: format!("its base model was at {name}, where there is nothing now"),
+            help: "give it with --model".to_owned(),
+        })
 }
 
 /// The embedding may have spare rows, as many models do; a token without a row is an error.

@@ -1,15 +1,16 @@
 //! `enamel merge`: an adapter folded into its base, written as a model of its own and read back.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use enamel_model::checkpoint::Checkpoint;
-use enamel_model::save::{self, Dtype};
+use enamel_adapter::{Adaptable, Linear, SlotRef};
+use enamel_model::checkpoint::{Checkpoint, SourceDtype, TensorSource};
+use enamel_model::save::{self, SaveDtype, SaveOptions};
 use enamel_model::source::PullProgress;
 use enamel_model::{CausalLm, LlamaConfig, ModelInput};
 
 use crate::error::TrainError;
-use crate::loaded::OpenBase;
+use crate::loaded::{OpenBase, base_of};
 
 /// What to merge, and where to.
 #[derive(Clone, Debug)]
@@ -21,7 +22,7 @@ pub struct MergeOptions {
     /// The directory to write; it must not hold a model yet.
     pub output: PathBuf,
     /// Element type of the written weights; `None` for the base's own.
-    pub dtype: Option<Dtype>,
+    pub dtype: Option<SaveDtype>,
 }
 
 /// What merging did to the numbers.
@@ -30,7 +31,7 @@ pub struct MergeReport {
     /// The directory written.
     pub output: PathBuf,
     /// Its element type.
-    pub dtype: Dtype,
+    pub dtype: SaveDtype,
     /// Modules that the adapter changed.
     pub modules: usize,
     /// Positions of the probe at which logits were compared.
@@ -61,13 +62,20 @@ pub fn merge(
     let base = OpenBase::open(&reference, None, progress)?;
     let dtype = options
         .dtype
-        .unwrap_or_else(|| save::native_dtype(&base.checkpoint));
+        .unwrap_or_else(|| native_dtype(&base.checkpoint));
     let mut base = base.load(device)?;
     let loaded = enamel_adapter::load_pretrained(&mut base.model, &options.adapter, false)?;
     let adapted = probe_logits(&base.model)?;
+    untie(&mut base.model);
     enamel_adapter::merge(&mut base.model)?;
     let merged = probe_logits(&base.model)?;
-    save::write_hf(&options.output, &base.model, &base.checkpoint, dtype)?;
+    save::write_hf(
+        &options.output,
+        &tensors(&base.model),
+        &mut |name| values(&base.model, name),
+        &base.checkpoint,
+        &SaveOptions::new(dtype),
+    )?;
     // The merged model has served its purpose; two at once would double the memory.
     drop(base);
 
@@ -87,24 +95,83 @@ pub fn merge(
     })
 }
 
-/// The base model that an adapter's configuration names.
-pub fn base_of(adapter: &std::path::Path) -> Result<String, TrainError> {
-    let config = enamel_adapter::load_config(adapter)?;
-    config
-        .base_model_name_or_path
-        .filter(|name| !name.is_empty())
-        .ok_or_else(|| TrainError::Run {
-            path: adapter.to_owned(),
-            reason: "adapter_config.json does not name a base model".to_owned(),
-            help: "give it with --model".to_owned(),
-        })
+/// The element type that most of the base has; f32, which loses nothing, for a quantised one.
+fn native_dtype(checkpoint: &Checkpoint) -> SaveDtype {
+    let count = |dtype| {
+        let same = checkpoint.tensors().iter().filter(|t| t.dtype == dtype);
+        same.map(|t| t.shape.iter().product::<usize>())
+            .sum::<usize>()
+    };
+    let kinds = [
+        (SourceDtype::F32, SaveDtype::F32),
+        (SourceDtype::F16, SaveDtype::F16),
+        (SourceDtype::BF16, SaveDtype::BF16),
+        (SourceDtype::Quantised, SaveDtype::F32),
+    ];
+    let most = kinds.into_iter().max_by_key(|(dtype, _)| count(*dtype));
+    most.map_or(SaveDtype::F32, |(_, dtype)| dtype)
 }
 
-fn refuse_occupied(output: &std::path::Path) -> Result<(), TrainError> {
-    if output.is_file() || output.join("config.json").exists() {
+/// A trained copy of a tied embedding leaves the head as it was, so the two part here.
+fn untie(model: &mut CausalLm) {
+    match model {
+        CausalLm::Llama(llama) => {
+            if llama.lm_head.is_none() && llama.embed_tokens.saved.is_some() {
+                let head = llama.embed_tokens.weight.val();
+                llama.lm_head = Some(Linear::new("lm_head", head, None));
+            }
+        }
+    }
+}
+
+/// Names and shapes of all weights, in the model's order.
+fn tensors(model: &CausalLm) -> Vec<(String, Vec<usize>)> {
+    let mut tensors = Vec::new();
+    for module in enamel_adapter::shapes(model) {
+        if module.bias {
+            tensors.push((format!("{}.bias", module.name), module.shape[..1].to_vec()));
+        }
+        tensors.push((format!("{}.weight", module.name), module.shape));
+    }
+    tensors
+}
+
+/// The values of one of [`tensors`].
+fn values(
+    model: &CausalLm,
+    tensor: &str,
+) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
+    let mut data = None;
+    model.for_each_slot_ref(&mut |name, slot| {
+        let parameter = tensor
+            .strip_prefix(name)
+            .and_then(|rest| rest.strip_prefix('.'));
+        match (parameter, slot) {
+            (Some("weight"), SlotRef::Linear(linear)) => {
+                data = Some(linear.weight.val().into_data())
+            }
+            (Some("bias"), SlotRef::Linear(linear)) => {
+                data = linear.bias.as_ref().map(|bias| bias.val().into_data());
+            }
+            (Some("weight"), SlotRef::Embedding(table)) => {
+                data = Some(table.weight.val().into_data())
+            }
+            (Some("weight"), SlotRef::Norm(norm)) => data = Some(norm.weight.val().into_data()),
+            _ => {}
+        }
+    });
+    let data = data.ok_or("the model has no such tensor")?;
+    Ok(data.iter::<f32>().collect())
+}
+
+/// Found before the work, not after it.
+fn refuse_occupied(output: &Path) -> Result<(), TrainError> {
+    let occupied = output.is_file()
+        || std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
+    if occupied {
         return Err(TrainError::Run {
             path: output.to_owned(),
-            reason: "there is a file or a model already".to_owned(),
+            reason: "there is something already".to_owned(),
             help: "choose another --output, or remove it".to_owned(),
         });
     }

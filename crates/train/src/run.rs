@@ -270,8 +270,8 @@ fn launch(
 
 fn save_meta(inputs: &Inputs, extra_readme: Option<String>) -> SaveMeta {
     SaveMeta {
-        base_model_name_or_path: Some(inputs.base.name_for_peft()),
-        revision: inputs.base.local.revision.clone(),
+        base_model_name_or_path: inputs.base.name_for_peft(),
+        revision: inputs.base.revision_for_peft(),
         task_type: Some("CAUSAL_LM".to_string()),
         extra_readme,
     }

@@ -58,10 +58,11 @@ impl Findings<'_> {
     }
 }
 
-/// Whether a model reference is a path, by its form alone: what lies on the disk must not decide
-/// what a recipe means.
+/// Whether a model reference is a relative path, by its form alone: what lies on the disk must not
+/// decide what a recipe means.
 pub(super) fn is_path_reference(reference: &str) -> bool {
     !reference.starts_with("hf:")
+        && !reference.starts_with('~')
         && (reference.starts_with('.')
             || reference.contains(['/', '\\'])
             || reference.ends_with(".gguf"))

@@ -1,0 +1,100 @@
+//! `enamel bench`: speed and memory on this machine.
+
+use std::io::Write;
+
+use anyhow::anyhow;
+use enamel_train::bench::{BenchOptions, bench};
+use enamel_train::device;
+use enamel_train::loaded::OpenBase;
+
+use crate::Outcome;
+use crate::pull_progress::Bars;
+
+/// Arguments of `enamel bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Base model
+    #[arg(long, value_name = "REF", default_value = "smollm2-135m-instruct")]
+    model: String,
+    /// Training steps to time, as rows×tokens
+    #[arg(long, value_name = "RxT", value_delimiter = ',', value_parser = shape,
+          default_value = "1x128,1x512,4x256")]
+    shapes: Vec<(usize, usize)>,
+    /// Timed steps a shape; the median counts
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    steps: usize,
+    /// Rank of the adapter on all linear layers
+    #[arg(long, default_value_t = 16)]
+    r: usize,
+    /// Tokens to decode; 0 leaves decoding out
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    decode: usize,
+    /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
+}
+
+fn shape(text: &str) -> anyhow::Result<(usize, usize)> {
+    let wrong = || anyhow!("write rows and tokens as in 4x256");
+    let (rows, tokens) = text.split_once(['x', '×']).ok_or_else(wrong)?;
+    match (rows.parse(), tokens.parse()) {
+        (Ok(rows @ 1..), Ok(tokens @ 2..)) => Ok((rows, tokens)),
+        _ => Err(wrong()),
+    }
+}
+
+impl Args {
+    pub fn run(self) -> anyhow::Result<Outcome> {
+        let (device, choice) = device::open(self.device.parse()?)?;
+        let base = OpenBase::open(&self.model, None, &mut Bars::default())?;
+        let mut out = std::io::stdout().lock();
+        writeln!(
+            out,
+            "{} on {choice}, r = {} on all linear layers",
+            self.model, self.r
+        )?;
+        writeln!(
+            out,
+            "{:<12} {:>10} {:>10} {:>12}",
+            "step", "seconds", "tokens/s", "peak memory"
+        )?;
+        let options = BenchOptions {
+            shapes: self.shapes,
+            steps: self.steps.max(1),
+            r: self.r,
+            decode: self.decode,
+        };
+        let mut failure = None;
+        let decode = bench(base, &device, &options, &mut |step| {
+            let line = writeln!(
+                out,
+                "{:<12} {:>10.3} {:>10.1} {:>12}",
+                format!("{}×{}", step.rows, step.tokens),
+                step.seconds,
+                step.tokens_per_second,
+                gibibytes(step.peak_memory)
+            );
+            if let Err(error) = line.and_then(|()| out.flush()) {
+                failure = Some(error);
+            }
+        })?;
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        if let Some(decode) = decode {
+            writeln!(
+                out,
+                "decoding     first token of a prompt of {} after {:.2} s, then {:.1} tokens/s, {}",
+                decode.prompt,
+                decode.first_token_seconds,
+                decode.tokens_per_second,
+                gibibytes(decode.peak_memory)
+            )?;
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+fn gibibytes(bytes: u64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+}

@@ -1,0 +1,93 @@
+//! `enamel inspect`: rows as the model will see them.
+
+use std::io::{IsTerminal, Write};
+
+use enamel_train::inspect::{Inspection, inspect};
+use enamel_train::loaded::OpenBase;
+use owo_colors::OwoColorize;
+
+use crate::Outcome;
+use crate::pull_progress::Bars;
+use crate::recipe_args::RecipeArgs;
+
+/// Arguments of `enamel inspect`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    recipe: RecipeArgs,
+    /// Rows to show
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 3)]
+    rows: usize,
+    /// Start at this row, counted from 0
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    from: usize,
+    /// Show validation rows instead of training rows
+    #[arg(long)]
+    valid: bool,
+}
+
+impl Args {
+    pub fn run(self) -> anyhow::Result<Outcome> {
+        let recipe = self.recipe.load()?;
+        let template = recipe.model.chat_template_text()?;
+        let base = OpenBase::open(
+            &recipe.model.base,
+            template.as_deref(),
+            &mut Bars::default(),
+        )?;
+        let seen = inspect(&recipe, &base.tokenizer, self.valid, self.from, self.rows)?;
+        let mut out = std::io::stdout().lock();
+        let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        show(&mut out, &seen, colour)?;
+        Ok(Outcome::Done)
+    }
+}
+
+fn show(out: &mut impl Write, seen: &Inspection, colour: bool) -> std::io::Result<()> {
+    match colour {
+        true => writeln!(
+            out,
+            "{} tokens count in the loss, the rest is context",
+            "trained".green()
+        )?,
+        false => writeln!(
+            out,
+            "⟦trained⟧ tokens count in the loss, the rest is context"
+        )?,
+    }
+    for row in &seen.rows {
+        writeln!(
+            out,
+            "\n── {}: {} tokens, {} trained",
+            row.source, row.tokens, row.trained_tokens
+        )?;
+        for (text, trained) in &row.spans {
+            match (trained, colour) {
+                (true, true) => write!(out, "{}", text.green())?,
+                (true, false) => write!(out, "⟦{text}⟧")?,
+                (false, true) => write!(out, "{}", text.dimmed())?,
+                (false, false) => write!(out, "{text}")?,
+            }
+        }
+        writeln!(out)?;
+    }
+    writeln!(
+        out,
+        "\n{} usable rows, {} tokens, {} of them trained; longest row {} tokens",
+        seen.usable, seen.tokens, seen.trained_tokens, seen.longest
+    )?;
+    if seen.truncated + seen.dropped > 0 {
+        writeln!(
+            out,
+            "{} rows shortened, {} dropped as too long",
+            seen.truncated, seen.dropped
+        )?;
+    }
+    for bad in &seen.skipped {
+        writeln!(out, "skipped: {bad}")?;
+    }
+    for note in &seen.notes {
+        writeln!(out, "note: {note}")?;
+    }
+    Ok(())
+}

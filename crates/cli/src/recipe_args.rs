@@ -1,0 +1,43 @@
+//! The arguments that every verb with a recipe shares.
+
+use std::path::PathBuf;
+
+use enamel_train::recipe::{LockInfo, Recipe, RecipeFile};
+
+/// A recipe and what the command line changes in it.
+#[derive(clap::Args)]
+pub struct RecipeArgs {
+    /// The recipe, or the recipe.lock.toml of an earlier run
+    #[arg(value_name = "RECIPE")]
+    pub recipe: PathBuf,
+    #[command(flatten)]
+    pub changes: Changes,
+}
+
+/// What the command line changes in a recipe.
+#[derive(clap::Args)]
+pub struct Changes {
+    /// Change a setting, as in --set train.learning_rate=1e-4 (repeatable)
+    #[arg(long = "set", value_name = "NAME=VALUE")]
+    pub set: Vec<String>,
+    /// Compute here instead: auto, flex, ndarray, cuda, cuda:N, wgpu
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+}
+
+impl RecipeArgs {
+    /// The recipe with the changes in it.
+    pub fn load(&self) -> anyhow::Result<Recipe> {
+        Ok(self.load_with_lock()?.0)
+    }
+
+    /// The same, with what a lock file says of the run that wrote it.
+    pub fn load_with_lock(&self) -> anyhow::Result<(Recipe, Option<LockInfo>)> {
+        let file = RecipeFile::read(&self.recipe)?.with_overrides(&self.changes.set);
+        let mut recipe = file.resolve()?;
+        if let Some(device) = &self.changes.device {
+            recipe.device.clone_from(device);
+        }
+        Ok((recipe, file.lock_info()?))
+    }
+}

@@ -1,0 +1,75 @@
+//! The arguments of the verbs that write text: which model, and how it chooses its words.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use enamel_model::Sampling;
+use enamel_train::device;
+use enamel_train::loaded::{LoadedBase, OpenBase, base_of};
+
+use crate::pull_progress::Bars;
+
+/// A base model, perhaps with an adapter.
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// Base model: a directory, a .gguf file, hf:org/name[@revision] or a catalogue name
+    #[arg(long, value_name = "REF", required_unless_present = "adapter")]
+    pub model: Option<String>,
+    /// Adapter directory in PEFT's format; without --model, on the base that it names
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub device: String,
+}
+
+impl ModelArgs {
+    /// The model on its device, with the adapter if one is given.
+    pub fn load(&self) -> anyhow::Result<LoadedBase> {
+        let (device, _) = device::open(self.device.parse()?)?;
+        let reference = match (&self.model, &self.adapter) {
+            (Some(reference), _) => reference.clone(),
+            (None, Some(adapter)) => base_of(adapter)?,
+            (None, None) => bail!("give a model with --model or an adapter with --adapter"),
+        };
+        let base = OpenBase::open(&reference, None, &mut Bars::default())?;
+        let mut base = base.load(&device)?;
+        if let Some(adapter) = &self.adapter {
+            enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
+        }
+        Ok(base)
+    }
+}
+
+/// How the next token is chosen.
+#[derive(clap::Args)]
+pub struct SamplingArgs {
+    /// 0 takes the likeliest token every time; higher is more varied
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Choose among the K likeliest tokens only (needs --temperature)
+    #[arg(long, value_name = "K", requires = "temperature")]
+    pub top_k: Option<usize>,
+    /// Choose among the likeliest tokens that reach probability P (needs --temperature)
+    #[arg(long, value_name = "P", requires = "temperature")]
+    pub top_p: Option<f64>,
+    /// Decides the random choices: same seed, same text
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    /// Stop after so many tokens
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_new_tokens: usize,
+}
+
+impl SamplingArgs {
+    /// As the library takes it.
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            seed: self.seed,
+            max_new_tokens: self.max_new_tokens,
+        }
+    }
+}

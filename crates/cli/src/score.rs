@@ -1,0 +1,58 @@
+//! `enamel score`: loss and log-probability of each token of given rows.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use enamel_data::{DataSpec, load_examples};
+use enamel_train::score::score;
+
+use crate::Outcome;
+use crate::sampling_args::ModelArgs;
+
+/// Arguments of `enamel score`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Rows in any format that trains: messages, prompt and completion, text, input_ids
+    #[arg(long, value_name = "ROWS.jsonl")]
+    input: PathBuf,
+    /// One JSON line a row: loss, and log_probs of its tokens
+    #[arg(long, value_name = "SCORES.jsonl")]
+    output: PathBuf,
+    /// Logits too: one f32 tensor `logits.<row>` [tokens, vocabulary] a row
+    #[arg(long, value_name = "OUT.safetensors")]
+    logits: Option<PathBuf>,
+    /// Rows a forward pass; shorter ones are padded
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..))]
+    batch_size: u32,
+}
+
+impl Args {
+    pub fn run(self) -> anyhow::Result<Outcome> {
+        let base = self.model.load()?;
+        let spec = DataSpec {
+            paths: vec![self.input],
+            ..DataSpec::default()
+        };
+        let rows = load_examples(&spec, &base.tokenizer)?.rows;
+        let report = score(
+            &base.model,
+            &rows,
+            self.batch_size as usize,
+            base.tokenizer.padding_id(),
+            &self.output,
+            self.logits.as_deref(),
+        )?;
+        writeln!(
+            std::io::stdout().lock(),
+            "{} rows, {} tokens ({} trained), loss {:.6}",
+            report.rows,
+            report.tokens,
+            report.trained_tokens,
+            report.loss
+        )?;
+        Ok(Outcome::Done)
+    }
+}
