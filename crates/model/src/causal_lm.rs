@@ -9,6 +9,7 @@ use enamel_adapter::{Adaptable, Slot, SlotRef};
 use enamel_kernels::KeyMask;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
 use crate::arch::Llama;
 use crate::checkpoint::{CheckpointError, TensorSource};
@@ -19,6 +20,8 @@ const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 /// How many tensors of a kind an error spells out.
 const LISTED: usize = 40;
+/// Random values drawn from one stream; an even number, as they come in pairs.
+const NORMAL_BLOCK: usize = 1 << 16;
 
 /// Why a model could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -298,17 +301,25 @@ fn is_derived(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq")
 }
 
-/// Normal values by Box and Muller's method.
+/// Normal values by Box and Muller's method, the same for any number of threads.
 fn normal_values(seed: u64, count: usize, deviation: f64) -> Vec<f32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut values = Vec::with_capacity(count + 1);
-    while values.len() < count {
-        // 1 − u lies in (0, 1]: its logarithm is finite.
-        let radius = deviation * (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
-        let (sin, cos) = (std::f64::consts::TAU * rng.random::<f64>()).sin_cos();
-        values.extend([(radius * cos) as f32, (radius * sin) as f32]);
-    }
-    values.truncate(count);
+    let mut values = vec![0.0; count];
+    values
+        .par_chunks_mut(NORMAL_BLOCK)
+        .enumerate()
+        .for_each(|(block, values)| {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(block as u64);
+            for pair in values.chunks_mut(2) {
+                // 1 − u lies in (0, 1]: its logarithm is finite.
+                let radius = deviation * (-2.0 * (1.0 - rng.random::<f64>()).ln()).sqrt();
+                let (sin, cos) = (std::f64::consts::TAU * rng.random::<f64>()).sin_cos();
+                pair[0] = (radius * cos) as f32;
+                if let Some(second) = pair.get_mut(1) {
+                    *second = (radius * sin) as f32;
+                }
+            }
+        });
     values
 }
 
