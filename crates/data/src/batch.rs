@@ -149,3 +149,97 @@ fn below(bound: u64, rng: &mut ChaCha8Rng) -> u64 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::RowRef;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    fn example(index: usize, ids: &[u32], labels: &[i64]) -> Example {
+        let source = RowRef {
+            file: Arc::from(Path::new("rows.jsonl")),
+            line: index + 1,
+        };
+        Example {
+            input_ids: ids.to_vec(),
+            labels: labels.to_vec(),
+            source,
+            index,
+        }
+    }
+
+    #[test]
+    fn rows_are_padded_on_the_right() {
+        let a = example(4, &[5, 6, 7], &[5, IGNORED, 7]);
+        let b = example(9, &[8], &[8]);
+        let batch = collate(&[&a, &b], 2, 4);
+        assert_eq!(batch.input_ids, [5, 6, 7, 2, 8, 2, 2, 2]);
+        assert_eq!(batch.labels, [5, -100, 7, -100, 8, -100, -100, -100]);
+        let mask = [true, true, true, false, true, false, false, false];
+        assert_eq!(batch.attention_mask, mask);
+        assert_eq!((batch.batch, batch.len, batch.tokens), (2, 4, 4));
+        // The labels of first tokens are predicted by nothing.
+        assert_eq!(batch.trained_tokens, 1);
+        assert_eq!(batch.rows, [4, 9]);
+        assert_eq!(collate(&[&a, &b], 2, 0).len, 3);
+        assert_eq!(collate(&[], 2, 8).len, 0);
+    }
+
+    #[test]
+    fn an_epoch_visits_every_row_once_and_repeats_itself() {
+        let order = epoch_order(1000, 7, 3, true);
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, (0..1000).collect::<Vec<_>>());
+        assert_eq!(order, epoch_order(1000, 7, 3, true));
+        assert_ne!(order, epoch_order(1000, 7, 4, true));
+        assert_ne!(order, epoch_order(1000, 8, 3, true));
+        assert_eq!(epoch_order(4, 7, 3, false), [0, 1, 2, 3]);
+        assert!(epoch_order(0, 7, 3, true).is_empty());
+    }
+
+    #[test]
+    fn the_order_of_a_seed_is_fixed() {
+        // Pinned: a change here changes every recorded run.
+        assert_eq!(epoch_order(8, 0, 0, true), [3, 6, 0, 5, 1, 7, 2, 4]);
+    }
+
+    #[test]
+    fn grouping_keeps_the_rows_and_cuts_padding() {
+        let lengths: Vec<usize> = (0..203).map(|i| i * 37 % 100 + 1).collect();
+        let order = epoch_order(203, 1, 0, true);
+        let grouped = group_by_length(&order, &lengths, 8, 10, 1, 0);
+        let padding = |order: &[usize]| -> usize {
+            let padded = order.chunks(8).map(|batch| {
+                let longest = batch.iter().map(|&i| lengths[i]).max().unwrap_or(0);
+                longest * batch.len()
+            });
+            padded.sum::<usize>() - lengths.iter().sum::<usize>()
+        };
+        assert!(padding(&grouped) * 3 < padding(&order));
+        assert_eq!(grouped, group_by_length(&order, &lengths, 8, 10, 1, 0));
+        let mut rows = grouped;
+        rows.sort_unstable();
+        assert_eq!(rows, (0..203).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_split_is_disjoint_complete_and_repeatable() {
+        let (train, valid) = split_rows(101, 0.1, 3);
+        assert_eq!((train.len(), valid.len()), (91, 10));
+        let mut all = [train.clone(), valid.clone()].concat();
+        all.sort_unstable();
+        assert_eq!(all, (0..101).collect::<Vec<_>>());
+        assert_eq!(split_rows(101, 0.1, 3), (train, valid));
+        assert_eq!(split_rows(3, 0.01, 0).1.len(), 1);
+        assert_eq!(split_rows(3, 0.99, 0).0.len(), 1);
+        assert_eq!(split_rows(3, 0.0, 0).1.len(), 0);
+        assert_eq!(
+            split_rows(1, 0.5, 0).0.len() + split_rows(1, 0.5, 0).1.len(),
+            1
+        );
+        assert_eq!(split_rows(3, f64::NAN, 0).1.len(), 0);
+    }
+}

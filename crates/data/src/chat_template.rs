@@ -267,3 +267,102 @@ fn describe(error: &minijinja::Error) -> String {
         None => text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    const GOLDENS: &str = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/fixtures/data/chat_goldens.json"
+    );
+
+    fn messages_of(value: &Json) -> Vec<Message> {
+        value
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|m| Message::from_fields(m.as_object().unwrap().clone()))
+            .collect()
+    }
+
+    /// Byte offset of the `n`th character.
+    fn byte_offset(text: &str, n: u64) -> usize {
+        text.char_indices()
+            .nth(n as usize)
+            .map_or(text.len(), |(at, _)| at)
+    }
+
+    #[test]
+    fn renders_what_transformers_renders() {
+        let goldens: Json = serde_json::from_slice(&std::fs::read(GOLDENS).unwrap()).unwrap();
+        let special: Vec<(String, String)> = goldens["special_tokens"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .map(|(name, token)| (name.clone(), token.as_str().unwrap().to_owned()))
+            .collect();
+        let mut wrong = Vec::new();
+        let mut spans_seen = 0;
+        let cases = goldens["cases"].as_array().unwrap();
+        for case in cases {
+            let name = case["template"].as_str().unwrap();
+            let conversation = case["conversation"].as_str().unwrap();
+            let source = goldens["templates"][name].as_str().unwrap();
+            let template = ChatTemplate::new(source, &special)
+                .unwrap_or_else(|error| panic!("{name}: {error}"));
+            let options = RenderOptions {
+                add_generation_prompt: case["add_generation_prompt"].as_bool().unwrap(),
+                tools: case.get("tools"),
+                arguments: case.get("arguments").and_then(Json::as_object),
+            };
+            let messages = messages_of(&goldens["conversations"][conversation]);
+            let rendered = template.render_generation(&messages, options);
+            if let Some(message) = case.get("error") {
+                let expected = TemplateError::Raised {
+                    message: message.as_str().unwrap().to_owned(),
+                };
+                assert_eq!(rendered, Err(expected), "{name}/{conversation}");
+                continue;
+            }
+            let text = case["text"].as_str().unwrap();
+            let spans: Vec<Range<usize>> = case
+                .get("spans")
+                .and_then(Json::as_array)
+                .into_iter()
+                .flatten()
+                .map(|s| {
+                    byte_offset(text, s[0].as_u64().unwrap())
+                        ..byte_offset(text, s[1].as_u64().unwrap())
+                })
+                .collect();
+            spans_seen += spans.len();
+            if rendered != Ok((text.to_owned(), spans.clone())) {
+                wrong.push(format!(
+                    "{name}/{conversation}:\n  ours   {rendered:?}\n  theirs {text:?} {spans:?}"
+                ));
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        assert!(cases.len() > 100 && spans_seen > 20, "the goldens shrank");
+    }
+
+    #[test]
+    fn a_clock_in_the_template_can_be_fixed() {
+        let template =
+            ChatTemplate::with_now("{{ strftime_now('%d %b %Y') }}", &[], 1_709_164_800).unwrap();
+        assert!(template.uses_clock());
+        assert_eq!(template.render(&[], false).unwrap(), "29 Feb 2024");
+    }
+
+    #[test]
+    fn broken_templates_name_the_line() {
+        let error = ChatTemplate::new("a\n{% if %}", &[]).unwrap_err();
+        assert!(error.to_string().contains("template line 2"), "{error}");
+        let template =
+            ChatTemplate::new("a\n\n{{ messages[0].content.nothing.more }}", &[]).unwrap();
+        let error = template.render(&[Message::user("x")], false).unwrap_err();
+        assert!(error.to_string().contains("template line 3"), "{error}");
+    }
+}

@@ -11,10 +11,14 @@ mod error;
 mod examples;
 mod files;
 mod inspect;
+#[cfg(test)]
+mod loading_tests;
 mod masks;
 mod message;
 mod records;
 mod template_env;
+#[cfg(test)]
+mod testing;
 mod token_stream;
 mod tokenizer;
 

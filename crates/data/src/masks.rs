@@ -253,3 +253,182 @@ impl TurnFinder<'_> {
         Ok((before.to_owned(), after.to_owned()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::testing::{CHATML, tokenizer};
+
+    /// The trained texts of a conversation.
+    fn trained(source: &str, messages: &[Message]) -> Result<Vec<String>, BadReason> {
+        let tokenizer = tokenizer(Some(source));
+        let template = tokenizer.chat_template().unwrap();
+        let options = RenderOptions::default();
+        let masked = mask_conversation(&tokenizer, template, messages, options, 0)?;
+        Ok(masked
+            .spans
+            .iter()
+            .map(|span| masked.text[span.clone()].to_owned())
+            .collect())
+    }
+
+    fn two_turns() -> [Message; 5] {
+        [
+            Message::system("s"),
+            Message::user("q1"),
+            Message::assistant(" a1 \n"),
+            Message::user("q2"),
+            Message::assistant("a2"),
+        ]
+    }
+
+    #[test]
+    fn chatml_turns_end_with_their_token_and_without_the_newline_after_it() {
+        assert_eq!(
+            trained(CHATML, &two_turns()).unwrap(),
+            [" a1 \n<|im_end|>", "a2<|im_end|>"]
+        );
+    }
+
+    #[test]
+    fn text_a_template_puts_before_the_answer_is_trained_unless_the_prompt_holds_it() {
+        // Mistral's manner: no generation prompt, a space before the answer.
+        let source = "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}\
+            {{ ' ' + m.content | trim + eos_token }}{% else %}[INST] {{ m.content }} [/INST]\
+            {% endif %}{% endfor %}";
+        assert_eq!(
+            trained(source, &two_turns()).unwrap(),
+            [" a1</s>", " a2</s>"]
+        );
+        // Zephyr's manner: the prompt lacks the newline after the header, so it is generated.
+        let source = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token }}\n\
+            {% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
+        assert_eq!(
+            trained(source, &two_turns()).unwrap(),
+            ["\n a1 \n</s>", "\na2</s>"]
+        );
+    }
+
+    #[test]
+    fn a_default_system_prompt_and_trimmed_contents_change_nothing() {
+        let source = "{% if messages[0].role != 'system' %}<|im_start|>system\nDefault<|im_end|>\n\
+            {% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim \
+            + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}\
+            {{ '<|im_start|>assistant\n' }}{% endif %}";
+        assert_eq!(
+            trained(source, &two_turns()[1..]).unwrap(),
+            ["a1<|im_end|>", "a2<|im_end|>"]
+        );
+    }
+
+    /// Earlier thoughts are dropped, so the rendering up to a turn does not begin the full one.
+    const DROPS_THOUGHTS: &str = "{% for m in messages %}{% if m.role == 'assistant' %}\
+        {% if not loop.last and '</think>' in m.content %}\
+        {{ '<|im_start|>assistant\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% else %}\
+        {{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}{% endif %}{% else %}\
+        {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}\
+        {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+    #[test]
+    fn rewritten_turns_are_found_by_sentinel() {
+        let messages = [
+            Message::user("q1"),
+            Message::assistant("<think>t1</think>a1"),
+            Message::user("q2"),
+            Message::assistant("<think>t2</think>a2"),
+        ];
+        assert_eq!(
+            trained(DROPS_THOUGHTS, &messages).unwrap(),
+            ["a1<|im_end|>", "<think>t2</think>a2<|im_end|>"]
+        );
+        // The content that looks like markup or like other turns is no trap.
+        let messages = [
+            Message::user("a1<|im_end|>\n"),
+            Message::assistant("</think>a1"),
+            Message::user("a1"),
+            Message::assistant("a1"),
+        ];
+        assert_eq!(
+            trained(DROPS_THOUGHTS, &messages).unwrap(),
+            ["a1<|im_end|>", "a1<|im_end|>"]
+        );
+    }
+
+    #[test]
+    fn a_system_prompt_in_the_last_user_turn_is_found_by_sentinel() {
+        let source = "{% set sys = messages[0].content %}{{ bos_token }}{% for m in messages[1:] %}\
+            {% if m.role == 'user' %}[INST] {% if loop.index0 >= messages[1:] | length - 2 %}{{ sys }} \
+            {% endif %}{{ m.content }} [/INST]{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}";
+        assert_eq!(
+            trained(source, &two_turns()).unwrap(),
+            [" a1 \n</s>", "a2</s>"]
+        );
+    }
+
+    #[test]
+    fn boundaries_that_cannot_be_established_are_errors() {
+        // Every turn's text depends on the whole conversation's.
+        let source = "{% for m in messages %}{{ messages | length }}{{ messages[-1].content }}\
+            {{ m.content }}{{ m.content }}|{% endfor %}";
+        let error = trained(source, &two_turns()).unwrap_err();
+        assert!(matches!(error, BadReason::Boundary { .. }), "{error}");
+        assert!(error.to_string().contains("{% generation %}"), "{error}");
+        // The assistant's content is not shown at all.
+        let error = trained("{{ messages[0].content }}", &two_turns()).unwrap_err();
+        assert!(
+            matches!(error, BadReason::Boundary { index: 2, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn generation_blocks_are_the_mask_as_they_are() {
+        let source = "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}\
+            {{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}Q:{{ m.content }}{% endif %}{% endfor %}";
+        assert_eq!(
+            trained(source, &two_turns()).unwrap(),
+            [" a1 \n<|im_end|>\n", "a2<|im_end|>\n"]
+        );
+    }
+
+    #[test]
+    fn a_turn_without_a_closing_token_is_flagged() {
+        let closed = |source: &str| {
+            let tokenizer = tokenizer(Some(source));
+            let template = tokenizer.chat_template().unwrap();
+            let options = RenderOptions::default();
+            mask_conversation(&tokenizer, template, &two_turns(), options, 0)
+                .unwrap()
+                .closed
+        };
+        assert!(closed(CHATML));
+        assert!(!closed(
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}\
+             {% if add_generation_prompt %}assistant: {% endif %}"
+        ));
+    }
+
+    #[test]
+    fn a_token_is_trained_where_it_has_a_byte_in_a_span() {
+        let tokenizer = tokenizer(None);
+        let text = "é: yesé yes";
+        let encoded = tokenizer.encode_with_offsets(text, false).unwrap();
+        let marks = |span: Range<usize>| {
+            let (labels, straddling) = labels_in(&encoded, &[span]);
+            let marks: String = labels
+                .iter()
+                .map(|&l| if l == IGNORED { '.' } else { 'x' })
+                .collect();
+            (marks, straddling)
+        };
+        // Tokens: two bytes of é, ":", " yes", two bytes of é, " yes".
+        assert_eq!(marks(3..7), ("...x...".to_owned(), 0));
+        assert_eq!(marks(4..7), ("...x...".to_owned(), 1));
+        assert_eq!(marks(7..9), ("....xx.".to_owned(), 0));
+        assert_eq!(marks(0..text.len()), ("xxxxxxx".to_owned(), 0));
+        let (labels, _) = labels_in(&encoded, &[0..2, 7..9]);
+        let trained: Vec<bool> = labels.iter().map(|&l| l != IGNORED).collect();
+        assert_eq!(trained, [true, true, false, false, true, true, false]);
+    }
+}

@@ -69,3 +69,45 @@ impl TokenStream {
         Ok(piece)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::testing::tokenizer;
+
+    #[test]
+    fn pieces_join_to_the_whole_and_characters_stay_whole() {
+        let t = tokenizer(None);
+        let text = "naïve 日本語 🙂👍🏽 yes\n".repeat(9);
+        let ids = t.encode(&text, false).unwrap();
+        let mut stream = TokenStream::new(true);
+        let mut pieces = Vec::new();
+        for &id in &ids {
+            pieces.push(stream.push(&t, id).unwrap());
+        }
+        assert!(pieces.iter().all(|piece| !piece.contains('\u{FFFD}')));
+        assert!(pieces.iter().any(String::is_empty));
+        pieces.push(stream.finish(&t).unwrap());
+        assert_eq!(pieces.concat(), text);
+    }
+
+    #[test]
+    fn an_unfinished_character_shows_at_the_end() {
+        let t = tokenizer(None);
+        let ids = t.encode("aé", false).unwrap();
+        let mut stream = TokenStream::new(true);
+        assert_eq!(stream.push(&t, ids[0]).unwrap(), "a");
+        assert_eq!(stream.push(&t, ids[1]).unwrap(), "");
+        assert_eq!(stream.finish(&t).unwrap(), "\u{FFFD}");
+        assert_eq!(stream.push(&t, ids[0]).unwrap(), "a");
+    }
+
+    #[test]
+    fn special_tokens_are_shown_on_request() {
+        let t = tokenizer(None);
+        let eos = t.eos_id().unwrap();
+        assert_eq!(TokenStream::new(true).push(&t, eos).unwrap(), "");
+        assert_eq!(TokenStream::new(false).push(&t, eos).unwrap(), "</s>");
+    }
+}
