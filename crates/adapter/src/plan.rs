@@ -177,7 +177,13 @@ fn target<C: MethodConfig>(
         }
     };
     let (r, alpha) = matcher.rank_alpha(&name, selection.rank, selection.alpha)?;
-    if purpose == Purpose::Initialise && r > in_features.min(out_features) {
+    // A file's rank may exceed what a matrix can hold and still mean something; a new adapter's is a
+    // mistake. Past the second bound counting would overflow before the file is even opened.
+    let most = match purpose {
+        Purpose::Initialise => in_features.min(out_features),
+        Purpose::Load => in_features * out_features,
+    };
+    if r > most {
         return Err(format!(
             "{name} is [{out_features}, {in_features}]: rank {r} is more than it can hold"
         ));
@@ -571,6 +577,21 @@ mod tests {
         );
         assert_eq!(found.len(), 12);
         assert!(found[0].contains("[32, 64]: rank 33"), "{}", found[0]);
+        let absurd = LoraConfig {
+            r: usize::MAX,
+            ..config(&["k_proj"])
+        };
+        assert!(plan_for_load(&SMALL.modules(), &absurd).is_err());
+    }
+
+    #[test]
+    fn an_empty_name_is_not_every_module() {
+        let cfg = LoraConfig {
+            modules_to_save: Some(vec![String::new()]),
+            ..config(&["q_proj"])
+        };
+        assert!(problems(&cfg, &SMALL)[0].contains("empty name"));
+        assert!(problems(&config(&[""]), &SMALL)[0].contains("matches no module"));
     }
 
     #[test]

@@ -131,6 +131,9 @@ impl Matcher {
             rank,
             alpha,
         };
+        if s.save.iter().any(String::is_empty) {
+            problems.push("modules_to_save: an empty name would mean every module".into());
+        }
         if problems.is_empty() {
             Ok(matcher)
         } else {
