@@ -479,6 +479,8 @@ impl Reader {
             None => default,
             Some(value) => match serde_json::from_value(value.clone()) {
                 Ok(parsed) => parsed,
+                // Older versions wrote null for what they did not set.
+                Err(_) if value.is_null() => default,
                 Err(_) => {
                     self.problems
                         .push(format!("{key} = {value}: not a value this option takes"));

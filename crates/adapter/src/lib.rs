@@ -1,4 +1,10 @@
 //! Adapters (LoRA and its relatives) for linear layers of any Burn model, in PEFT's file format.
+//!
+//! A model shows its layers by name through [`Adaptable`], built from [`Linear`] and [`Frozen`]. Then
+//! [`plan`](plan()) says what a configuration would do to it, [`attach`](attach()) does it,
+//! [`load_pretrained`] and [`save_pretrained`] read and write PEFT's directory, and [`merge`](merge())
+//! folds the adapter into the base. After attaching, `model.train()` (Burn's) makes the adapter's
+//! parameters, and nothing else, receive gradients.
 
 pub mod attach;
 pub mod config;

@@ -1,4 +1,9 @@
 //! The adapter methods: one file each, one line each in the list at the end of this one.
+//!
+//! A method's file holds its parameters with [`Method`] (what they compute, what they add to the weight,
+//! what they are called in PEFT's file) and its configuration's [`MethodConfig`] (which modules, how many
+//! parameters, how they start). Matching, counting, attaching, merging, storing and the directory format
+//! ask for nothing else.
 
 pub mod lora;
 
@@ -132,7 +137,7 @@ impl ParamMut<'_> {
     }
 
     /// Replaces the values (as many as the shape holds); id and trainability stay.
-    pub fn write(&mut self, values: Vec<f32>) {
+    pub(crate) fn write(&mut self, values: Vec<f32>) {
         match self {
             Self::Vector(p) => replace(p, values),
             Self::Matrix(p) => replace(p, values),
