@@ -20,7 +20,7 @@ pub use cpu::cpu_path;
 
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};
-pub use lora_linear::{linear, lora_linear};
+pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use silu_mul::silu_mul;

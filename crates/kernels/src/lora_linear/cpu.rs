@@ -73,12 +73,12 @@ pub(super) fn lora_linear(
     ))
 }
 
-fn dims(t: &FlexTensor) -> (usize, usize) {
+pub(super) fn dims(t: &FlexTensor) -> (usize, usize) {
     (t.layout().shape()[0], t.layout().shape()[1])
 }
 
 /// A fresh `[rows, cols]` result: the first product sets it, a second one is added.
-fn sum_of(
+pub(super) fn sum_of(
     rows: usize,
     cols: usize,
     scale: f64,
@@ -202,13 +202,13 @@ impl<B: LinearOps> Backward<B, 2> for LinearStep {
 
 /// What the backward of a LoRA linear needs, each only if some tracked parent's gradient uses it.
 #[derive(Clone, Debug)]
-struct LoraState<B: Backend> {
-    x: Option<FloatTensor<B>>,
-    w: Option<FloatTensor<B>>,
-    a: Option<FloatTensor<B>>,
-    b: Option<FloatTensor<B>>,
-    low: Option<FloatTensor<B>>,
-    scale: f64,
+pub(super) struct LoraState<B: Backend> {
+    pub(super) x: Option<FloatTensor<B>>,
+    pub(super) w: Option<FloatTensor<B>>,
+    pub(super) a: Option<FloatTensor<B>>,
+    pub(super) b: Option<FloatTensor<B>>,
+    pub(super) low: Option<FloatTensor<B>>,
+    pub(super) scale: f64,
 }
 
 #[derive(Debug)]

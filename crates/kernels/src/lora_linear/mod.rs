@@ -1,6 +1,8 @@
 //! A frozen linear map, alone and with a low-rank adapter beside it.
 
 mod cpu;
+mod dropped;
+mod mask;
 mod reference;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -9,6 +11,8 @@ mod tests;
 use burn::tensor::Tensor;
 
 use crate::cpu::storage::OnFlex;
+
+pub use mask::Dropout;
 
 /// `y = x · wᵀ`.
 ///
@@ -37,5 +41,28 @@ pub fn lora_linear(
         cpu::lora_linear(x, w, a, b, scale)
     } else {
         reference::lora_linear(x, w, a, b, scale)
+    }
+}
+
+/// [`lora_linear`] with dropout on the adapter's input; the base sees all of x. The mask is a
+/// function of the seed and the position alone.
+///
+/// # Shapes
+/// - x: `[rows, in]`, w: `[out, in]`, a: `[r, in]`, b: `[out, r]`, result: `[rows, out]`
+pub fn lora_linear_dropout(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    scale: f64,
+    dropout: Dropout,
+) -> Tensor<2> {
+    if dropout.probability <= 0.0 {
+        return lora_linear(x, w, a, b, scale);
+    }
+    if x.on_flex() && w.on_flex() && a.on_flex() && b.on_flex() {
+        dropped::lora_linear_dropout(x, w, a, b, scale, dropout)
+    } else {
+        reference::lora_linear_dropout(x, w, a, b, scale, dropout)
     }
 }

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Device, Tensor};
 
-use super::{linear, lora_linear, reference};
+use super::{Dropout, linear, lora_linear, lora_linear_dropout, reference};
 use crate::check::*;
 
 /// Sums of up to 300 products in another order.
@@ -77,6 +77,49 @@ fn lora_matches_reference_for_every_mask() {
             close_grads("lora_linear", &got_grads, &want_grads, TOLERANCE);
         }
     }
+}
+
+const DROPOUT: Dropout = Dropout {
+    probability: 0.3,
+    seed: 11,
+};
+
+#[test]
+fn dropout_matches_reference_for_every_mask() {
+    let ours: Lora = |x, w, a, b, s| lora_linear_dropout(x, w, a, b, s, DROPOUT);
+    let theirs: Lora = |x, w, a, b, s| reference::lora_linear_dropout(x, w, a, b, s, DROPOUT);
+    for size in [[1, 6, 5, 1], [67, 300, 131, 16]] {
+        for bits in 0..16 {
+            let (got, got_grads) = run_lora(ours, &flex(), size, mask(bits));
+            let (want, want_grads) = run_lora(theirs, &ndarray(), size, mask(bits));
+            close("lora_linear_dropout", &got, &want, TOLERANCE);
+            close_grads("lora_linear_dropout", &got_grads, &want_grads, TOLERANCE);
+        }
+    }
+}
+
+/// The input is masked in a copy, a transposed one in the logical order.
+#[test]
+fn dropout_leaves_its_input_alone() {
+    let x = leaf(1, [9, 20], false, &flex());
+    let before = floats(x.clone());
+    let [w, a] = [2, 4].map(|seed| leaf(seed, [5, 9], false, &flex()));
+    let b = leaf(5, [5, 5], false, &flex());
+    let run = |x| lora_linear_dropout(x, w.clone(), a.clone(), b.clone(), 2.0, DROPOUT);
+    let view = floats(run(x.clone().transpose()));
+    let rows = x
+        .clone()
+        .transpose()
+        .into_data()
+        .try_to_vec::<f32>()
+        .unwrap();
+    close(
+        "view",
+        &view,
+        &floats(run(tensor(rows, [20, 9], false, &flex()))),
+        TOLERANCE,
+    );
+    assert_eq!(floats(x), before);
 }
 
 /// Transposed, narrowed and broadcast inputs; the incoming gradient is a transposed view as well.

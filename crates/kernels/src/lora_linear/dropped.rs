@@ -1,0 +1,249 @@
+//! LoRA linear with dropout on the adapter's input, on Flex. Only x is kept, as without dropout: the
+//! mask and the dropped input are made again in the backward.
+
+use burn::backend::autodiff::Autodiff;
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::flex::FlexTensor;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Dispatch, Flex, backend_extension};
+use burn::tensor::Tensor;
+use rayon::prelude::*;
+
+use super::cpu::{LinearOps, LoraState, dims, sum_of};
+use super::mask::{Dropout, Mask, masked, masked_sum};
+use crate::cpu::matrix::{MatRef, readable};
+use crate::cpu::simd::level;
+use crate::cpu::storage::{CHUNK, dense, owned, values};
+
+/// The operation as a backend extension.
+#[backend_extension(Flex, Autodiff)]
+pub trait DroppedLoraOps: LinearOps {
+    /// `x · wᵀ + scale · (drop(x) · aᵀ) · bᵀ`.
+    fn enamel_lora_dropped(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
+        dropout: Dropout,
+    ) -> FloatTensor<Self>;
+
+    /// [`Self::enamel_lora_dropped`] and `drop(x) · aᵀ`.
+    fn enamel_lora_dropped_with_low(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
+        dropout: Dropout,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `drop(x)`.
+    fn enamel_dropped(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self>;
+
+    /// `sum + drop(x)`.
+    fn enamel_dropped_sum(
+        sum: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        dropout: Dropout,
+    ) -> FloatTensor<Self>;
+}
+
+pub(super) fn lora_linear_dropout(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    scale: f64,
+    dropout: Dropout,
+) -> Tensor<2> {
+    Tensor::from_dispatch(<Dispatch as DroppedLoraOps>::enamel_lora_dropped(
+        x.into_dispatch(),
+        w.into_dispatch(),
+        a.into_dispatch(),
+        b.into_dispatch(),
+        scale,
+        dropout,
+    ))
+}
+
+fn dropped(x: FlexTensor, dropout: Dropout) -> FlexTensor {
+    let (mut x, mask, level) = (owned(x), Mask::from(dropout), level());
+    x.storage_mut::<f32>()
+        .par_chunks_mut(CHUNK)
+        .enumerate()
+        .for_each(|(i, x)| {
+            masked(level, x, mask, (i * CHUNK) as u32);
+        });
+    x
+}
+
+impl DroppedLoraOps for Flex {
+    fn enamel_lora_dropped(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        Self::enamel_lora_dropped_with_low(x, w, a, b, scale, dropout).0
+    }
+
+    fn enamel_lora_dropped_with_low(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
+        dropout: Dropout,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (x, w, a, b) = (readable(x), readable(w), readable(a), readable(b));
+        let (rows, out, rank) = (dims(&x).0, dims(&w).0, dims(&a).0);
+        let input = dropped(x.clone(), dropout);
+        let low = sum_of(
+            rows,
+            rank,
+            1.0,
+            (MatRef::of(&input), MatRef::of(&a).t()),
+            None,
+        );
+        drop(input);
+        let second = (MatRef::of(&low), MatRef::of(&b).t(), scale);
+        let y = sum_of(
+            rows,
+            out,
+            1.0,
+            (MatRef::of(&x), MatRef::of(&w).t()),
+            Some(second),
+        );
+        (y, low)
+    }
+
+    fn enamel_dropped(x: FloatTensor<Self>, dropout: Dropout) -> FloatTensor<Self> {
+        dropped(x, dropout)
+    }
+
+    fn enamel_dropped_sum(
+        sum: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        let (mut sum, x) = (owned(sum), dense(x));
+        let (mask, level, xs) = (Mask::from(dropout), level(), values(&x));
+        let parts = sum
+            .storage_mut::<f32>()
+            .par_chunks_mut(CHUNK)
+            .zip(xs.par_chunks(CHUNK));
+        parts.enumerate().for_each(|(i, (sum, x))| {
+            masked_sum(level, sum, x, mask, (i * CHUNK) as u32);
+        });
+        sum
+    }
+}
+
+#[derive(Debug)]
+struct DroppedLoraStep;
+
+impl<B: DroppedLoraOps> Backward<B, 4> for DroppedLoraStep {
+    type State = (LoraState<B>, Dropout);
+
+    fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&ops.node);
+        let [x_node, w_node, a_node, b_node] = ops.parents;
+        let (
+            LoraState {
+                x,
+                w,
+                a,
+                b,
+                low,
+                scale,
+            },
+            dropout,
+        ) = ops.state;
+        if let (Some(node), Some(low)) = (b_node, low) {
+            grads.register::<B>(node.id, B::enamel_outer(grad.clone(), low, scale));
+        }
+        if let (Some(node), Some(x)) = (w_node, x.clone()) {
+            grads.register::<B>(node.id, B::enamel_outer(grad.clone(), x, 1.0));
+        }
+        // b is kept when a or x is tracked; both gradients go through the narrow side.
+        let Some(b) = b else { return };
+        let d_low = B::enamel_times(grad.clone(), b, scale);
+        if let (Some(node), Some(x)) = (a_node, x) {
+            let input = B::enamel_dropped(x, dropout);
+            grads.register::<B>(node.id, B::enamel_outer(d_low.clone(), input, 1.0));
+        }
+        if let (Some(node), Some(w), Some(a)) = (x_node, w, a) {
+            let base = B::enamel_times(grad, w, 1.0);
+            let adapter = B::enamel_times(d_low, a, 1.0);
+            grads.register::<B>(node.id, B::enamel_dropped_sum(base, adapter, dropout));
+        }
+    }
+}
+
+impl<B: DroppedLoraOps, C: CheckpointStrategy> DroppedLoraOps for Autodiff<B, C> {
+    fn enamel_lora_dropped(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        scale: f64,
+        dropout: Dropout,
+    ) -> FloatTensor<Self> {
+        let [dx, dw, da, db] = [&x, &w, &a, &b].map(|t| t.is_tracked());
+        let (x, x_node) = x.into_parts();
+        let (w, w_node) = w.into_parts();
+        let (a, a_node) = a.into_parts();
+        let (b, b_node) = b.into_parts();
+        let nodes = [x_node, w_node, a_node, b_node];
+        match DroppedLoraStep
+            .prepare::<C>(nodes)
+            .compute_bound()
+            .stateful()
+        {
+            OpsKind::Tracked(prep) => {
+                let mut state = LoraState {
+                    x: (da || dw).then(|| x.clone()),
+                    w: dx.then(|| w.clone()),
+                    a: dx.then(|| a.clone()),
+                    b: (da || dx).then(|| b.clone()),
+                    low: None,
+                    scale,
+                };
+                let (y, low) = B::enamel_lora_dropped_with_low(x, w, a, b, scale, dropout);
+                state.low = db.then_some(low);
+                prep.finish((state, dropout), y)
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::enamel_lora_dropped(x, w, a, b, scale, dropout))
+            }
+        }
+    }
+
+    fn enamel_lora_dropped_with_low(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: f64,
+        _: Dropout,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        unimplemented!("second-order gradients of lora_linear_dropout")
+    }
+
+    fn enamel_dropped(_: FloatTensor<Self>, _: Dropout) -> FloatTensor<Self> {
+        unimplemented!("second-order gradients of lora_linear_dropout")
+    }
+
+    fn enamel_dropped_sum(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: Dropout,
+    ) -> FloatTensor<Self> {
+        unimplemented!("second-order gradients of lora_linear_dropout")
+    }
+}
