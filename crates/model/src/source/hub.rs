@@ -14,11 +14,13 @@ use super::{HubRef, PullOptions, PullProgress, SourceError};
 use crate::checkpoint::sha256_file;
 
 /// How long the hub may take to answer the first question, names and connections included.
-const FIRST_ANSWER: Duration = Duration::from_secs(9);
+const FIRST_ANSWER: Duration = Duration::from_secs(8);
 /// How long a download may stand still.
 const STALL: Duration = Duration::from_secs(60);
 /// How often a file is tried; each try continues where the last one stopped.
 const ATTEMPTS: usize = 4;
+/// How often a file with wrong contents is fetched before its source is given up.
+const WRONG_CONTENTS: usize = 2;
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -344,7 +346,7 @@ impl Fetch<'_> {
             }
         }
         discard(&pointer)?;
-        let mut attempt = 1;
+        let (mut attempt, mut wrong) = (1, 0);
         loop {
             let failure = match self.download(name, progress) {
                 Ok(size) => {
@@ -361,7 +363,8 @@ impl Fetch<'_> {
                 }
                 Err(error) => error,
             };
-            if attempt == ATTEMPTS || !worth_retrying(&failure) {
+            wrong += usize::from(matches!(failure, SourceError::WrongHash { .. }));
+            if attempt == ATTEMPTS || wrong == WRONG_CONTENTS || !worth_retrying(&failure) {
                 return Err(failure);
             }
             progress.note(&format!("{failure}; trying {name} again"));

@@ -20,7 +20,7 @@ const PIPS: [&[&str]; 4] = [
     &["pip"],
 ];
 /// How long pip may look for the package before the index counts as unreachable.
-const FIRST_ANSWER: Duration = Duration::from_secs(9);
+const FIRST_ANSWER: Duration = Duration::from_secs(7);
 /// How long Python itself may take to start on a busy machine.
 const START: Duration = Duration::from_secs(30);
 /// How long a download may stand still.
@@ -49,6 +49,15 @@ pub(super) fn pull(
     options: &PullOptions,
     progress: &mut dyn PullProgress,
 ) -> Result<PathBuf, SourceError> {
+    pull_with(&PIPS, wheel, options, progress)
+}
+
+fn pull_with(
+    pips: &[&[&str]],
+    wheel: &WheelSource,
+    options: &PullOptions,
+    progress: &mut dyn PullProgress,
+) -> Result<PathBuf, SourceError> {
     if options.offline {
         return Err(SourceError::Offline {
             what: "the Python package index".into(),
@@ -66,7 +75,7 @@ pub(super) fn pull(
         "asking pip for the Python package {} {}",
         wheel.package, wheel.version
     ));
-    let archive = download(wheel, temporary.path(), progress)?;
+    let archive = download(pips, wheel, temporary.path(), progress)?;
     let found = sha256_file(&archive).map_err(|e| SourceError::io(&archive, e))?;
     check_hash(&file_name(&archive), &wheel.wheel_sha256, found)?;
     unpack(wheel, &archive, &path, progress)?;
@@ -93,13 +102,14 @@ fn refused(wheel: &WheelSource, reason: impl Into<String>) -> SourceError {
 
 /// Runs `pip download` into `dir`; gives the wheel's path.
 fn download(
+    pips: &[&[&str]],
     wheel: &WheelSource,
     dir: &Path,
     progress: &mut dyn PullProgress,
 ) -> Result<PathBuf, SourceError> {
     let target = dir.join("wheel");
     std::fs::create_dir_all(&target).map_err(|e| SourceError::io(&target, e))?;
-    for pip in PIPS {
+    for pip in pips {
         let Some(run) = Run::start(pip, wheel, dir, &target)? else {
             continue;
         };
@@ -164,7 +174,7 @@ impl Run {
             .args(arguments)
             .args(["download", "--no-deps", "--only-binary", ":all:"])
             .args(["--no-input", "--disable-pip-version-check"])
-            .args(["--progress-bar", "off", "--timeout", "8", "--retries", "2"])
+            .args(["--progress-bar", "off", "--timeout", "15", "--retries", "2"])
             .arg("--dest")
             .arg(target)
             .arg(format!("{}=={}", wheel.package, wheel.version))
@@ -277,7 +287,7 @@ impl Phase {
     fn timeout(self) -> &'static str {
         match self {
             Self::Starting => "pip did not start within 30 seconds",
-            Self::Looking => "no answer within 9 seconds",
+            Self::Looking => "no answer within 7 seconds",
             Self::Receiving => "nothing arrived for 60 seconds",
         }
     }
@@ -338,7 +348,13 @@ fn unpack(
     let entry = zip.by_name(&name).map_err(broken)?;
 
     let dir = path.parent().unwrap_or(Path::new("."));
-    let mut out = tempfile::NamedTempFile::new_in(dir).map_err(|e| SourceError::io(dir, e))?;
+    let mut builder = tempfile::Builder::new();
+    // A cache may be shared, which the private mode of temporary files would prevent.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
+    let mut out = builder
+        .tempfile_in(dir)
+        .map_err(|e| SourceError::io(dir, e))?;
     progress.start(&wheel.file, Some(wheel.file_bytes));
     // An archive can claim anything about its sizes, so no more is read than there should be.
     let mut reader = entry.take(wheel.file_bytes.saturating_add(1));
@@ -374,3 +390,6 @@ fn file_name(path: &Path) -> String {
         .to_string_lossy()
         .into_owned()
 }
+
+#[cfg(test)]
+mod tests;

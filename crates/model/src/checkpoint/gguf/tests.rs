@@ -1,1 +1,354 @@
+//! GGUF headers, sound and damaged; built here byte by byte.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::io::{Seek, SeekFrom, Write};
+use std::path::PathBuf;
+
+use super::*;
+
+/// Writes GGUF version 3 the way the specification lays it out.
+#[derive(Clone, Default)]
+struct Writer {
+    entries: Vec<Vec<u8>>,
+    tensors: Vec<(Vec<u8>, usize)>,
+}
+
+fn text(value: &str) -> Vec<u8> {
+    let mut bytes = (value.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(value.as_bytes());
+    bytes
+}
+
+impl Writer {
+    fn entry(mut self, key: &str, ty: u32, value: &[u8]) -> Self {
+        let mut bytes = text(key);
+        bytes.extend(ty.to_le_bytes());
+        bytes.extend(value);
+        self.entries.push(bytes);
+        self
+    }
+
+    fn number(self, key: &str, value: u32) -> Self {
+        self.entry(key, 4, &value.to_le_bytes())
+    }
+
+    fn string(self, key: &str, value: &str) -> Self {
+        self.entry(key, 8, &text(value))
+    }
+
+    fn strings(self, key: &str, values: &[&str]) -> Self {
+        let mut bytes = 8u32.to_le_bytes().to_vec();
+        bytes.extend((values.len() as u64).to_le_bytes());
+        bytes.extend(values.iter().flat_map(|v| text(v)));
+        self.entry(key, 9, &bytes)
+    }
+
+    fn ints(self, key: &str, values: &[i32]) -> Self {
+        let mut bytes = 5u32.to_le_bytes().to_vec();
+        bytes.extend((values.len() as u64).to_le_bytes());
+        bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        self.entry(key, 9, &bytes)
+    }
+
+    /// A tensor of zeros with dimensions innermost first.
+    fn tensor(mut self, name: &str, dims: &[u64], ty: u32, bytes: usize) -> Self {
+        let offset: usize = self
+            .tensors
+            .iter()
+            .map(|(_, n)| n.next_multiple_of(32))
+            .sum();
+        let mut info = text(name);
+        info.extend((dims.len() as u32).to_le_bytes());
+        info.extend(dims.iter().flat_map(|d| d.to_le_bytes()));
+        info.extend(ty.to_le_bytes());
+        info.extend((offset as u64).to_le_bytes());
+        self.tensors.push((info, bytes));
+        self
+    }
+
+    /// The file and the length of its header.
+    fn bytes(&self) -> (Vec<u8>, usize) {
+        let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+        bytes.extend((self.tensors.len() as u64).to_le_bytes());
+        bytes.extend((self.entries.len() as u64).to_le_bytes());
+        bytes.extend(self.entries.iter().flatten());
+        bytes.extend(self.tensors.iter().flat_map(|(info, _)| info));
+        let header = bytes.len();
+        let data: usize = self
+            .tensors
+            .iter()
+            .map(|(_, n)| n.next_multiple_of(32))
+            .sum();
+        bytes.resize(header.next_multiple_of(32) + data, 0);
+        (bytes, header)
+    }
+}
+
+const F32: u32 = 0;
+const Q8_0: u32 = 8;
+
+/// A model with one tensor of each kind that matters here, and a small vocabulary.
+fn small() -> Writer {
+    Writer::default()
+        .string("general.architecture", "llama")
+        .number("llama.embedding_length", 32)
+        .number("llama.feed_forward_length", 32)
+        .number("llama.block_count", 1)
+        .number("llama.attention.head_count", 4)
+        .number("llama.attention.head_count_kv", 2)
+        .number("llama.context_length", 64)
+        .string("tokenizer.ggml.model", "gpt2")
+        .string("tokenizer.ggml.pre", "smollm")
+        .strings("tokenizer.ggml.tokens", &["<e>", "a", "b", "ab"])
+        .ints("tokenizer.ggml.token_type", &[3, 1, 1, 1])
+        .strings("tokenizer.ggml.merges", &["a b"])
+        .number("tokenizer.ggml.eos_token_id", 0)
+        .tensor("token_embd.weight", &[32, 4], Q8_0, 4 * 34)
+        .tensor("blk.0.attn_q.weight", &[32, 32], Q8_0, 32 * 34)
+        .tensor("blk.0.attn_k.weight", &[32, 16], F32, 16 * 32 * 4)
+        .tensor("output_norm.weight", &[32], F32, 32 * 4)
+}
+
+struct Scratch {
+    _dir: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl Scratch {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.gguf");
+        Self { _dir: dir, path }
+    }
+
+    fn open(&self, bytes: &[u8]) -> Result<(GgufFile, Vec<TensorInfo>, Value), CheckpointError> {
+        std::fs::write(&self.path, bytes).unwrap();
+        GgufFile::open(&self.path)
+    }
+
+    /// Opens and uses all that a run uses.
+    fn use_all(&self, bytes: &[u8]) -> Result<(), CheckpointError> {
+        std::fs::write(&self.path, bytes).unwrap();
+        self.use_file()
+    }
+
+    fn use_file(&self) -> Result<(), CheckpointError> {
+        let (file, infos, _) = GgufFile::open(&self.path)?;
+        for (i, info) in infos.iter().enumerate() {
+            let values = file.read_f32(i, info)?;
+            assert_eq!(values.len(), info.shape.iter().product::<usize>());
+        }
+        file.tokenizer_config();
+        file.generation_config();
+        file.tokenizer_json().map(drop)
+    }
+}
+
+#[test]
+fn a_sound_file_opens_under_hugging_face_names() {
+    let (bytes, _) = small().bytes();
+    let scratch = Scratch::new();
+    let (file, infos, config) = scratch.open(&bytes).unwrap();
+    let names: Vec<&str> = infos.iter().map(|i| i.name.as_str()).collect();
+    assert_eq!(
+        names,
+        [
+            "model.embed_tokens.weight",
+            "model.layers.0.self_attn.q_proj.weight",
+            "model.layers.0.self_attn.k_proj.weight",
+            "model.norm.weight"
+        ]
+    );
+    assert_eq!(infos[0].shape, [4, 32]);
+    assert_eq!(config["vocab_size"], 4);
+    assert_eq!(config["head_dim"], 8);
+    assert_eq!(config["tie_word_embeddings"], true);
+    assert_eq!(file.generation_config()["eos_token_id"], 0);
+    let tokenizer: Value = serde_json::from_slice(&file.tokenizer_json().unwrap()).unwrap();
+    assert_eq!(tokenizer["model"]["merges"][0][1], "b");
+    assert_eq!(tokenizer["added_tokens"][0]["content"], "<e>");
+    assert_eq!(
+        tokenizer["pre_tokenizer"]["pretokenizers"][0]["type"],
+        "Digits"
+    );
+}
+
+#[test]
+fn no_cut_of_a_file_is_accepted() {
+    let (bytes, _) = small().bytes();
+    let scratch = Scratch::new();
+    std::fs::write(&scratch.path, &bytes).unwrap();
+    // Shortened in place: writing thousands of files anew takes a minute on some disks.
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&scratch.path)
+        .unwrap();
+    for length in (0..bytes.len()).rev() {
+        file.set_len(length as u64).unwrap();
+        assert!(GgufFile::open(&scratch.path).is_err(), "cut at {length}");
+    }
+}
+
+/// Every header byte, with each bit flipped and at the extremes: refused or usable, never a panic
+/// and never an allocation that the file does not bear out (a count of 2^56 would abort the test).
+#[test]
+fn no_change_of_a_header_panics() {
+    let (sound, header) = small().bytes();
+    let scratch = Scratch::new();
+    assert!(scratch.use_all(&sound).is_ok());
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&scratch.path)
+        .unwrap();
+    let mut put = |at: usize, value: u8| {
+        file.seek(SeekFrom::Start(at as u64)).unwrap();
+        file.write_all(&[value]).unwrap();
+    };
+    for at in 0..header {
+        let original = sound[at];
+        let bits = (0..8).map(|bit| original ^ 1 << bit);
+        for value in bits.chain([0, 0x7F, 0x80, 0xFF]) {
+            put(at, value);
+            // Either answer is right; what counts is that there is one.
+            let _ = scratch.use_file();
+        }
+        put(at, original);
+    }
+}
+
+#[test]
+fn faults_are_named() {
+    let scratch = Scratch::new();
+    let error = |writer: Writer| scratch.use_all(&writer.bytes().0).unwrap_err().to_string();
+    let cases = [
+        (
+            small().tensor("output_norm.weight", &[32], F32, 128),
+            "listed twice",
+        ),
+        (
+            small().tensor("blk.0.ffn_gate.weight", &[31, 1], Q8_0, 34),
+            "rows of 31",
+        ),
+        (
+            small().tensor("blk.0.ffn_gate.weight", &[32, 0], Q8_0, 34),
+            "impossible shape",
+        ),
+        (
+            small().tensor("blk.0.ffn_gate.weight", &[1 << 40, 1 << 40], F32, 34),
+            "impossible shape",
+        ),
+        (
+            small().tensor("blk.0.ffn_gate.weight", &[1 << 40], F32, 34),
+            "past the end",
+        ),
+        (
+            small().tensor("blk.0.ffn_gate.weight", &[256], 10, 84),
+            "type Q2_K",
+        ),
+        (
+            small().tensor("blk.0.ffn_gate.weight", &[256], 99, 84),
+            "type number 99",
+        ),
+        (
+            small().tensor("blk.0.ffn_gate_exps.weight", &[32], F32, 128),
+            "not of a Llama",
+        ),
+        (
+            small().tensor("blk.1.attn_q.weight", &[32, 6], F32, 768),
+            "4 heads cannot share",
+        ),
+        (small().number("llama.block_count", 1), "occurs twice"),
+        (small().number("general.alignment", 48), "power of two"),
+        (small().number("split.count", 2), "2 parts"),
+        (small().number("llama.expert_count", 8), "8 experts"),
+        (
+            Writer::default().string("general.architecture", "gpt9"),
+            "'gpt9'",
+        ),
+        (
+            Writer::default().string("general.architecture", "llama"),
+            "'llama.embedding_length' is missing",
+        ),
+    ];
+    for (writer, wanted) in cases {
+        let error = error(writer);
+        assert!(error.contains(wanted), "{wanted}: {error}");
+        assert!(error.contains("m.gguf"), "{error}");
+    }
+    let (mut bytes, _) = small().bytes();
+    bytes[4..8].copy_from_slice(&[0, 0, 0, 3]);
+    assert!(
+        scratch
+            .open(&bytes)
+            .unwrap_err()
+            .to_string()
+            .contains("big-endian")
+    );
+    bytes[4..8].copy_from_slice(&[9, 0, 0, 0]);
+    assert!(
+        scratch
+            .open(&bytes)
+            .unwrap_err()
+            .to_string()
+            .contains("version 9")
+    );
+}
+
+#[test]
+fn tokenizers_that_cannot_be_built_say_why() {
+    let scratch = Scratch::new();
+    let base = || {
+        let mut writer = small();
+        // Without the tokenizer's entries.
+        writer.entries.truncate(7);
+        writer
+    };
+    let tokens = |writer: Writer| writer.strings("tokenizer.ggml.tokens", &["a", "b", "ab"]);
+    let cases = [
+        (base(), "no 'tokenizer.ggml.tokens'"),
+        (
+            tokens(base().string("tokenizer.ggml.model", "t5")),
+            "model is 't5'",
+        ),
+        (
+            tokens(base().string("tokenizer.ggml.model", "gpt2")),
+            "no 'tokenizer.ggml.merges'",
+        ),
+        (
+            tokens(base().string("tokenizer.ggml.model", "gpt2"))
+                .strings("tokenizer.ggml.merges", &["a c"]),
+            "\"c\"",
+        ),
+        (
+            tokens(base().string("tokenizer.ggml.model", "gpt2"))
+                .strings("tokenizer.ggml.merges", &["ab"]),
+            "not two tokens",
+        ),
+        (
+            tokens(base().string("tokenizer.ggml.model", "gpt2"))
+                .strings("tokenizer.ggml.merges", &["a b"])
+                .string("tokenizer.ggml.pre", "odd"),
+            "pre is 'odd'",
+        ),
+        (
+            tokens(base().string("tokenizer.ggml.model", "llama")),
+            "scores",
+        ),
+        (
+            base()
+                .string("tokenizer.ggml.model", "gpt2")
+                .strings("tokenizer.ggml.tokens", &["a", "a"]),
+            "has the ids 0 and 1",
+        ),
+        (
+            tokens(base().string("tokenizer.ggml.model", "gpt2"))
+                .ints("tokenizer.ggml.token_type", &[1]),
+            "not a list of 3",
+        ),
+    ];
+    for (writer, wanted) in cases {
+        let (file, _, _) = scratch.open(&writer.bytes().0).unwrap();
+        let error = file.tokenizer_json().unwrap_err().to_string();
+        assert!(error.contains(wanted), "{wanted}: {error}");
+    }
+}

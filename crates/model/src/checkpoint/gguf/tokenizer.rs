@@ -300,11 +300,6 @@ fn byte_level(
             )));
         }
     };
-    let trim = byte_level(true);
-    let post_processor = match template {
-        None => Value::Null,
-        Some(template) => json!({"type": "Sequence", "processors": [byte_level(false), template]}),
-    };
     // Qwen2 texts are normalised to composed characters; the others are taken as they are.
     let normalizer = match pre {
         Some("qwen2" | "megrez" | "deepseek-r1-qwen") => json!({"type": "NFC"}),
@@ -313,8 +308,8 @@ fn byte_level(
     Ok(Parts {
         normalizer,
         pre_tokenizer,
-        post_processor,
-        decoder: trim,
+        post_processor: template.unwrap_or(Value::Null),
+        decoder: byte_level(true),
         model: json!({
             "type": "BPE",
             "dropout": null,
