@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{BAD_ROWS_SHOWN, BadReason, BadRow, DataError, RowRef};
-use crate::files::{RawRow, expand_paths, parse_row, split_rows_of};
+use crate::files::{RawRow, expand_paths, parse_row, sha256_hex, split_rows_of};
 use crate::masks::{IGNORED, TrainOn};
 use crate::records::{EncodedRow, RecordContext, RecordFormat};
-use crate::tokenizer::{Tokenizer, sha256_hex};
+use crate::tokenizer::Tokenizer;
 
 /// Which data, and what to do with rows that do not fit.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

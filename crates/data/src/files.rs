@@ -1,7 +1,9 @@
-//! Data files: which ones a path names, and their rows with line numbers.
+//! Data files: which ones a path names, their rows with line numbers, and their hashes.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
 
 use crate::error::{BadReason, DataError};
 
@@ -175,6 +177,16 @@ pub(crate) fn parse_row(
             detail: error.to_string(),
         }),
     }
+}
+
+/// SHA-256 of `bytes`, in hexadecimal.
+pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    let mut text = String::with_capacity(64);
+    for byte in Sha256::digest(bytes) {
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 #[cfg(test)]

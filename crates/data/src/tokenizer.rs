@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 use crate::chat_template::ChatTemplate;
 use crate::error::DataError;
+use crate::files::sha256_hex;
 use crate::message::Message;
 
 /// The named special tokens of `tokenizer_config.json`.
@@ -351,16 +351,6 @@ impl Tokenizer {
         }
         ids
     }
-}
-
-/// SHA-256 of `bytes`, in hexadecimal.
-pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    let mut text = String::with_capacity(64);
-    for byte in Sha256::digest(bytes) {
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
 }
 
 /// Sets `trim_offsets` to false everywhere: trimmed offsets would move a token made of white space to

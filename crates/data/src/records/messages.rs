@@ -63,7 +63,8 @@ pub(super) fn encode_conversation(
     }
     if !has_turn {
         let text = template.render_with(messages, options)?;
-        return finish(&text, vec![0..text.len()], false, context);
+        let whole = std::iter::once(0..text.len()).collect();
+        return finish(&text, whole, false, context);
     }
     let mut masked = mask_conversation(context.tokenizer, template, messages, options, first)?;
     match context.train_on {
@@ -72,7 +73,7 @@ pub(super) fn encode_conversation(
             let earlier = masked.spans.len().saturating_sub(1);
             masked.spans.drain(..earlier);
         }
-        TrainOn::All => masked.spans = vec![0..masked.text.len()],
+        TrainOn::All => masked.spans = std::iter::once(0..masked.text.len()).collect(),
     }
     finish(&masked.text, masked.spans, masked.closed, context)
 }
