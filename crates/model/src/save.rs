@@ -85,6 +85,10 @@ impl SaveOptions {
     }
 }
 
+/// Gives the values of a named tensor, row-major.
+pub type ReadTensor<'a> =
+    &'a mut dyn FnMut(&str) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>>;
+
 /// What was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedModel {
@@ -153,7 +157,7 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> SaveError + '_ {
 pub fn write_hf(
     dir: &Path,
     tensors: &[(String, Vec<usize>)],
-    read: &mut dyn FnMut(&str) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>>,
+    read: ReadTensor<'_>,
     source: &Checkpoint,
     options: &SaveOptions,
 ) -> Result<SavedModel, SaveError> {
@@ -260,7 +264,7 @@ fn shards<'a>(
 fn write_shard(
     path: &Path,
     tensors: &[(String, Vec<usize>)],
-    read: &mut dyn FnMut(&str) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>>,
+    read: ReadTensor<'_>,
     dtype: SaveDtype,
 ) -> Result<(), SaveError> {
     let mut header = Map::new();

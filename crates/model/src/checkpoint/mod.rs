@@ -77,7 +77,10 @@ impl Checkpoint {
         let (backing, tensors, config) = if meta.is_dir() {
             let (directory, tensors, config) = Directory::open(path)?;
             (Backing::Directory(directory), tensors, config)
-        } else if path.extension().is_some_and(|e| e == "gguf") {
+        } else if path
+            .extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+        {
             let (gguf, tensors, config) = GgufFile::open(path)?;
             (Backing::Gguf(gguf), tensors, config)
         } else {

@@ -144,8 +144,7 @@ fn no_change_or_cut_of_a_header_panics() {
         file.seek(SeekFrom::Start(at as u64)).unwrap();
         file.write_all(&[value]).unwrap();
     };
-    for at in 0..sound.len() - 34 {
-        let original = sound[at];
+    for (at, &original) in sound[..sound.len() - 34].iter().enumerate() {
         let bits = (0..8).map(|bit| original ^ 1 << bit);
         for value in bits.chain([0, 0xFF, b'"', b'9', b'}', b',']) {
             put(at, value);

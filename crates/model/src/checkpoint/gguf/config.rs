@@ -180,7 +180,7 @@ fn rope_scaling(
     let kind = header.str("llama.rope.scaling.type");
     match (kind, factor) {
         (Some("none"), _) | (None, None) => Ok(Value::Null),
-        (_, Some(factor)) if factor == 1.0 => Ok(Value::Null),
+        (_, Some(1.0)) => Ok(Value::Null),
         (Some("linear") | None, Some(factor)) => {
             Ok(json!({"rope_type": "linear", "factor": factor}))
         }

@@ -204,8 +204,7 @@ fn no_change_of_a_header_panics() {
         file.seek(SeekFrom::Start(at as u64)).unwrap();
         file.write_all(&[value]).unwrap();
     };
-    for at in 0..header {
-        let original = sound[at];
+    for (at, &original) in sound[..header].iter().enumerate() {
         let bits = (0..8).map(|bit| original ^ 1 << bit);
         for value in bits.chain([0, 0x7F, 0x80, 0xFF]) {
             put(at, value);
@@ -351,4 +350,73 @@ fn tokenizers_that_cannot_be_built_say_why() {
         let error = file.tokenizer_json().unwrap_err().to_string();
         assert!(error.contains(wanted), "{wanted}: {error}");
     }
+}
+
+/// The model without a tokenizer's entries.
+fn without_tokenizer() -> Writer {
+    let mut writer = small();
+    writer.entries.truncate(7);
+    writer
+}
+
+fn tokenizer_of(writer: Writer) -> Value {
+    let (file, _, _) = Scratch::new().open(&writer.bytes().0).unwrap();
+    serde_json::from_slice(&file.tokenizer_json().unwrap()).unwrap()
+}
+
+/// SentencePiece joins the pair whose whole has the best score; every way to cut a piece counts,
+/// and neither bytes nor control tokens take part.
+#[test]
+fn sentence_piece_merges_follow_the_scores() {
+    let tokens = ["<unk>", "<s>", "<0x41>", "▁", "a", "b", "ab", "▁a", "▁ab"];
+    let scores = [0.0, 0.0, 0.0, -5.0, -6.0, -7.0, -2.0, -1.0, -3.0f32];
+    let mut floats = 6u32.to_le_bytes().to_vec();
+    floats.extend((scores.len() as u64).to_le_bytes());
+    floats.extend(scores.iter().flat_map(|s| s.to_le_bytes()));
+    let writer = without_tokenizer()
+        .string("tokenizer.ggml.model", "llama")
+        .strings("tokenizer.ggml.tokens", &tokens)
+        .ints("tokenizer.ggml.token_type", &[2, 3, 6, 1, 1, 1, 1, 1, 1])
+        .entry("tokenizer.ggml.scores", 9, &floats)
+        .number("tokenizer.ggml.bos_token_id", 1);
+    let tokenizer = tokenizer_of(writer);
+    assert_eq!(
+        tokenizer["model"]["merges"],
+        serde_json::json!([["▁", "a"], ["a", "b"], ["▁", "ab"], ["▁a", "b"]])
+    );
+    assert_eq!(tokenizer["model"]["byte_fallback"], true);
+    assert_eq!(tokenizer["model"]["unk_token"], "<unk>");
+    // llama.cpp's defaults for such a model: a beginning token and a leading space.
+    let first = &tokenizer["post_processor"]["single"][0]["SpecialToken"]["id"];
+    assert_eq!(first, "<s>");
+    let prepended = &tokenizer["normalizer"]["normalizers"][0]["prepend"];
+    assert_eq!(prepended, "▁");
+}
+
+#[test]
+fn each_pre_tokenizer_splits_digits_its_own_way() {
+    let with = |pre: &str| {
+        tokenizer_of(
+            without_tokenizer()
+                .string("tokenizer.ggml.model", "gpt2")
+                .string("tokenizer.ggml.pre", pre)
+                .strings("tokenizer.ggml.tokens", &["<s>", "a", "b", "ab"])
+                .strings("tokenizer.ggml.merges", &["a b"])
+                .number("tokenizer.ggml.bos_token_id", 0),
+        )
+    };
+    let regex = |tokenizer: &Value| {
+        let split = &tokenizer["pre_tokenizer"]["pretokenizers"][0];
+        split["pattern"]["Regex"].as_str().unwrap().to_owned()
+    };
+    let llama = with("llama-bpe");
+    assert!(regex(&llama).contains(r"\p{N}{1,3}|"));
+    assert_eq!(llama["model"]["ignore_merges"], true);
+    let first = &llama["post_processor"]["single"][0]["SpecialToken"]["id"];
+    assert_eq!(first, "<s>");
+    let qwen = with("qwen2");
+    assert!(regex(&qwen).contains(r"|\p{N}|"));
+    assert_eq!(qwen["normalizer"]["type"], "NFC");
+    assert!(qwen["post_processor"].is_null());
+    assert_eq!(with("default")["pre_tokenizer"]["type"], "ByteLevel");
 }
