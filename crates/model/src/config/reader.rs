@@ -31,7 +31,7 @@ impl<'a> Reader<'a> {
     pub fn size(&mut self, key: &str, default: Option<usize>) -> usize {
         match (self.get(key), default) {
             (Some(value), _) => match value.as_u64() {
-                Some(n) if n >= 1 && n <= LARGEST_SIZE => n as usize,
+                Some(n) if (1..=LARGEST_SIZE).contains(&n) => n as usize,
                 _ => {
                     self.problem(key, format_args!("must be a positive integer, not {value}"));
                     1
@@ -153,18 +153,18 @@ impl<'a> Reader<'a> {
             self.problem("num_hidden_layers", what);
         }
         let (heads, groups) = (config.num_attention_heads, config.num_key_value_heads);
-        if heads % groups != 0 {
+        if !heads.is_multiple_of(groups) {
             let what =
                 format_args!("({heads}) is not a multiple of num_key_value_heads ({groups})");
             self.problem("num_attention_heads", what);
         }
-        if self.get("head_dim").is_none() && config.hidden_size % heads != 0 {
+        if self.get("head_dim").is_none() && !config.hidden_size.is_multiple_of(heads) {
             let what = format_args!(
                 "({}) is not a multiple of num_attention_heads ({heads}) and no head_dim is given",
                 config.hidden_size
             );
             self.problem("hidden_size", what);
-        } else if config.head_dim % 2 != 0 {
+        } else if !config.head_dim.is_multiple_of(2) {
             let what = format_args!(
                 "is {}; rotary embedding needs an even width",
                 config.head_dim
