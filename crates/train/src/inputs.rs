@@ -55,7 +55,11 @@ impl Inputs {
             Some(dir) => enamel_adapter::load_config(dir)?,
             None => recipe.adapter.lora_config(),
         };
-        let plan = enamel_adapter::plan(&base.config.modules(), &adapter)?;
+        // An adapter from elsewhere may name modules that this model lacks; PEFT loads it all the same.
+        let plan = match &recipe.adapter.init_from {
+            Some(_) => enamel_adapter::plan_for_load(&base.config.modules(), &adapter)?,
+            None => enamel_adapter::plan(&base.config.modules(), &adapter)?,
+        };
         let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
         let mut data_files = hashes_of(&train);
         let valid = match recipe.data.valid_spec() {

@@ -120,7 +120,8 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
     ) -> (Trainee, Events) {
         let mut run = Run {
             s: self,
-            model: learner.model().fork(&self.device),
+            // `train` puts the gradient flags, set on a plain device, into force.
+            model: learner.model().fork(&self.device).train(),
             optimizer: self.optimizer.clone(),
             scheduler: self.scheduler.clone(),
             state: self.start.clone(),

@@ -83,9 +83,8 @@ impl TrainingProgressLogger for Dashboard {
         TrainingProgressLogger::end(&mut self.tui);
     }
 
-    fn log_event_training(&mut self, event: String) {
-        self.tui.log_event_training(event);
-    }
+    // burn-train counts these anew in each window; "Items" has the step of the run.
+    fn log_event_training(&mut self, _: String) {}
 }
 
 impl EvaluationProgressLogger for Dashboard {
