@@ -45,13 +45,23 @@ impl ModelArgs {
 #[derive(clap::Args)]
 pub struct SamplingArgs {
     /// 0 takes the likeliest token every time; higher is more varied
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     pub temperature: f64,
     /// Choose among the K likeliest tokens only (needs --temperature)
     #[arg(long, value_name = "K", requires = "temperature")]
     pub top_k: Option<usize>,
     /// Choose among the likeliest tokens that reach probability P (needs --temperature)
-    #[arg(long, value_name = "P", requires = "temperature")]
+    #[arg(
+        long,
+        value_name = "P",
+        requires = "temperature",
+        allow_negative_numbers = true
+    )]
     pub top_p: Option<f64>,
     /// Decides the random choices: same seed, same text
     #[arg(long, default_value_t = 42)]

@@ -83,7 +83,7 @@ pub fn bench(
         0 => None,
         tokens => Some(decode(&model, vocabulary, tokens)?),
     };
-    let mut trainee = Trainee { model }.fork(&device.clone().autodiff());
+    let mut trainee = Trainee { model }.fork(&device.clone().autodiff()).train();
     let mut optimizer = AdamWConfig::new()
         .with_epsilon(1e-8)
         .with_weight_decay(0.0)

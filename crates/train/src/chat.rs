@@ -77,6 +77,7 @@ pub fn answer(
     sampling: &Sampling,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Reply, TrainError> {
+    base.require_tokenizer()?;
     let prompt = base.tokenizer.encode_chat(messages, true)?;
     write_on(base, &prompt, sampling, on_text)
 }
@@ -88,6 +89,7 @@ pub fn complete(
     sampling: &Sampling,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Reply, TrainError> {
+    base.require_tokenizer()?;
     let prompt = base.tokenizer.encode(text, true)?;
     write_on(base, &prompt, sampling, on_text)
 }

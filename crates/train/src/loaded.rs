@@ -15,11 +15,19 @@ use crate::error::TrainError;
 
 const TOKENIZER: &str = "tokenizer.json";
 
-/// Stands in for a tokenizer that is not there: it knows no token and refuses every text.
-const STAND_IN: &str = r#"{"version": "1.0", "truncation": null, "padding": null,
-    "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
-    "decoder": null, "model": {"type": "WordLevel", "vocab": {},
-    "unk_token": "this model comes without tokenizer.json, so only rows of input_ids will do"}}"#;
+/// A `tokenizer.json` in place of one that is not there: it refuses every text, and shows token 7
+/// as `<7>`.
+fn stand_in(vocabulary: usize) -> Vec<u8> {
+    let vocab: serde_json::Map<String, Value> = (0..vocabulary)
+        .map(|id| (format!("<{id}>"), id.into()))
+        .collect();
+    let json = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"},
+    });
+    json.to_string().into_bytes()
+}
 
 /// A base model whose files are open and agree with each other. None of its weights are in memory.
 pub struct OpenBase {
@@ -31,6 +39,8 @@ pub struct OpenBase {
     pub config: LlamaConfig,
     /// Its tokenizer and chat template; one that refuses every text if it comes without.
     pub tokenizer: Tokenizer,
+    /// Whether it comes with a tokenizer.
+    pub has_tokenizer: bool,
 }
 
 /// The same with its weights on a device.
@@ -41,8 +51,10 @@ pub struct LoadedBase {
     pub checkpoint: Checkpoint,
     /// Its shape.
     pub config: LlamaConfig,
-    /// Its tokenizer and chat template.
+    /// Its tokenizer and chat template; one that refuses every text if it comes without.
     pub tokenizer: Tokenizer,
+    /// Whether it comes with a tokenizer.
+    pub has_tokenizer: bool,
     /// The model, frozen, without an adapter.
     pub model: CausalLm,
 }
@@ -64,9 +76,10 @@ impl OpenBase {
         let config = LlamaConfig::from_json(checkpoint.config_json())?;
         let own_template = checkpoint.chat_template();
         // Rows of token ids need no tokenizer, and small models for tests come without one.
-        let tokenizer_json = match checkpoint.is_gguf() || local.path.join(TOKENIZER).exists() {
+        let has_tokenizer = checkpoint.is_gguf() || local.path.join(TOKENIZER).exists();
+        let tokenizer_json = match has_tokenizer {
             true => checkpoint.tokenizer_json()?,
-            false => STAND_IN.as_bytes().to_vec(),
+            false => stand_in(config.vocab_size),
         };
         let tokenizer = Tokenizer::from_parts(
             &tokenizer_json,
@@ -79,6 +92,7 @@ impl OpenBase {
             checkpoint,
             config,
             tokenizer,
+            has_tokenizer,
         })
     }
 
@@ -109,18 +123,32 @@ impl OpenBase {
             checkpoint,
             config,
             tokenizer,
+            has_tokenizer,
         } = self;
         Ok(LoadedBase {
             local,
             checkpoint,
             config,
             tokenizer,
+            has_tokenizer,
             model,
         })
     }
 }
 
 impl LoadedBase {
+    /// Refuses a model that cannot read text.
+    pub(crate) fn require_tokenizer(&self) -> Result<(), TrainError> {
+        if self.has_tokenizer {
+            return Ok(());
+        }
+        Err(TrainError::Run {
+            path: self.local.path.clone(),
+            reason: "the model comes without tokenizer.json, so it cannot read text".to_owned(),
+            help: "put its tokenizer.json beside config.json".to_owned(),
+        })
+    }
+
     /// The tokens at which an answer ends: the tokenizer's and those of `generation_config.json`.
     pub fn stop_ids(&self) -> Vec<u32> {
         stop_ids(

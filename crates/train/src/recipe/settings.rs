@@ -359,8 +359,8 @@ fn below_one(value: &f64) -> Verdict {
     verdict((0.0..1.0).contains(value), "must be at least 0 and below 1")
 }
 
-fn not_empty(value: &String) -> Verdict {
-    verdict(!value.trim().is_empty(), "must not be empty")
+fn not_empty<S: AsRef<str>>(value: &S) -> Verdict {
+    verdict(!value.as_ref().trim().is_empty(), "must not be empty")
 }
 
 fn modules(value: &Modules) -> Verdict {
@@ -380,7 +380,8 @@ fn all_positive(value: &BTreeMap<String, usize>) -> Verdict {
     )
 }
 
-fn supported_method(value: &String) -> Verdict {
+fn supported_method<S: AsRef<str>>(value: &S) -> Verdict {
+    let value = value.as_ref();
     let name = value.to_lowercase().replace('-', "_");
     if name == "lora" && value == "lora" {
         Ok(())
