@@ -32,6 +32,9 @@ pub struct Args {
     /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
+    /// Print a line of JSON a shape instead of a table
+    #[arg(long)]
+    json: bool,
 }
 
 fn shape(text: &str) -> anyhow::Result<(usize, usize)> {
@@ -48,16 +51,12 @@ impl Args {
         let (device, choice) = device::open(self.device.parse()?)?;
         let base = OpenBase::open(&self.model, None, &mut Bars::default())?;
         let mut out = std::io::stdout().lock();
-        writeln!(
-            out,
-            "{} on {choice}, r = {} on all linear layers",
-            self.model, self.r
-        )?;
-        writeln!(
-            out,
-            "{:<12} {:>10} {:>10} {:>12}",
-            "step", "seconds", "tokens/s", "peak memory"
-        )?;
+        if !self.json {
+            let model = &self.model;
+            writeln!(out, "{model} on {choice}, r = {} on all linear layers", self.r)?;
+            let head = ["step", "seconds", "tokens/s", "peak memory"];
+            writeln!(out, "{:<12} {:>10} {:>10} {:>12}", head[0], head[1], head[2], head[3])?;
+        }
         let options = BenchOptions {
             shapes: self.shapes,
             steps: self.steps.max(1),
@@ -66,14 +65,20 @@ impl Args {
         };
         let mut failure = None;
         let decode = bench(base, &device, &options, &mut |step| {
-            let line = writeln!(
+            let line = if self.json {
+                serde_json::to_writer(&mut out, &step)
+                    .map_err(std::io::Error::from)
+                    .and_then(|()| writeln!(out))
+            } else {
+                writeln!(
                 out,
                 "{:<12} {:>10.3} {:>10.1} {:>12}",
                 format!("{}×{}", step.rows, step.tokens),
                 step.seconds,
                 step.tokens_per_second,
                 gibibytes(step.peak_memory)
-            );
+            )
+            };
             if let Err(error) = line.and_then(|()| out.flush()) {
                 failure = Some(error);
             }
@@ -82,6 +87,10 @@ impl Args {
             return Err(error.into());
         }
         if let Some(decode) = decode {
+            if self.json {
+                writeln!(out, "{}", serde_json::to_string(&decode)?)?;
+                return Ok(Outcome::Done);
+            }
             writeln!(
                 out,
                 "decoding     first token of a prompt of {} after {:.2} s, then {:.1} tokens/s, {}",
