@@ -222,7 +222,7 @@ fn a_loss_that_is_not_a_number_stops_the_run_with_its_step() {
         "wild.toml",
         "r = 4\nlora_alpha = 8",
         "train = \"train.jsonl\"\nmax_length = 128",
-        "max_steps = 40\nbatch_size = 4\nlearning_rate = 1e30\nmax_grad_norm = 0.0\n\
+        "max_steps = 40\nbatch_size = 4\nlearning_rate = 3e38\nmax_grad_norm = 0.0\n\
          lr_scheduler_type = \"linear\"\nwarmup_steps = 0\nsave_strategy = \"steps\"\nsave_steps = 1\n\
          logging_steps = 1\nsamples = 0",
     );

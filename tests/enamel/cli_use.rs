@@ -13,7 +13,7 @@ fn plan_counts() {
     let workshop = Workshop::new();
     workshop.usual_recipe();
     let said = workshop.run(&["plan", "recipe.toml"]);
-    for part in ["4,096", "30,880", "model.layers.0.self_attn.q_proj"] {
+    for part in ["4,096", "30,880", "model.layers.*.self_attn.q_proj"] {
         assert!(said.contains(part), "{part} is missing: {said}");
     }
     assert!(!workshop.path("run").exists());

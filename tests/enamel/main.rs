@@ -17,4 +17,5 @@ mod parity_lora;
 mod parity_trainer;
 mod peft_files;
 mod schedules;
+mod smollm2;
 mod text;

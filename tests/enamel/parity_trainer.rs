@@ -1,6 +1,5 @@
 //! Twenty steps through `enamel train` against PEFT and torch's AdamW, loss by loss.
 
-
 use serde_json::Value;
 
 use crate::enamel_process::Workshop;
