@@ -67,7 +67,10 @@ pub const ADAPTER: &str = "adapter";
 impl Checkpoints {
     /// The checkpoints under `run_dir`, of which the newest `keep` stay (and the best one).
     pub fn new(run_dir: &Path, keep: usize) -> Self {
-        Self { dir: run_dir.join("checkpoints"), keep }
+        Self {
+            dir: run_dir.join("checkpoints"),
+            keep,
+        }
     }
 
     /// The folder of the checkpoint after `step`.
@@ -77,11 +80,18 @@ impl Checkpoints {
 
     /// Complete checkpoints, oldest first.
     pub fn list(&self) -> Vec<(usize, PathBuf)> {
-        let Ok(entries) = fs::read_dir(&self.dir) else { return Vec::new() };
+        let Ok(entries) = fs::read_dir(&self.dir) else {
+            return Vec::new();
+        };
         let mut found: Vec<_> = entries
             .flatten()
             .filter_map(|e| {
-                let step = e.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?;
+                let step = e
+                    .file_name()
+                    .to_str()?
+                    .strip_prefix("step-")?
+                    .parse()
+                    .ok()?;
                 e.path().join(STATE).is_file().then(|| (step, e.path()))
             })
             .collect();
@@ -111,7 +121,9 @@ impl Checkpoints {
             .tempdir_in(&self.dir)
             .map_err(TrainError::io(&self.dir, "creating a folder in it"))?;
         write_adapter(&staging.path().join(ADAPTER))?;
-        let bytes = optimizer.into_bytes().map_err(|e| TrainError::Framework(e.to_string()))?;
+        let bytes = optimizer
+            .into_bytes()
+            .map_err(|e| TrainError::Framework(e.to_string()))?;
         write_synced(&staging.path().join(OPTIMIZER), &bytes)?;
         let json = serde_json::to_vec_pretty(state)
             .map_err(|e| TrainError::Framework(format!("writing the run's state: {e}")))?;
@@ -142,7 +154,9 @@ impl Checkpoints {
 
     /// Removes what killed runs left half-written.
     pub fn sweep(&self) {
-        let Ok(entries) = fs::read_dir(&self.dir) else { return };
+        let Ok(entries) = fs::read_dir(&self.dir) else {
+            return;
+        };
         for entry in entries.flatten() {
             if entry.file_name().to_string_lossy().starts_with(".saving-") {
                 let _ = fs::remove_dir_all(entry.path());
@@ -175,20 +189,20 @@ pub fn load_optimizer(
 ) -> Result<ModuleOptimizer, TrainError> {
     let path = dir.join(OPTIMIZER);
     let bytes = fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
-    let record = OptimizerRecord::from_bytes(Bytes::from_bytes_vec(bytes)).map_err(|e| {
-        TrainError::Run {
+    let record =
+        OptimizerRecord::from_bytes(Bytes::from_bytes_vec(bytes)).map_err(|e| TrainError::Run {
             path,
             reason: format!("not an optimizer's state: {e}"),
             help: "resume from another checkpoint".into(),
-        }
-    })?;
+        })?;
     Ok(optimizer.load_record(record))
 }
 
 /// Writes a file and waits until it is on the disk.
 pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     let mut file = File::create(path).map_err(TrainError::io(path, "creating"))?;
-    file.write_all(bytes).map_err(TrainError::io(path, "writing"))?;
+    file.write_all(bytes)
+        .map_err(TrainError::io(path, "writing"))?;
     file.sync_all().map_err(TrainError::io(path, "writing"))
 }
 
@@ -200,15 +214,21 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), TrainError> 
         .prefix(".writing-")
         .tempfile_in(dir)
         .map_err(TrainError::io(path, "creating"))?;
-    file.write_all(bytes).map_err(TrainError::io(path, "writing"))?;
-    file.as_file().sync_all().map_err(TrainError::io(path, "writing"))?;
+    file.write_all(bytes)
+        .map_err(TrainError::io(path, "writing"))?;
+    file.as_file()
+        .sync_all()
+        .map_err(TrainError::io(path, "writing"))?;
     // Temporary files are private; what a run leaves is for everybody whom the umask lets in.
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        let _ = file.as_file().set_permissions(fs::Permissions::from_mode(0o644));
+        let _ = file
+            .as_file()
+            .set_permissions(fs::Permissions::from_mode(0o644));
     }
-    file.persist(path).map_err(|e| TrainError::io(path, "renaming into place")(e.error))?;
+    file.persist(path)
+        .map_err(|e| TrainError::io(path, "renaming into place")(e.error))?;
     sync_dir(dir);
     Ok(())
 }
@@ -228,7 +248,11 @@ mod tests {
 
     fn save(c: &Checkpoints, step: usize, best: Option<usize>) {
         let best = best.map(|step| Best { step, loss: 1.0 });
-        let state = RunState { step, best, ..RunState::default() };
+        let state = RunState {
+            step,
+            best,
+            ..RunState::default()
+        };
         c.save(&state, &AdamWConfig::new().init(), |dir| {
             fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating"))
         })
@@ -252,13 +276,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let c = Checkpoints::new(dir.path(), 2);
         save(&c, 1, None);
-        let state = RunState { step: 1, ..RunState::default() };
+        let state = RunState {
+            step: 1,
+            ..RunState::default()
+        };
         let failed = c.save(&state, &AdamWConfig::new().init(), |_| {
             Err(TrainError::Framework("disk full".into()))
         });
         assert!(failed.is_err());
         assert_eq!(c.list().len(), 1);
-        assert_eq!(fs::read_dir(dir.path().join("checkpoints")).unwrap().count(), 1);
+        assert_eq!(
+            fs::read_dir(dir.path().join("checkpoints"))
+                .unwrap()
+                .count(),
+            1
+        );
     }
 
     #[test]

@@ -27,7 +27,10 @@ impl std::str::FromStr for DeviceChoice {
     type Err = TrainError;
 
     fn from_str(s: &str) -> Result<Self, TrainError> {
-        let unknown = || TrainError::UnknownDevice { asked: s.to_string(), forms: FORMS };
+        let unknown = || TrainError::UnknownDevice {
+            asked: s.to_string(),
+            forms: FORMS,
+        };
         match s {
             "auto" => Ok(Self::Auto),
             "flex" | "cpu" => Ok(Self::Flex),
@@ -81,7 +84,10 @@ pub fn list() -> Vec<DeviceInfo> {
             compiled: cfg!(feature = "flex"),
             present: cfg!(feature = "flex"),
             memory: ram,
-            note: format!("CPU, {threads} threads, {} kernels", enamel_kernels::cpu_path()),
+            note: format!(
+                "CPU, {threads} threads, {} kernels",
+                enamel_kernels::cpu_path()
+            ),
         },
         DeviceInfo {
             name: "ndarray".into(),
@@ -108,12 +114,18 @@ fn absent(name: &str, compiled: bool, note: &str) -> DeviceInfo {
 
 #[cfg(not(feature = "cuda"))]
 fn cuda_devices() -> Vec<DeviceInfo> {
-    vec![absent("cuda", false, "not in this build: cargo build --release --features cuda")]
+    vec![absent(
+        "cuda",
+        false,
+        "not in this build: cargo build --release --features cuda",
+    )]
 }
 
 #[cfg(feature = "cuda")]
 fn cuda_devices() -> Vec<DeviceInfo> {
-    let count = Device::enumerate(burn::tensor::DeviceType::Cuda).into_vec().len();
+    let count = Device::enumerate(burn::tensor::DeviceType::Cuda)
+        .into_vec()
+        .len();
     if count == 0 {
         return vec![absent("cuda", true, "no CUDA device or driver found")];
     }
@@ -128,7 +140,10 @@ fn cuda_devices() -> Vec<DeviceInfo> {
                 name: format!("cuda:{index}"),
                 compiled: true,
                 present: true,
-                memory: card.as_ref().and_then(|c| c.memory_info().ok()).map(|m| m.total),
+                memory: card
+                    .as_ref()
+                    .and_then(|c| c.memory_info().ok())
+                    .map(|m| m.total),
                 note: card
                     .and_then(|c| c.name().ok())
                     .unwrap_or_else(|| "CUDA device".into()),
@@ -139,7 +154,11 @@ fn cuda_devices() -> Vec<DeviceInfo> {
 
 #[cfg(not(feature = "wgpu"))]
 fn wgpu_devices() -> Vec<DeviceInfo> {
-    vec![absent("wgpu", false, "not in this build: cargo build --release --features wgpu")]
+    vec![absent(
+        "wgpu",
+        false,
+        "not in this build: cargo build --release --features wgpu",
+    )]
 }
 
 #[cfg(feature = "wgpu")]
@@ -152,7 +171,9 @@ fn wgpu_devices() -> Vec<DeviceInfo> {
             compiled: true,
             present: true,
             memory: None,
-            note: device.identity().map_or_else(|| "wgpu adapter".into(), |i| i.name),
+            note: device
+                .identity()
+                .map_or_else(|| "wgpu adapter".into(), |i| i.name),
         }],
     }
 }
@@ -181,7 +202,11 @@ pub fn open(choice: DeviceChoice) -> Result<(Device, DeviceChoice), TrainError> 
         return Err(TrainError::DeviceAbsent {
             asked: choice.to_string(),
             why,
-            present: devices.into_iter().filter(|d| d.present).map(|d| d.name).collect(),
+            present: devices
+                .into_iter()
+                .filter(|d| d.present)
+                .map(|d| d.name)
+                .collect(),
         });
     }
     Ok((construct(concrete), concrete))
@@ -220,12 +245,18 @@ mod tests {
             assert_eq!(choice.to_string().parse::<DeviceChoice>().unwrap(), choice);
         }
         let error = "cuda:x".parse::<DeviceChoice>().unwrap_err().to_string();
-        assert!(error.contains("cuda:x") && error.contains("ndarray"), "{error}");
+        assert!(
+            error.contains("cuda:x") && error.contains("ndarray"),
+            "{error}"
+        );
     }
 
     #[test]
     fn an_absent_device_is_an_error_that_lists_the_others() {
         let error = open(DeviceChoice::Cuda(97)).unwrap_err().to_string();
-        assert!(error.contains("cuda:97") && error.contains("flex"), "{error}");
+        assert!(
+            error.contains("cuda:97") && error.contains("flex"),
+            "{error}"
+        );
     }
 }

@@ -16,13 +16,20 @@ pub fn clip_global_norm<M: Module>(
     mut grads: GradientsParams,
     max_norm: f64,
 ) -> (GradientsParams, f64) {
-    let mut norm = SquaredNorm { grads: &grads, sum: None };
+    let mut norm = SquaredNorm {
+        grads: &grads,
+        sum: None,
+    };
     module.visit(&mut norm);
     let norm = norm.sum.map_or(0.0, |s| scalar(s).sqrt());
     let factor = max_norm / (norm + EPSILON);
     if max_norm > 0.0 && factor < 1.0 {
         let mut scaled = GradientsParams::new();
-        module.visit(&mut Scale { from: &mut grads, to: &mut scaled, factor });
+        module.visit(&mut Scale {
+            from: &mut grads,
+            to: &mut scaled,
+            factor,
+        });
         return (scaled, norm);
     }
     (grads, norm)

@@ -9,10 +9,10 @@ use enamel_model::CausalLm;
 use enamel_model::source::PullProgress;
 use sha2::{Digest, Sha256};
 
+use crate::device;
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
 use crate::recipe::{FileHash, LockInfo, Recipe};
-use crate::device;
 
 /// The inputs of a run.
 pub struct Inputs {
@@ -96,7 +96,16 @@ impl Inputs {
             init_files: init_files(recipe.adapter.init_from.as_deref())?,
         };
         let device_name = choice.to_string();
-        Ok(Self { device, device_name, base, train, valid, adapter, plan, lock })
+        Ok(Self {
+            device,
+            device_name,
+            base,
+            train,
+            valid,
+            adapter,
+            plan,
+            lock,
+        })
     }
 
     /// The base with the adapter attached, on the plain device: from `checkpoint` when resuming, else
@@ -124,7 +133,12 @@ impl Inputs {
 
 fn hashes_of(examples: &Examples) -> Vec<FileHash> {
     let files = examples.files.iter();
-    files.map(|f| FileHash { path: f.path.clone(), sha256: f.sha256.clone() }).collect()
+    files
+        .map(|f| FileHash {
+            path: f.path.clone(),
+            sha256: f.sha256.clone(),
+        })
+        .collect()
 }
 
 /// Takes the validation share out of the training rows.
@@ -153,7 +167,9 @@ fn tokenizer_hash(base: &OpenBase) -> String {
 }
 
 fn init_files(dir: Option<&Path>) -> Result<Vec<FileHash>, TrainError> {
-    let Some(dir) = dir else { return Ok(Vec::new()) };
+    let Some(dir) = dir else {
+        return Ok(Vec::new());
+    };
     let names = ["adapter_config.json", "adapter_model.safetensors"];
     names
         .iter()
@@ -162,7 +178,10 @@ fn init_files(dir: Option<&Path>) -> Result<Vec<FileHash>, TrainError> {
             let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
             let mut hash = Sha256::new();
             hash.update(&bytes);
-            Ok(FileHash { path, sha256: hex(hash) })
+            Ok(FileHash {
+                path,
+                sha256: hex(hash),
+            })
         })
         .collect()
 }

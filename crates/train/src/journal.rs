@@ -90,7 +90,10 @@ impl Journal {
             .append(true)
             .open(path)
             .map_err(TrainError::io(path, "opening"))?;
-        Ok(Self { path: path.to_path_buf(), file })
+        Ok(Self {
+            path: path.to_path_buf(),
+            file,
+        })
     }
 
     /// Appends a line.
@@ -101,7 +104,9 @@ impl Journal {
         let mut line = serde_json::to_vec(entry)
             .map_err(|e| TrainError::Framework(format!("writing metrics: {e}")))?;
         line.push(b'\n');
-        self.file.write_all(&line).map_err(TrainError::io(&self.path, "writing"))
+        self.file
+            .write_all(&line)
+            .map_err(TrainError::io(&self.path, "writing"))
     }
 }
 
@@ -114,7 +119,10 @@ pub fn read(path: &Path) -> Result<Vec<Entry>, TrainError> {
         return Ok(Vec::new());
     }
     let text = std::fs::read_to_string(path).map_err(TrainError::io(path, "reading"))?;
-    Ok(text.lines().filter_map(|l| serde_json::from_str(l).ok()).collect())
+    Ok(text
+        .lines()
+        .filter_map(|l| serde_json::from_str(l).ok())
+        .collect())
 }
 
 #[cfg(test)]
@@ -123,7 +131,14 @@ mod tests {
     use super::*;
 
     fn valid(step: usize) -> Entry {
-        Entry::Valid { step, epoch: 0.5, loss: 1.0, perplexity: 2.7, trained_tokens: 3, seconds: 0.1 }
+        Entry::Valid {
+            step,
+            epoch: 0.5,
+            loss: 1.0,
+            perplexity: 2.7,
+            trained_tokens: 3,
+            seconds: 0.1,
+        }
     }
 
     #[test]
@@ -134,7 +149,12 @@ mod tests {
         for step in [0, 10, 20] {
             journal.write(&valid(step)).unwrap();
         }
-        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"ki").unwrap();
+        std::fs::OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .write_all(b"{\"ki")
+            .unwrap();
         let mut journal = Journal::open(&path, 10).unwrap();
         journal.write(&valid(30)).unwrap();
         let steps: Vec<usize> = read(&path).unwrap().iter().map(Entry::step).collect();

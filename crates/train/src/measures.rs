@@ -64,7 +64,11 @@ pub struct Sample<F> {
 
 impl<F> Sample<F> {
     fn new(value: f64, weight: f64) -> Self {
-        Self { value, weight, figure: PhantomData }
+        Self {
+            value,
+            weight,
+            figure: PhantomData,
+        }
     }
 }
 
@@ -115,8 +119,16 @@ impl<F: Figure> Scalar<F> {
     }
 
     fn entry(&self) -> SerializedEntry {
-        let unit = if F::UNIT.is_empty() { String::new() } else { format!(" {}", F::UNIT) };
-        let text = format!("{}{unit} (window mean {})", F::text(self.last), F::text(self.mean()));
+        let unit = if F::UNIT.is_empty() {
+            String::new()
+        } else {
+            format!(" {}", F::UNIT)
+        };
+        let text = format!(
+            "{}{unit} (window mean {})",
+            F::text(self.last),
+            F::text(self.mean())
+        );
         SerializedEntry::new(text, NumericEntry::Value(self.last).serialize())
     }
 }
@@ -164,7 +176,9 @@ impl<F: Figure> Metric for Scalar<F> {
 
 impl<F: Figure> Numeric for Scalar<F> {
     fn value(&self) -> Option<NumericEntry> {
-        self.last.is_finite().then_some(NumericEntry::Value(self.last))
+        self.last
+            .is_finite()
+            .then_some(NumericEntry::Value(self.last))
     }
 
     fn running_value(&self) -> Option<NumericEntry> {
@@ -187,7 +201,10 @@ pub struct Progress {
 impl Progress {
     /// Nothing yet.
     pub fn new() -> Self {
-        Self { name: Arc::new("Progress".to_string()), text: String::new() }
+        Self {
+            name: Arc::new("Progress".to_string()),
+            text: String::new(),
+        }
     }
 }
 
@@ -206,7 +223,11 @@ pub struct Place {
 
 impl Adaptor<Place> for StepOutput {
     fn adapt(&self) -> Place {
-        Place { step: self.step, total: self.total_steps, eta_seconds: self.eta_seconds }
+        Place {
+            step: self.step,
+            total: self.total_steps,
+            eta_seconds: self.eta_seconds,
+        }
     }
 }
 

@@ -12,7 +12,11 @@ pub struct Memory {
 impl Memory {
     /// Starts watching.
     pub fn new() -> Self {
-        Self { system: System::new(), pid: sysinfo::get_current_pid().ok(), peak: 0 }
+        Self {
+            system: System::new(),
+            pid: sysinfo::get_current_pid().ok(),
+            peak: 0,
+        }
     }
 
     /// Resident bytes now; 0 where the system does not tell.

@@ -34,8 +34,17 @@ pub fn write(
         .map_err(|e| TrainError::Framework(format!("writing the report: {e}")))?;
     let figure = |v: Option<f64>| v.map_or_else(|| "–".to_string(), |v| format!("{v:.4}"));
     let facts = [
-        ("base model", format!("{} ({})", inputs.base.local.reference, inputs.base.local.source_note)),
-        ("device", format!("{}, {} threads", inputs.device_name, inputs.lock.threads)),
+        (
+            "base model",
+            format!(
+                "{} ({})",
+                inputs.base.local.reference, inputs.base.local.source_note
+            ),
+        ),
+        (
+            "device",
+            format!("{}, {} threads", inputs.device_name, inputs.lock.threads),
+        ),
         (
             "trained parameters",
             format!(
@@ -45,10 +54,16 @@ pub fn write(
                 inputs.plan.percent()
             ),
         ),
-        ("optimizer steps", format!("{} of {}", outcome.step, outcome.total_steps)),
+        (
+            "optimizer steps",
+            format!("{} of {}", outcome.step, outcome.total_steps),
+        ),
         ("tokens", thousands(outcome.tokens)),
         ("training time", duration_text(outcome.seconds)),
-        ("tokens a second", format!("{:.0}", outcome.tokens_per_second)),
+        (
+            "tokens a second",
+            format!("{:.0}", outcome.tokens_per_second),
+        ),
         ("peak memory", format!("{} MiB", outcome.peak_memory >> 20)),
         ("validation loss before", figure(outcome.first_valid_loss)),
         ("validation loss after", figure(outcome.valid_loss)),
@@ -103,7 +118,10 @@ impl Chart {
         let all = || train.iter().chain(&valid);
         let last = all().map(|p| p.0).fold(1.0, f64::max);
         let high = all().map(|p| p.1).fold(f64::NEG_INFINITY, f64::max);
-        let low = all().map(|p| p.1).fold(f64::INFINITY, f64::min).min(high - 1e-3);
+        let low = all()
+            .map(|p| p.1)
+            .fold(f64::INFINITY, f64::min)
+            .min(high - 1e-3);
         if !high.is_finite() {
             return None;
         }
@@ -114,7 +132,10 @@ impl Chart {
         };
         let line = |points: &[(f64, f64)]| {
             let placed = points.iter().map(|p| place(*p));
-            placed.map(|(x, y)| format!("{x},{y}")).collect::<Vec<_>>().join(" ")
+            placed
+                .map(|(x, y)| format!("{x},{y}"))
+                .collect::<Vec<_>>()
+                .join(" ")
         };
         let fractions = (0..=4).map(|i| f64::from(i) / 4.0);
         let y_ticks = fractions.clone().map(|f| {
@@ -137,7 +158,10 @@ fn thin(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     let stretch = points.len().div_ceil(MAX_POINTS).max(1);
     let mean = |c: &[(f64, f64)]| {
         let n = c.len() as f64;
-        (c.iter().map(|p| p.0).sum::<f64>() / n, c.iter().map(|p| p.1).sum::<f64>() / n)
+        (
+            c.iter().map(|p| p.0).sum::<f64>() / n,
+            c.iter().map(|p| p.1).sum::<f64>() / n,
+        )
     };
     points.chunks(stretch).map(mean).collect()
 }

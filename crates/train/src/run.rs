@@ -102,7 +102,11 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
 
     let resumed = run.checkpoint.as_deref();
     let model = inputs.model(recipe, resumed.map(|c| c.join(ADAPTER)).as_deref())?;
-    let rows = if inputs.valid.is_empty() { &inputs.train.rows } else { &inputs.valid };
+    let rows = if inputs.valid.is_empty() {
+        &inputs.train.rows
+    } else {
+        &inputs.valid
+    };
     let prompts = samples::prompts(&recipe.train, rows, &inputs.base.tokenizer)?;
     let before = answers_before(recipe, &run, &inputs, &model, &prompts, &options.say)?;
 
@@ -110,7 +114,15 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     if let Some(error) = end.error.take() {
         return Err(error);
     }
-    finish(recipe, &inputs, &run, model, end, (&prompts, before), &options.say)
+    finish(
+        recipe,
+        &inputs,
+        &run,
+        model,
+        end,
+        (&prompts, before),
+        &options.say,
+    )
 }
 
 fn step_plan(recipe: &Recipe, inputs: &Inputs) -> StepPlan {
@@ -166,7 +178,10 @@ fn answers_before(
         return Ok(old.into_iter().map(|s| s.before).collect());
     }
     if !prompts.is_empty() {
-        say(&format!("answering {} sample questions before training", prompts.len()));
+        say(&format!(
+            "answering {} sample questions before training",
+            prompts.len()
+        ));
     }
     let tokenizer = &inputs.base.tokenizer;
     let answers = samples::answers(model, tokenizer, prompts, recipe.train.max_new_tokens)?;
@@ -219,8 +234,16 @@ fn launch(
     let total = rhythm.total;
     let schedule = Schedule::new(t.lr_scheduler_type, t.learning_rate, t.warmup(total), total)
         .starting_at(run.state.step);
-    let valid: &[_] = if rhythm.eval.is_some() { &inputs.valid } else { &[] };
-    let valid = Arc::new(EvalLoader::new(valid, t.batch_size, inputs.base.tokenizer.padding_id()));
+    let valid: &[_] = if rhythm.eval.is_some() {
+        &inputs.valid
+    } else {
+        &[]
+    };
+    let valid = Arc::new(EvalLoader::new(
+        valid,
+        t.batch_size,
+        inputs.base.tokenizer.padding_id(),
+    ));
     let train = Arc::new(StepLoader::new(plan.clone(), total));
     let end = Arc::new(Mutex::new(LoopEnd::default()));
     let interrupter = Interrupter::new();
@@ -228,15 +251,25 @@ fn launch(
         device: inputs.device.clone().autodiff(),
         optimizer: optimizer.clone(),
         scheduler: schedule.clone().into(),
-        start: RunState { total_steps: total, ..run.state.clone() },
+        start: RunState {
+            total_steps: total,
+            ..run.state.clone()
+        },
         rhythm,
         plan,
         checkpoints: Checkpoints::new(&run.path, t.save_total_limit),
         adapter: inputs.adapter.clone(),
         meta: save_meta(inputs, None),
         stop: options.stop.clone(),
-        say: if options.dashboard { Arc::new(|_| {}) } else { options.say.clone() },
-        journal: Mutex::new(Journal::open(&run.path.join("metrics.jsonl"), run.state.step)?),
+        say: if options.dashboard {
+            Arc::new(|_| {})
+        } else {
+            options.say.clone()
+        },
+        journal: Mutex::new(Journal::open(
+            &run.path.join("metrics.jsonl"),
+            run.state.step,
+        )?),
         end: end.clone(),
     };
     let renderer: Box<dyn burn::train::renderer::MetricsRenderer> = if options.dashboard {
@@ -262,8 +295,11 @@ fn launch(
         .label(&run.path.display().to_string());
     let learner = Learner::new(Trainee { model }, optimizer, schedule);
     // burn-train answers "stop immediately" on the dashboard with a panic.
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| training.launch(learner)))
-        .map_err(|_| TrainError::Framework("it was killed or failed inside burn-train".into()))?;
+    let result =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| training.launch(learner)))
+            .map_err(|_| {
+                TrainError::Framework("it was killed or failed inside burn-train".into())
+            })?;
     let end = std::mem::take(&mut *end.lock().unwrap_or_else(PoisonError::into_inner));
     Ok((result.model, end))
 }
@@ -292,7 +328,9 @@ fn finish(
     let mut outcome = RunOutcome {
         dir: run.path.clone(),
         adapter: None,
-        checkpoint: end.checkpoint.or_else(|| Checkpoints::new(&run.path, 1).latest()),
+        checkpoint: end
+            .checkpoint
+            .or_else(|| Checkpoints::new(&run.path, 1).latest()),
         interrupted: end.signal,
         stopped_by_user: end.stopped_by_user,
         stopped_early: end.stopped_early,
@@ -319,15 +357,22 @@ fn finish(
         enamel_adapter::detach(&mut model);
         enamel_adapter::load_pretrained(&mut model, &dir, false)?;
         outcome.valid_loss = Some(best.loss);
-        say(&format!("keeping the adapter of step {}, whose validation loss is lowest", best.step));
+        say(&format!(
+            "keeping the adapter of step {}, whose validation loss is lowest",
+            best.step
+        ));
     }
     let adapter = run.path.join(ADAPTER);
     let card = run_notes::card(recipe, inputs, &outcome);
-    enamel_adapter::save_pretrained(&model, &inputs.adapter, &save_meta(inputs, Some(card)), &adapter)?;
+    enamel_adapter::save_pretrained(
+        &model,
+        &inputs.adapter,
+        &save_meta(inputs, Some(card)),
+        &adapter,
+    )?;
     outcome.adapter = Some(adapter);
     let tokenizer = &inputs.base.tokenizer;
-    let after =
-        samples::answers(&model, tokenizer, prompts, recipe.train.max_new_tokens)?;
+    let after = samples::answers(&model, tokenizer, prompts, recipe.train.max_new_tokens)?;
     outcome.samples = pair(prompts, before, after);
     write_samples(&run.path.join("samples.json"), &outcome.samples)?;
     write_json(&run.path.join("summary.json"), &outcome)?;

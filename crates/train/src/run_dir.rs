@@ -59,7 +59,11 @@ impl RunDir {
             }
         };
         let Some(checkpoint) = checkpoint else {
-            return Ok(Self { path, state: fresh, checkpoint: None });
+            return Ok(Self {
+                path,
+                state: fresh,
+                checkpoint: None,
+            });
         };
         let state = checkpoints::read_state(&checkpoint)?;
         if state.fingerprint != fingerprint {
@@ -75,7 +79,11 @@ impl RunDir {
                 ),
             });
         }
-        Ok(Self { path, state, checkpoint: Some(checkpoint) })
+        Ok(Self {
+            path,
+            state,
+            checkpoint: Some(checkpoint),
+        })
     }
 
     /// Makes the directory ready: removes the former run's files if this one starts anew, and writes
@@ -144,8 +152,12 @@ pub fn fingerprint(recipe: &Recipe, lock: &LockInfo) -> Result<String, TrainErro
         .map_err(|e| TrainError::Framework(format!("hashing the recipe: {e}")))?;
     let mut hash = Sha256::new();
     hash.update(text.as_bytes());
-    let groups =
-        [&lock.model_files, &lock.tokenizer_files, &lock.data_files, &lock.init_files];
+    let groups = [
+        &lock.model_files,
+        &lock.tokenizer_files,
+        &lock.data_files,
+        &lock.init_files,
+    ];
     for (number, files) in groups.into_iter().enumerate() {
         hash.update([number as u8]);
         for file in files {

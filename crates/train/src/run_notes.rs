@@ -14,7 +14,9 @@ use crate::strategy::{Rhythm, Say};
 /// # Errors
 /// When a file's hash is not what the lock says; all of them at once.
 pub fn refuse_changed_lock(locked: Option<&LockInfo>, now: &LockInfo) -> Result<(), TrainError> {
-    let changed = locked.map(|then| then.changed_files(now)).unwrap_or_default();
+    let changed = locked
+        .map(|then| then.changed_files(now))
+        .unwrap_or_default();
     if changed.is_empty() {
         return Ok(());
     }
@@ -27,11 +29,7 @@ pub fn refuse_changed_lock(locked: Option<&LockInfo>, now: &LockInfo) -> Result<
 
 /// The time that a chat template with a date in it shows: that of the lock file, or of the run that is
 /// gone on with; the clock's for a new run.
-pub fn template_time(
-    recipe: &Recipe,
-    resume: &Resume,
-    locked: Option<&LockInfo>,
-) -> Option<i64> {
+pub fn template_time(recipe: &Recipe, resume: &Resume, locked: Option<&LockInfo>) -> Option<i64> {
     if let Some(locked) = locked {
         return locked.template_time;
     }
@@ -58,8 +56,14 @@ pub fn thousands(n: u64) -> String {
 /// Says what will happen, from the inputs as they were found.
 pub fn announce(say: &Say, recipe: &Recipe, inputs: &Inputs, run: &RunDir, rhythm: &Rhythm) {
     let plan = &inputs.plan;
-    say(&format!("model    {} ({})", inputs.base.local.reference, inputs.base.local.source_note));
-    say(&format!("device   {}, {} threads", inputs.device_name, inputs.lock.threads));
+    say(&format!(
+        "model    {} ({})",
+        inputs.base.local.reference, inputs.base.local.source_note
+    ));
+    say(&format!(
+        "device   {}, {} threads",
+        inputs.device_name, inputs.lock.threads
+    ));
     say(&format!(
         "adapter  {} on {} modules: {} of {} parameters trained ({:.3} %)",
         recipe.adapter.method,
@@ -110,7 +114,10 @@ pub fn card(recipe: &Recipe, inputs: &Inputs, outcome: &RunOutcome) -> String {
     };
     row("rows", inputs.train.rows.len().to_string());
     row("optimizer steps", outcome.step.to_string());
-    row("rows a step", (t.batch_size * t.gradient_accumulation_steps).to_string());
+    row(
+        "rows a step",
+        (t.batch_size * t.gradient_accumulation_steps).to_string(),
+    );
     row("learning rate", format!("{}", t.learning_rate));
     row("seed", recipe.seed.to_string());
     if let Some(loss) = outcome.first_valid_loss {
@@ -126,7 +133,12 @@ pub fn card(recipe: &Recipe, inputs: &Inputs, outcome: &RunOutcome) -> String {
 mod tests {
     #[test]
     fn thousands_are_grouped() {
-        for (n, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (4_884_480, "4,884,480")] {
+        for (n, text) in [
+            (0, "0"),
+            (999, "999"),
+            (1000, "1,000"),
+            (4_884_480, "4,884,480"),
+        ] {
             assert_eq!(super::thousands(n), text);
         }
     }

@@ -44,10 +44,16 @@ pub fn prompts(
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Prompt>, TrainError> {
     if !settings.sample_prompts.is_empty() {
-        return settings.sample_prompts.iter().map(|p| written(p, tokenizer)).collect();
+        return settings
+            .sample_prompts
+            .iter()
+            .map(|p| written(p, tokenizer))
+            .collect();
     }
     let n = settings.samples.min(rows.len());
-    (0..n).map(|i| from_row(&rows[i * rows.len() / n], tokenizer)).collect()
+    (0..n)
+        .map(|i| from_row(&rows[i * rows.len() / n], tokenizer))
+        .collect()
 }
 
 fn written(text: &str, tokenizer: &Tokenizer) -> Result<Prompt, TrainError> {
@@ -55,7 +61,11 @@ fn written(text: &str, tokenizer: &Tokenizer) -> Result<Prompt, TrainError> {
         Some(_) => tokenizer.encode_chat(&[Message::new("user", text)], true)?,
         None => tokenizer.encode(text, true)?,
     };
-    Ok(Prompt { text: text.to_string(), ids, reference: None })
+    Ok(Prompt {
+        text: text.to_string(),
+        ids,
+        reference: None,
+    })
 }
 
 /// Everything before a row's first trained token is the question, the trained stretch after it the
@@ -74,13 +84,18 @@ fn from_row(row: &Example, tokenizer: &Tokenizer) -> Result<Prompt, TrainError> 
         None => tokenizer.decode(&ids, true)?.trim().to_string(),
     };
     let reference = Some(tokenizer.decode(&answer, true)?.trim().to_string());
-    Ok(Prompt { text, ids, reference })
+    Ok(Prompt {
+        text,
+        ids,
+        reference,
+    })
 }
 
 /// The question as it stands in the data file, without the template's words around it.
 fn question_in(row: &Example) -> Option<String> {
     let text = std::fs::read_to_string(&row.source.file).ok()?;
-    let value: Value = serde_json::from_str(text.lines().nth(row.source.line.checked_sub(1)?)?).ok()?;
+    let value: Value =
+        serde_json::from_str(text.lines().nth(row.source.line.checked_sub(1)?)?).ok()?;
     let text_of = |v: &Value| v.as_str().map(str::to_string);
     match value.get("messages").and_then(Value::as_array) {
         Some(messages) => messages
@@ -107,7 +122,9 @@ pub fn answers(
     let sampling = Sampling::greedy(max_new_tokens);
     let stop = tokenizer.end_of_turn_ids();
     let answer = |p: &Prompt| {
-        let ids = generate(model, &p.ids, stop, &sampling, &mut |_| ControlFlow::Continue(()))?;
+        let ids = generate(model, &p.ids, stop, &sampling, &mut |_| {
+            ControlFlow::Continue(())
+        })?;
         Ok(tokenizer.decode(&ids, true)?.trim().to_string())
     };
     prompts.iter().map(answer).collect()

@@ -21,7 +21,13 @@ pub struct Schedule {
 impl Schedule {
     /// A schedule standing at step 0.
     pub fn new(kind: LrSchedulerType, base: f64, warmup: usize, total: usize) -> Self {
-        Self { kind, base, warmup, total, step: 0 }
+        Self {
+            kind,
+            base,
+            warmup,
+            total,
+            step: 0,
+        }
     }
 
     /// The same schedule, with `step` steps behind it.
@@ -81,16 +87,31 @@ mod tests {
     fn check(kind: LrSchedulerType, warmup: usize, expected: &[f64]) {
         let got = rates(kind, warmup, expected.len());
         for (g, e) in got.iter().zip(expected) {
-            assert!((g - e).abs() < 1e-12, "{kind:?}: {got:?} is not {expected:?}");
+            assert!(
+                (g - e).abs() < 1e-12,
+                "{kind:?}: {got:?} is not {expected:?}"
+            );
         }
     }
 
     #[test]
     fn curves_follow_the_formula() {
-        check(LrSchedulerType::Linear, 2, &[0.0, 0.5, 1.0, 0.75, 0.5, 0.25]);
+        check(
+            LrSchedulerType::Linear,
+            2,
+            &[0.0, 0.5, 1.0, 0.75, 0.5, 0.25],
+        );
         check(LrSchedulerType::Constant, 2, &[1.0, 1.0, 1.0]);
-        check(LrSchedulerType::ConstantWithWarmup, 2, &[0.0, 0.5, 1.0, 1.0]);
-        check(LrSchedulerType::Cosine, 0, &[1.0, 0.853_553_390_593_273_7, 0.5, 0.146_446_609_406_726_3]);
+        check(
+            LrSchedulerType::ConstantWithWarmup,
+            2,
+            &[0.0, 0.5, 1.0, 1.0],
+        );
+        check(
+            LrSchedulerType::Cosine,
+            0,
+            &[1.0, 0.853_553_390_593_273_7, 0.5, 0.146_446_609_406_726_3],
+        );
     }
 
     #[test]

@@ -36,15 +36,17 @@ impl Listener {
     pub fn start(flag: StopFlag) -> std::io::Result<Self> {
         let mut signals = Signals::new([SIGINT, SIGTERM])?;
         let handle = signals.handle();
-        std::thread::Builder::new().name("signals".into()).spawn(move || {
-            for signal in signals.forever() {
-                if flag.signal().is_some() {
-                    leave_dashboard();
-                    std::process::exit(128 + signal);
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for signal in signals.forever() {
+                    if flag.signal().is_some() {
+                        leave_dashboard();
+                        std::process::exit(128 + signal);
+                    }
+                    flag.raise(signal);
                 }
-                flag.raise(signal);
-            }
-        })?;
+            })?;
         Ok(Self { handle })
     }
 }

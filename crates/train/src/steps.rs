@@ -40,7 +40,11 @@ pub struct StepSettings {
 impl StepPlan {
     /// Plans steps over `rows`.
     pub fn new(rows: Vec<Example>, settings: StepSettings) -> Self {
-        Self { rows, settings, order: Mutex::new(None) }
+        Self {
+            rows,
+            settings,
+            order: Mutex::new(None),
+        }
     }
 
     /// Optimizer steps an epoch; the last may be smaller than the others.
@@ -57,7 +61,10 @@ impl StepPlan {
     }
 
     fn order(&self, epoch: usize) -> Arc<Vec<usize>> {
-        let mut cached = self.order.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut cached = self
+            .order
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         match &*cached {
             Some((e, order)) if *e == epoch => order.clone(),
             _ => {
@@ -67,7 +74,12 @@ impl StepPlan {
                     let window = s.batch_size * s.accumulation * 16;
                     let lengths: Vec<usize> = self.rows.iter().map(|r| r.input_ids.len()).collect();
                     order = enamel_data::group_by_length(
-                        &order, &lengths, s.batch_size, window, s.seed, epoch,
+                        &order,
+                        &lengths,
+                        s.batch_size,
+                        window,
+                        s.seed,
+                        epoch,
                     );
                 }
                 let order = Arc::new(order);
@@ -86,7 +98,12 @@ impl StepPlan {
         let start = (index % per_epoch) * width;
         let rows = &order[start.min(order.len())..(start + width).min(order.len())];
         let micro = rows.chunks(s.batch_size).map(|c| self.batch(c)).collect();
-        StepItem { step: index + 1, seed: s.seed, micro, max_grad_norm: s.max_grad_norm }
+        StepItem {
+            step: index + 1,
+            seed: s.seed,
+            micro,
+            max_grad_norm: s.max_grad_norm,
+        }
     }
 
     fn batch(&self, rows: &[usize]) -> Batch {
@@ -114,7 +131,11 @@ pub struct StepLoader {
 impl StepLoader {
     /// All steps of a run.
     pub fn new(plan: Arc<StepPlan>, total: usize) -> Self {
-        Self { plan, start: 0, end: total }
+        Self {
+            plan,
+            start: 0,
+            end: total,
+        }
     }
 }
 
@@ -139,7 +160,11 @@ impl DataLoader<StepItem> for StepLoader {
 
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<StepItem>> {
         let end = (self.start + end).min(self.end);
-        Arc::new(Self { plan: self.plan.clone(), start: (self.start + start).min(end), end })
+        Arc::new(Self {
+            plan: self.plan.clone(),
+            start: (self.start + start).min(end),
+            end,
+        })
     }
 }
 
@@ -159,7 +184,9 @@ impl EvalLoader {
             batch.rows = chunk.to_vec();
             batch
         });
-        Self { batches: Arc::new(batches.collect()) }
+        Self {
+            batches: Arc::new(batches.collect()),
+        }
     }
 
     /// The batches.
@@ -189,7 +216,9 @@ impl DataLoader<Batch> for EvalLoader {
 
     fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<Batch>> {
         let end = end.min(self.batches.len());
-        Arc::new(Self { batches: Arc::new(self.batches[start.min(end)..end].to_vec()) })
+        Arc::new(Self {
+            batches: Arc::new(self.batches[start.min(end)..end].to_vec()),
+        })
     }
 }
 

@@ -15,8 +15,8 @@ use burn::optim::ModuleOptimizer;
 use burn::tensor::Device;
 use burn::train::{
     EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent,
-    SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader,
-    TrainingComponents, TrainingItem, TrainStep, ValidLoader,
+    SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
+    TrainingComponents, TrainingItem, ValidLoader,
 };
 use enamel_adapter::{LoraConfig, SaveMeta};
 
@@ -138,7 +138,9 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
             run.end.error = Some(error);
         }
         if let Some(error) = run.interrupter.error() {
-            run.end.error.get_or_insert(TrainError::Framework(error.to_string()));
+            run.end
+                .error
+                .get_or_insert(TrainError::Framework(error.to_string()));
         }
         run.end.state = run.state;
         run.end.peak_memory = run.memory.peak();
@@ -184,9 +186,9 @@ impl Run<'_> {
         let loader = train.slice(self.state.step, total);
         let session = Instant::now();
         let first = self.state.step;
-        let mut steps = loader.iter();
+        let steps = loader.iter();
         self.start_window();
-        while let Some(item) = steps.next() {
+        for item in steps {
             let item = item.map_err(|e| TrainError::Framework(e.to_string()))?;
             let step_started = Instant::now();
             let sources = item.clone();
@@ -195,7 +197,10 @@ impl Run<'_> {
             self.check_finite(&measured, &sources)?;
             let rate = self.scheduler.step();
             measured.learning_rate = rate.base();
-            self.model = self.model.clone().optimize(&mut self.optimizer, rate.clone(), out.grads);
+            self.model = self
+                .model
+                .clone()
+                .optimize(&mut self.optimizer, rate.clone(), out.grads);
             self.state.step += 1;
 
             measured.total_steps = total;
@@ -310,7 +315,11 @@ impl Run<'_> {
     }
 
     fn write(&self, entry: &Entry) -> Result<(), TrainError> {
-        self.s.journal.lock().unwrap_or_else(PoisonError::into_inner).write(entry)
+        self.s
+            .journal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write(entry)
     }
 
     /// Number of the stretch between two validations, from 1.
@@ -324,13 +333,18 @@ impl Run<'_> {
             epoch_number: 1 + self.s.rhythm.eval.map_or(0, |n| self.state.step / n),
             total_items: self.s.rhythm.total,
         };
-        self.interrupter.fail_on_error(self.events.process_train(event));
+        self.interrupter
+            .fail_on_error(self.events.process_train(event));
     }
 
     fn close_window(&mut self) {
         let number = self.window_number();
-        for event in [LearnerEvent::EndSplit(number), LearnerEvent::EndEpoch(number)] {
-            self.interrupter.fail_on_error(self.events.process_train(event));
+        for event in [
+            LearnerEvent::EndSplit(number),
+            LearnerEvent::EndEpoch(number),
+        ] {
+            self.interrupter
+                .fail_on_error(self.events.process_train(event));
         }
         self.interrupter.fail_on_error(self.events.flush());
     }
@@ -339,7 +353,10 @@ impl Run<'_> {
     fn validate_quietly(&mut self) -> Result<f64, TrainError> {
         let started = Instant::now();
         let model = self.model.valid();
-        let mut sum = EvalOutput { loss_sum: 0.0, trained_tokens: 0 };
+        let mut sum = EvalOutput {
+            loss_sum: 0.0,
+            trained_tokens: 0,
+        };
         for batch in self.valid.iter() {
             let batch = batch.map_err(|e| TrainError::Framework(e.to_string()))?;
             add(&mut sum, &InferenceStep::step(&model, batch));
@@ -352,10 +369,18 @@ impl Run<'_> {
         let started = Instant::now();
         let model = self.model.valid();
         let total = self.valid.num_items();
-        self.interrupter.fail_on_error(self.events.process_train(LearnerEvent::EndSplit(number)));
-        let start = LearnerEvent::StartSplit { epoch_number: number, total_items: total };
-        self.interrupter.fail_on_error(self.events.process_valid(start));
-        let mut sum = EvalOutput { loss_sum: 0.0, trained_tokens: 0 };
+        self.interrupter
+            .fail_on_error(self.events.process_train(LearnerEvent::EndSplit(number)));
+        let start = LearnerEvent::StartSplit {
+            epoch_number: number,
+            total_items: total,
+        };
+        self.interrupter
+            .fail_on_error(self.events.process_valid(start));
+        let mut sum = EvalOutput {
+            loss_sum: 0.0,
+            trained_tokens: 0,
+        };
         let valid = self.valid.clone();
         for (index, batch) in valid.iter().enumerate() {
             let batch = batch.map_err(|e| TrainError::Framework(e.to_string()))?;
@@ -366,8 +391,10 @@ impl Run<'_> {
             self.interrupter
                 .fail_on_error(self.events.process_valid(LearnerEvent::ProcessedItem(item)));
         }
-        self.interrupter.fail_on_error(self.events.process_valid(LearnerEvent::EndSplit(number)));
-        self.interrupter.fail_on_error(self.events.process_train(LearnerEvent::EndEpoch(number)));
+        self.interrupter
+            .fail_on_error(self.events.process_valid(LearnerEvent::EndSplit(number)));
+        self.interrupter
+            .fail_on_error(self.events.process_train(LearnerEvent::EndEpoch(number)));
         self.interrupter.fail_on_error(self.events.flush());
         let loss = self.note_validation(&sum, started)?;
         self.judge(loss);
@@ -392,14 +419,20 @@ impl Run<'_> {
             0 => "before training".to_string(),
             step => format!("after step {step}"),
         };
-        (self.s.say)(&format!("validation {when}: loss {loss:.4}  perplexity {:.3}", loss.exp()));
+        (self.s.say)(&format!(
+            "validation {when}: loss {loss:.4}  perplexity {:.3}",
+            loss.exp()
+        ));
         Ok(loss)
     }
 
     /// Remembers the best loss and counts validations without gain.
     fn judge(&mut self, loss: f64) {
         if loss.is_finite() && self.state.best.is_none_or(|b| loss < b.loss) {
-            self.state.best = Some(Best { step: self.state.step, loss });
+            self.state.best = Some(Best {
+                step: self.state.step,
+                loss,
+            });
         }
         let gained = match self.state.patience_loss {
             None => loss.is_finite(),
@@ -415,10 +448,13 @@ impl Run<'_> {
 
     fn save(&mut self) -> Result<(), TrainError> {
         let model = self.model.valid();
-        let path = self.s.checkpoints.save(&self.state, &self.optimizer, |dir| {
-            enamel_adapter::save_pretrained(&model.model, &self.s.adapter, &self.s.meta, dir)?;
-            Ok(())
-        })?;
+        let path = self
+            .s
+            .checkpoints
+            .save(&self.state, &self.optimizer, |dir| {
+                enamel_adapter::save_pretrained(&model.model, &self.s.adapter, &self.s.meta, dir)?;
+                Ok(())
+            })?;
         self.end.checkpoint = Some(path);
         Ok(())
     }

@@ -84,7 +84,11 @@ impl ItemLazy for EvalOutput {
 /// none. Row-major, −100 where nothing is trained.
 pub fn shifted_labels(batch: &Batch) -> Vec<i64> {
     let mut shifted = vec![-100; batch.labels.len()];
-    for (from, to) in batch.labels.chunks(batch.len).zip(shifted.chunks_mut(batch.len)) {
+    for (from, to) in batch
+        .labels
+        .chunks(batch.len)
+        .zip(shifted.chunks_mut(batch.len))
+    {
         let n = from.len() - 1;
         to[..n].copy_from_slice(&from[1..]);
     }
@@ -112,7 +116,8 @@ impl Trainee {
 /// Splitmix64 over the parts: independent streams for each step and micro-batch.
 pub fn mix_seed(seed: u64, a: u64, b: u64) -> u64 {
     [a, b].iter().fold(seed, |state, part| {
-        let mut z = (state ^ part.wrapping_mul(0xD6E8_FEB8_6659_FD93)).wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z =
+            (state ^ part.wrapping_mul(0xD6E8_FEB8_6659_FD93)).wrapping_add(0x9E37_79B9_7F4A_7C15);
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
@@ -171,7 +176,10 @@ impl InferenceStep for Trainee {
 
     fn step(&self, batch: Batch) -> EvalOutput {
         let loss_sum = scalar(self.loss_sum(&batch));
-        EvalOutput { loss_sum, trained_tokens: batch.trained_tokens }
+        EvalOutput {
+            loss_sum,
+            trained_tokens: batch.trained_tokens,
+        }
     }
 }
 
@@ -196,7 +204,12 @@ mod tests {
 
     #[test]
     fn seeds_differ_between_steps_and_micro_batches() {
-        let seeds = [mix_seed(1, 1, 0), mix_seed(1, 0, 1), mix_seed(1, 2, 0), mix_seed(2, 1, 0)];
+        let seeds = [
+            mix_seed(1, 1, 0),
+            mix_seed(1, 0, 1),
+            mix_seed(1, 2, 0),
+            mix_seed(2, 1, 0),
+        ];
         for (i, a) in seeds.iter().enumerate() {
             assert!(seeds[i + 1..].iter().all(|b| a != b));
         }

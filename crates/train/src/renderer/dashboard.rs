@@ -45,7 +45,10 @@ impl TrainingProgressLogger for Dashboard {
         let steps = self.total_steps - self.resumed_at;
         let label = match (label, self.resumed_at) {
             (label, 0) => label.map(str::to_string),
-            (label, n) => Some(format!("{} (resumed at step {n})", label.unwrap_or_default())),
+            (label, n) => Some(format!(
+                "{} (resumed at step {n})",
+                label.unwrap_or_default()
+            )),
         };
         TrainingProgressLogger::start(&mut self.tui, 1, 1, Some(steps), label.as_deref());
     }
@@ -55,7 +58,8 @@ impl TrainingProgressLogger for Dashboard {
     fn start_split(&mut self, split: &str, total_items: usize) {
         self.training = split == "train";
         if self.training {
-            self.tui.start_split(split, self.total_steps - self.resumed_at);
+            self.tui
+                .start_split(split, self.total_steps - self.resumed_at);
             self.tui.update_split(self.step - self.resumed_at);
         } else {
             self.tui.start_split(split, total_items);

@@ -1,13 +1,13 @@
 //! Without a terminal the strategy itself says one line every N steps, so burn-train is told to
 //! draw nothing.
 
+use burn::train::LearnerSummary;
 use burn::train::logger::{EvaluationProgressLogger, TrainingProgressLogger};
 use burn::train::metric::MetricDefinition;
 use burn::train::renderer::{
     EvaluationName, MetricState, MetricsRenderer, MetricsRendererEvaluation,
     MetricsRendererTraining,
 };
-use burn::train::LearnerSummary;
 
 /// A renderer that draws nothing.
 pub struct Lines;
