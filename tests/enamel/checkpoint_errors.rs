@@ -71,9 +71,12 @@ fn missing_unexpected_and_misshapen_tensors_are_in_one_error() {
     }
 }
 
+/// Damage done to a file's bytes.
+type Lie = fn(&mut Vec<u8>);
+
 #[test]
 fn lies_in_a_safetensors_file_are_errors() {
-    let lies: [(&str, fn(&mut Vec<u8>)); 8] = [
+    let lies: [(&str, Lie); 8] = [
         ("empty", |b| b.clear()),
         ("seven bytes", |b| b.truncate(7)),
         ("a header longer than the file", |b| {

@@ -165,7 +165,7 @@ fn a_cache_changes_nothing(device: &Device) {
         let (model, case) = (load_case(name, Generation::Five, device), case(name));
         let row = case.rows("none.input_ids").remove(0);
         let whole = ModelInput {
-            input_ids: ids(&[row.clone()], device),
+            input_ids: ids(std::slice::from_ref(&row), device),
             attention_mask: None,
         };
         let whole = logits(&model, &whole);

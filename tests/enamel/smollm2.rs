@@ -131,7 +131,10 @@ fn padding_changes_nothing() {
     };
     let row = golden.rows("prompt.input_ids").remove(0);
     let n = row.len();
-    let alone = model.forward_hidden(&ModelInput::new(ids(&[row.clone()], device)), None);
+    let alone = model.forward_hidden(
+        &ModelInput::new(ids(std::slice::from_ref(&row), device)),
+        None,
+    );
     let padded = [row.clone(), vec![0; 5]].concat();
     let valid = (0..padded.len()).map(|i| i < n).collect();
     let mask = KeyMask {
