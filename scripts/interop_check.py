@@ -17,7 +17,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", HF_HUB_DISABLE_PROGRESS_BARS="1", TQDM_DISABLE="1")
 
 import torch  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -32,11 +32,16 @@ failures = []
 lines = []
 
 
+def note(what, shown):
+    lines.append(f"| {what} | {shown} |")
+    print(lines[-1], file=sys.stderr, flush=True)
+
+
 def check(what, value, bound=None):
     """One line of the report. A number is held against its bound, anything else must be true."""
     ok = value <= bound if bound is not None else bool(value)
     shown = f"{value:.2e} (bound {bound:.0e})" if bound is not None else ("yes" if ok else "NO")
-    lines.append(f"| {what} | {shown} |")
+    note(what, shown)
     if not ok:
         failures.append(what)
 
@@ -99,7 +104,7 @@ def our_merged_model(adapter, rows):
     """A model merged here, read by transformers."""
     merged = WORK / "merged"
     said = enamel("merge", "--model", args.model, "--adapter", adapter, "--output", merged)
-    lines.append(f"| `enamel merge` says | {'; '.join(l.strip() for l in said.splitlines() if 'difference' in l)} |")
+    note("`enamel merge` says", "; ".join(l.strip() for l in said.splitlines() if "difference" in l))
     model, info = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     lists = [list(info.get(k) or []) for k in ["missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"]]
     check("transformers finds no missing, unexpected or mismatched key", not any(lists))
@@ -135,14 +140,14 @@ def pefts_adapter(base_path, recipe, rows):
     out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
     theirs = tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip()
     said = enamel("generate", "--model", args.model, "--adapter", adapter, "--prompt", question, "--max-new-tokens", 32).strip()
-    lines.append(f"| its greedy answer to “{question}” | {said} |")
+    note(f"its greedy answer to “{question}”", said)
     check("the same words as PEFT's generate", said == theirs)
 
     tokens = WORK / "tokens.jsonl"
     tokens.write_text("".join(json.dumps({"input_ids": r, "labels": r}) + "\n" for r in rows))
     run = WORK / "continued"
     settings = {
-        "adapter.init_from": f"{str(adapter)!r}", "data.train": f"{str(tokens)!r}", "data.format": "'tokens'", "data.shuffle": "false",
+        "adapter.init_from": f"{str(adapter)!r}", "data.train": f"{str(tokens)!r}", "data.valid": f"{str(tokens)!r}", "data.format": "'tokens'", "data.shuffle": "false",
         "train.max_steps": STEPS, "train.batch_size": BATCH, "train.gradient_accumulation_steps": 1, "train.learning_rate": RATE,
         "train.lr_scheduler_type": "'constant'", "train.warmup_ratio": 0.0, "train.weight_decay": 0.01, "train.max_grad_norm": 0.0,
         "train.logging_steps": 1, "train.samples": 0, "train.eval_strategy": "'no'", "train.load_best_model_at_end": "false",
@@ -151,8 +156,8 @@ def pefts_adapter(base_path, recipe, rows):
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ours = [entry["loss"] for entry in ours if entry["kind"] == "train"]
     theirs = torch_train(model, rows, STEPS, RATE)
-    lines.append(f"| losses here | {' '.join(f'{v:.6f}' for v in ours)} |")
-    lines.append(f"| losses of PEFT and torch's AdamW | {' '.join(f'{v:.6f}' for v in theirs)} |")
+    note("losses here", " ".join(f"{v:.6f}" for v in ours))
+    note("losses of PEFT and torch's AdamW", " ".join(f"{v:.6f}" for v in theirs))
     check("a PEFT adapter trained on here: largest difference of a loss", max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), BOUND)
 
 
