@@ -35,7 +35,7 @@ pub struct RunState {
     pub trained_tokens: u64,
     /// Tokens so far, padding left out.
     pub tokens: u64,
-    /// Training time so far, over all sessions.
+    /// Training time so far, interruptions left out.
     pub seconds: f64,
     /// Validation loss before the first step.
     pub first_valid_loss: Option<f64>,

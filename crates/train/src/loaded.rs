@@ -136,6 +136,16 @@ impl OpenBase {
     }
 }
 
+impl OpenBase {
+    /// The tokens at which an answer ends: the tokenizer's and those of `generation_config.json`.
+    pub fn stop_ids(&self) -> Vec<u32> {
+        stop_ids(
+            &self.tokenizer,
+            self.checkpoint.generation_config().as_ref(),
+        )
+    }
+}
+
 impl LoadedBase {
     /// Refuses a model that cannot read text.
     pub(crate) fn require_tokenizer(&self) -> Result<(), TrainError> {

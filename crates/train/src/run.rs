@@ -74,9 +74,9 @@ pub struct RunOutcome {
     pub trainable: usize,
     /// Tokens trained on, padding left out.
     pub tokens: u64,
-    /// Time spent in training steps, over all sessions.
+    /// Time spent in training steps, interruptions left out.
     pub seconds: f64,
-    /// Tokens a second in this session's steps.
+    /// Tokens a second in the steps of this process.
     pub tokens_per_second: f64,
     /// Most resident memory of this process, in bytes.
     pub peak_memory: u64,
@@ -183,8 +183,7 @@ fn answers_before(
             prompts.len()
         ));
     }
-    let tokenizer = &inputs.base.tokenizer;
-    let answers = samples::answers(model, tokenizer, prompts, recipe.train.max_new_tokens)?;
+    let answers = samples::answers(model, &inputs.base, prompts, recipe.train.max_new_tokens)?;
     write_samples(&path, &pair(prompts, answers.clone(), Vec::new()))?;
     Ok(answers)
 }
@@ -371,8 +370,7 @@ fn finish(
         &adapter,
     )?;
     outcome.adapter = Some(adapter);
-    let tokenizer = &inputs.base.tokenizer;
-    let after = samples::answers(&model, tokenizer, prompts, recipe.train.max_new_tokens)?;
+    let after = samples::answers(&model, &inputs.base, prompts, recipe.train.max_new_tokens)?;
     outcome.samples = pair(prompts, before, after);
     write_samples(&run.path.join("samples.json"), &outcome.samples)?;
     write_json(&run.path.join("summary.json"), &outcome)?;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::TrainError;
+use crate::loaded::OpenBase;
 use crate::recipe::TrainSettings;
 
 /// A question for the model.
@@ -115,14 +116,14 @@ fn question_in(row: &Example) -> Option<String> {
 /// When the model's output is not a number or the device fails.
 pub fn answers(
     model: &CausalLm,
-    tokenizer: &Tokenizer,
+    base: &OpenBase,
     prompts: &[Prompt],
     max_new_tokens: usize,
 ) -> Result<Vec<String>, TrainError> {
     let sampling = Sampling::greedy(max_new_tokens);
-    let stop = tokenizer.end_of_turn_ids();
+    let (tokenizer, stop) = (&base.tokenizer, base.stop_ids());
     let answer = |p: &Prompt| {
-        let ids = generate(model, &p.ids, stop, &sampling, &mut |_| {
+        let ids = generate(model, &p.ids, &stop, &sampling, &mut |_| {
             ControlFlow::Continue(())
         })?;
         Ok(tokenizer.decode(&ids, true)?.trim().to_string())

@@ -184,7 +184,7 @@ impl Run<'_> {
             self.state.first_valid_loss = Some(loss);
         }
         let loader = train.slice(self.state.step, total);
-        let session = Instant::now();
+        let started = Instant::now();
         let first = self.state.step;
         let steps = loader.iter();
         self.start_window();
@@ -208,7 +208,7 @@ impl Run<'_> {
             measured.memory = self.memory.resident();
             let done = (self.state.step - first) as f64;
             let left = (total - self.state.step) as f64;
-            measured.eta_seconds = session.elapsed().as_secs_f64() / done * left;
+            measured.eta_seconds = started.elapsed().as_secs_f64() / done * left;
             self.record(&measured)?;
             let place = Progress::new(self.state.step, total, Some("steps".to_string()));
             let item = TrainingItem::new(measured, place, Some(self.state.step), Some(rate));

@@ -5,7 +5,8 @@ use burn::tensor::{Tensor, TensorData};
 use super::mask::{Dropout, Mask};
 
 pub(super) fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
-    x.matmul(w.transpose())
+    // The transposed product: NdArray copies a transposed operand, and the weight is the large one.
+    w.matmul(x.transpose()).transpose()
 }
 
 pub(super) fn lora_linear(
