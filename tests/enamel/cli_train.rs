@@ -173,6 +173,81 @@ fn killed_stopped_and_resumed_equals_uninterrupted() {
 }
 
 #[test]
+fn the_best_adapter_is_kept_wherever_it_fell() {
+    let workshop = Workshop::new();
+    // What is validated is nothing like what is trained, so the loss does not fall to the end;
+    // checkpoints are rarer than validations, so that the best one falls between two of them.
+    let unlike = serde_json::json!({ "messages": [
+        { "role": "user", "content": "Say a word" },
+        { "role": "assistant", "content": "marmalade" },
+    ]});
+    workshop.rows("valid.jsonl", [unlike]);
+    workshop.recipe(
+        "wild.toml",
+        "r = 4\nlora_alpha = 8\ntarget_modules = \"all-linear\"",
+        "train = \"train.jsonl\"\nvalid = \"valid.jsonl\"\nmax_length = 128",
+        "max_steps = 20\nbatch_size = 4\nlearning_rate = 2e-2\nlr_scheduler_type = \"constant\"\n\
+         eval_strategy = \"steps\"\neval_steps = 1\nsave_steps = 20\nsave_total_limit = 1\n\
+         load_best_model_at_end = true\nsamples = 0",
+    );
+    workshop.run(&["train", "wild.toml"]);
+    let losses = workshop.metrics("run", "valid").into_iter().map(|e| {
+        let step = e["step"].as_u64().expect("a number");
+        (step, e["loss"].as_f64().expect("a number"))
+    });
+    // Step 0 is the model before training, of which there is no checkpoint.
+    let losses: Vec<(u64, f64)> = losses.filter(|(step, _)| *step > 0).collect();
+    let (best, loss) = losses
+        .iter()
+        .copied()
+        .min_by(|a, b| a.1.total_cmp(&b.1))
+        .expect("validations");
+    assert!(
+        best < 20,
+        "the last is the best, which shows nothing: {losses:?}"
+    );
+    let summary = crate::goldens::json(&workshop.path("run/summary.json"));
+    assert_eq!(summary["best"]["step"], best);
+    assert_eq!(summary["valid_loss"], loss);
+    let kept = workshop.path(&format!("run/checkpoints/step-{best:06}"));
+    let kept = fs::read(kept.join("adapter/adapter_model.safetensors")).expect("the best one");
+    assert!(workshop.adapter("run").0 == kept);
+}
+
+#[test]
+fn training_stops_early_when_the_loss_gains_nothing() {
+    let workshop = Workshop::new();
+    workshop.usual_recipe();
+    workshop.run(&[
+        "train",
+        "recipe.toml",
+        "--set",
+        "train.eval_steps=2",
+        "--set",
+        "train.early_stopping_patience=2",
+        // No gain is large enough: the first validation sets the mark, the next two miss it.
+        "--set",
+        "train.early_stopping_threshold=100",
+    ]);
+    let summary = crate::goldens::json(&workshop.path("run/summary.json"));
+    assert_eq!(summary["step"], 6);
+    assert_eq!(summary["stopped_early"], true);
+    assert!(workshop.path("run/adapter").exists());
+}
+
+#[test]
+fn resuming_a_finished_run_changes_nothing() {
+    let workshop = Workshop::new();
+    workshop.usual_recipe();
+    workshop.run(&["train", "recipe.toml"]);
+    let before = workshop.adapter("run");
+    let losses_before = losses(&workshop, "run");
+    workshop.run(&["train", "recipe.toml", "--resume"]);
+    assert!(workshop.adapter("run") == before);
+    assert_eq!(losses(&workshop, "run"), losses_before);
+}
+
+#[test]
 fn a_finished_run_is_not_replaced_without_asking() {
     let workshop = Workshop::new();
     workshop.usual_recipe();

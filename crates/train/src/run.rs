@@ -154,6 +154,7 @@ fn rhythm(recipe: &Recipe, plan: &StepPlan) -> Rhythm {
         per_epoch,
         eval: every(t.eval_cadence()),
         save: every(t.save_cadence()),
+        save_best: t.load_best_model_at_end,
         log: t.logging_steps,
         patience: t.early_stopping_patience,
         threshold: t.early_stopping_threshold,
@@ -336,7 +337,12 @@ fn finish(
         step: end.state.step,
         total_steps: end.state.total_steps,
         first_valid_loss: end.state.first_valid_loss,
-        valid_loss: end.last_valid_loss,
+        // A finished run that is resumed validates no more.
+        valid_loss: end.last_valid_loss.or(end
+            .state
+            .best
+            .filter(|b| b.step == end.state.step)
+            .map(|b| b.loss)),
         best: end.state.best,
         train_loss: end.last_train_loss,
         trainable: inputs.plan.trainable,

@@ -43,6 +43,8 @@ pub struct Rhythm {
     pub eval: Option<usize>,
     /// Save every so many steps.
     pub save: Option<usize>,
+    /// Save whenever the validation loss is the lowest so far, so that the best adapter can be kept.
+    pub save_best: bool,
     /// Log a line every so many steps.
     pub log: usize,
     /// Stop after so many validations without gain; 0 never.
@@ -232,14 +234,17 @@ impl Run<'_> {
         let stopping = self.end.signal.is_some() || self.interrupter.should_stop();
 
         let due = |every: Option<usize>| every.is_some_and(|n| step.is_multiple_of(n));
-        if self.validates() && !stopping && (due(rhythm.eval) || last) {
+        // A run that is being stopped still validates where it is due: resumed, it will not come by
+        // this step again, and has to come to the same results as one that was never stopped.
+        if self.validates() && (due(rhythm.eval) || last) {
             self.validate_on_dashboard()?;
         } else if last || stopping {
             self.close_window();
         }
         let stop_early = rhythm.patience > 0 && self.state.evals_without_gain >= rhythm.patience;
         self.end.stopped_early = stop_early && !last;
-        if last || stopping || stop_early || due(rhythm.save) {
+        let best = rhythm.save_best && self.state.best.is_some_and(|b| b.step == step);
+        if last || stopping || stop_early || best || due(rhythm.save) {
             self.save()?;
         }
         Ok(stopping || stop_early)
