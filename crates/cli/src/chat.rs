@@ -24,7 +24,7 @@ pub struct Args {
 impl Args {
     pub fn run(self) -> anyhow::Result<Outcome> {
         let base = self.model.load()?;
-        if base.tokenizer.chat_template().is_none() {
+        if base.open.tokenizer.chat_template().is_none() {
             bail!(
                 "this model has no chat template, so it cannot hold a conversation\n  \
                  help: enamel generate --raw continues a text"

@@ -53,7 +53,7 @@ impl Args {
             }
         };
         // A base model without a template can only continue.
-        let reply = if self.raw || base.tokenizer.chat_template().is_none() {
+        let reply = if self.raw || base.open.tokenizer.chat_template().is_none() {
             chat::complete(&base, &prompt, &sampling, &mut write)?
         } else {
             let mut messages: Vec<_> = self

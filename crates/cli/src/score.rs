@@ -36,12 +36,12 @@ impl Args {
             paths: vec![self.input],
             ..DataSpec::default()
         };
-        let rows = load_examples(&spec, &base.tokenizer)?.rows;
+        let rows = load_examples(&spec, &base.open.tokenizer)?.rows;
         let report = score(
             &base.model,
             &rows,
             self.batch_size as usize,
-            base.tokenizer.padding_id(),
+            base.open.tokenizer.padding_id(),
             &self.output,
             self.logits.as_deref(),
         )?;

@@ -70,7 +70,7 @@ pub fn bench(
     on_step: &mut dyn FnMut(&StepFigures),
 ) -> Result<Option<DecodeFigures>, TrainError> {
     let vocabulary = base.config.vocab_size;
-    let mut model = CausalLm::load(&base.config, &base.checkpoint, device)?;
+    let mut model = base.weights(device)?;
     drop(base);
     let lora = LoraConfig {
         r: options.r,

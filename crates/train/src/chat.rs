@@ -77,8 +77,8 @@ pub fn answer(
     sampling: &Sampling,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Reply, TrainError> {
-    base.require_tokenizer()?;
-    let prompt = base.tokenizer.encode_chat(messages, true)?;
+    base.open.require_tokenizer()?;
+    let prompt = base.open.tokenizer.encode_chat(messages, true)?;
     write_on(base, &prompt, sampling, on_text)
 }
 
@@ -89,8 +89,8 @@ pub fn complete(
     sampling: &Sampling,
     on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Reply, TrainError> {
-    base.require_tokenizer()?;
-    let prompt = base.tokenizer.encode(text, true)?;
+    base.open.require_tokenizer()?;
+    let prompt = base.open.tokenizer.encode(text, true)?;
     write_on(base, &prompt, sampling, on_text)
 }
 
@@ -108,9 +108,9 @@ fn write_on(
     let tokens = generate(
         &base.model,
         prompt,
-        &base.stop_ids(),
+        &base.open.stop_ids(),
         sampling,
-        &mut |id| match stream.push(&base.tokenizer, id) {
+        &mut |id| match stream.push(&base.open.tokenizer, id) {
             Ok(piece) => {
                 text.push_str(&piece);
                 if !piece.is_empty() && on_text(&piece).is_break() {
@@ -128,7 +128,7 @@ fn write_on(
     if let Some(error) = failure {
         return Err(error.into());
     }
-    let rest = stream.finish(&base.tokenizer)?;
+    let rest = stream.finish(&base.open.tokenizer)?;
     if !rest.is_empty() {
         text.push_str(&rest);
         // The text is over; whether the listener wants more does not matter any longer.

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use burn::train::InferenceStep;
-use enamel_model::CausalLm;
 use enamel_model::source::PullProgress;
 use serde::Serialize;
 
@@ -46,7 +45,7 @@ pub fn evaluate(
                 .to_string(),
         ));
     }
-    let mut model = CausalLm::load(&inputs.base.config, &inputs.base.checkpoint, &inputs.device)?;
+    let mut model = inputs.base.weights(&inputs.device)?;
     if let Some(dir) = adapter {
         enamel_adapter::load_pretrained(&mut model, dir, false)?;
     }

@@ -6,6 +6,7 @@ use burn::tensor::Device;
 use enamel_adapter::{AdapterPlan, LoraConfig};
 use enamel_data::{Example, Examples, load_examples, split_rows};
 use enamel_model::CausalLm;
+use enamel_model::checkpoint::{hex, sha256_file};
 use enamel_model::source::PullProgress;
 use sha2::{Digest, Sha256};
 
@@ -118,7 +119,7 @@ impl Inputs {
         recipe: &Recipe,
         checkpoint: Option<&Path>,
     ) -> Result<CausalLm, TrainError> {
-        let mut model = CausalLm::load(&self.base.config, &self.base.checkpoint, &self.device)?;
+        let mut model = self.base.weights(&self.device)?;
         match checkpoint.or(recipe.adapter.init_from.as_deref()) {
             Some(dir) => {
                 enamel_adapter::load_pretrained(&mut model, dir, true)?;
@@ -153,17 +154,13 @@ fn hold_back(train: &mut Examples, recipe: &Recipe) -> Vec<Example> {
     held
 }
 
-fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
-}
-
 fn tokenizer_hash(base: &OpenBase) -> String {
     let mut hash = Sha256::new();
     hash.update(base.tokenizer.sha256().as_bytes());
     if let Some(template) = base.tokenizer.chat_template() {
         hash.update(template.source().as_bytes());
     }
-    hex(hash)
+    hex(&hash.finalize())
 }
 
 fn init_files(dir: Option<&Path>) -> Result<Vec<FileHash>, TrainError> {
@@ -175,13 +172,8 @@ fn init_files(dir: Option<&Path>) -> Result<Vec<FileHash>, TrainError> {
         .iter()
         .map(|name| {
             let path = dir.join(name);
-            let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
-            let mut hash = Sha256::new();
-            hash.update(&bytes);
-            Ok(FileHash {
-                path,
-                sha256: hex(hash),
-            })
+            let sha256 = sha256_file(&path).map_err(TrainError::io(&path, "reading"))?;
+            Ok(FileHash { path, sha256 })
         })
         .collect()
 }

@@ -45,16 +45,8 @@ pub struct OpenBase {
 
 /// The same with its weights on a device.
 pub struct LoadedBase {
-    /// Where it lies and where it came from.
-    pub local: LocalModel,
-    /// Its files.
-    pub checkpoint: Checkpoint,
-    /// Its shape.
-    pub config: LlamaConfig,
-    /// Its tokenizer and chat template; one that refuses every text if it comes without.
-    pub tokenizer: Tokenizer,
-    /// Whether it comes with a tokenizer.
-    pub has_tokenizer: bool,
+    /// Its open files.
+    pub open: OpenBase,
     /// The model, frozen, without an adapter.
     pub model: CausalLm,
 }
@@ -115,38 +107,23 @@ impl OpenBase {
         self.local.revision.clone().filter(is_commit)
     }
 
-    /// Loads the weights, one tensor after the other.
+    /// The model on a device, frozen: its weights, read one tensor after the other.
+    ///
+    /// # Errors
+    /// Missing, unexpected and misshapen tensors, all at once.
+    pub fn weights(&self, device: &Device) -> Result<CausalLm, TrainError> {
+        Ok(CausalLm::load(&self.config, &self.checkpoint, device)?)
+    }
+
+    /// The files and the model together.
+    ///
+    /// # Errors
+    /// As [`Self::weights`].
     pub fn load(self, device: &Device) -> Result<LoadedBase, TrainError> {
-        let model = CausalLm::load(&self.config, &self.checkpoint, device)?;
-        let Self {
-            local,
-            checkpoint,
-            config,
-            tokenizer,
-            has_tokenizer,
-        } = self;
-        Ok(LoadedBase {
-            local,
-            checkpoint,
-            config,
-            tokenizer,
-            has_tokenizer,
-            model,
-        })
+        let model = self.weights(device)?;
+        Ok(LoadedBase { open: self, model })
     }
-}
 
-impl OpenBase {
-    /// The tokens at which an answer ends: the tokenizer's and those of `generation_config.json`.
-    pub fn stop_ids(&self) -> Vec<u32> {
-        stop_ids(
-            &self.tokenizer,
-            self.checkpoint.generation_config().as_ref(),
-        )
-    }
-}
-
-impl LoadedBase {
     /// Refuses a model that cannot read text.
     pub(crate) fn require_tokenizer(&self) -> Result<(), TrainError> {
         if self.has_tokenizer {

@@ -73,7 +73,7 @@ pub fn merge(
         &options.output,
         &tensors(&base.model),
         &mut |name| values(&base.model, name),
-        &base.checkpoint,
+        &base.open.checkpoint,
         &SaveOptions::new(dtype),
     )?;
     // The merged model has served its purpose; two at once would double the memory.

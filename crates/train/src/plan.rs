@@ -14,6 +14,7 @@ use crate::inputs::Inputs;
 use crate::loaded::OpenBase;
 use crate::recipe::{Cadence, Length, Recipe};
 use crate::run_notes;
+use crate::steps::steps_per_epoch;
 
 /// What training a recipe would be.
 #[derive(Clone, Debug)]
@@ -62,12 +63,10 @@ pub struct DataPlan {
 /// Optimizer steps an epoch and in all, for `rows` training rows.
 pub fn step_counts(recipe: &Recipe, rows: usize) -> (usize, usize) {
     let train = &recipe.train;
-    let per_epoch = rows
-        .div_ceil(train.batch_size)
-        .div_ceil(train.gradient_accumulation_steps);
+    let per_epoch = steps_per_epoch(rows, train.batch_size, train.gradient_accumulation_steps);
     let total = match train.length() {
         Length::Steps(steps) => steps,
-        Length::Epochs(epochs) => (epochs * per_epoch as f64).ceil() as usize,
+        Length::Epochs(epochs) => ((epochs * per_epoch as f64).ceil() as usize).max(1),
     };
     (per_epoch, total)
 }

@@ -16,7 +16,8 @@ use crate::journal::Journal;
 use crate::measures::{
     GradNorm, LearningRate, Loss, Memory, Perplexity, Progress, Scalar, TokensPerSecond,
 };
-use crate::recipe::{Cadence, Length, LockInfo, Recipe};
+use crate::plan::step_counts;
+use crate::recipe::{Cadence, LockInfo, Recipe};
 use crate::renderer::{Dashboard, Lines};
 use crate::run_dir::{Resume, RunDir, fingerprint};
 use crate::samples::{self, Prompt, Sample};
@@ -140,17 +141,15 @@ fn step_plan(recipe: &Recipe, inputs: &Inputs) -> StepPlan {
 
 fn rhythm(recipe: &Recipe, plan: &StepPlan) -> Rhythm {
     let t = &recipe.train;
-    let per_epoch = plan.steps_per_epoch().max(1);
+    let (per_epoch, total) = step_counts(recipe, plan.rows().len());
+    let per_epoch = per_epoch.max(1);
     let every = |cadence| match cadence {
         Cadence::Never => None,
         Cadence::Steps(n) => Some(n),
         Cadence::Epoch => Some(per_epoch),
     };
     Rhythm {
-        total: match t.length() {
-            Length::Steps(n) => n,
-            Length::Epochs(e) => ((e * per_epoch as f64).ceil() as usize).max(1),
-        },
+        total,
         per_epoch,
         eval: every(t.eval_cadence()),
         save: every(t.save_cadence()),

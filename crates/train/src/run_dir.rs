@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use enamel_model::checkpoint::hex;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoints::{self, Checkpoints, RunState};
@@ -164,5 +165,5 @@ pub fn fingerprint(recipe: &Recipe, lock: &LockInfo) -> Result<String, TrainErro
             hash.update(file.sha256.as_bytes());
         }
     }
-    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    Ok(hex(&hash.finalize()))
 }

@@ -37,6 +37,11 @@ pub struct StepSettings {
     pub max_grad_norm: f64,
 }
 
+/// Optimizer steps an epoch of `rows` rows; the last batch and the last step may be smaller.
+pub fn steps_per_epoch(rows: usize, batch_size: usize, accumulation: usize) -> usize {
+    rows.div_ceil(batch_size).div_ceil(accumulation)
+}
+
 impl StepPlan {
     /// Plans steps over `rows`.
     pub fn new(rows: Vec<Example>, settings: StepSettings) -> Self {
@@ -49,10 +54,8 @@ impl StepPlan {
 
     /// Optimizer steps an epoch; the last may be smaller than the others.
     pub fn steps_per_epoch(&self) -> usize {
-        self.rows
-            .len()
-            .div_ceil(self.settings.batch_size)
-            .div_ceil(self.settings.accumulation)
+        let s = &self.settings;
+        steps_per_epoch(self.rows.len(), s.batch_size, s.accumulation)
     }
 
     /// The rows themselves.
@@ -113,8 +116,9 @@ impl StepPlan {
         batch
     }
 
-    /// `file:line` of the rows in a step, for messages.
-    pub fn sources(&self, item: &StepItem) -> Vec<String> {
+    /// `file:line` of the rows in optimizer step `step`, counted from 1, for messages.
+    pub fn sources(&self, step: usize) -> Vec<String> {
+        let item = self.item(step.saturating_sub(1));
         let rows = item.micro.iter().flat_map(|b| b.rows.iter());
         rows.map(|r| self.rows[*r].source.to_string()).collect()
     }

@@ -193,10 +193,9 @@ impl Run<'_> {
         for item in steps {
             let item = item.map_err(|e| TrainError::Framework(e.to_string()))?;
             let step_started = Instant::now();
-            let sources = item.clone();
             let out = TrainStep::step(&self.model, item);
             let mut measured = out.item;
-            self.check_finite(&measured, &sources)?;
+            self.check_finite(&measured)?;
             let rate = self.scheduler.step();
             measured.learning_rate = rate.base();
             self.model = self
@@ -258,11 +257,7 @@ impl Run<'_> {
         self.state.step as f64 / self.s.rhythm.per_epoch.max(1) as f64
     }
 
-    fn check_finite(
-        &self,
-        out: &StepOutput,
-        item: &crate::trainee::StepItem,
-    ) -> Result<(), TrainError> {
+    fn check_finite(&self, out: &StepOutput) -> Result<(), TrainError> {
         let bad = [("loss", out.loss), ("gradient norm", out.grad_norm)];
         match bad.into_iter().find(|(_, v)| !v.is_finite()) {
             None => Ok(()),
@@ -270,7 +265,7 @@ impl Run<'_> {
                 what,
                 value,
                 step: out.step,
-                rows: self.s.plan.sources(item),
+                rows: self.s.plan.sources(out.step),
                 checkpoint: self.s.checkpoints.latest(),
             }),
         }

@@ -1,11 +1,11 @@
 //! `recipe.lock.toml`: a recipe with nothing left open, and what the run that wrote it stood on.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Recipe, RecipeError};
+use crate::checkpoints::write_atomic;
 
 /// What a run stood on besides its recipe.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,14 +101,5 @@ pub fn write_lock(path: &Path, recipe: &Recipe, lock: &LockInfo) -> Result<(), R
         "# Written by `enamel train`. Training from this file gives the same adapter again, bit for\n\
          # bit, on the same machine: enamel train recipe.lock.toml --output DIR\n\n{body}"
     );
-    let folder = path
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(|e| fail(e.to_string()))?;
-    file.write_all(text.as_bytes())
-        .map_err(|e| fail(e.to_string()))?;
-    file.as_file().sync_all().map_err(|e| fail(e.to_string()))?;
-    file.persist(path).map_err(|e| fail(e.to_string()))?;
-    Ok(())
+    write_atomic(path, text.as_bytes()).map_err(|e| fail(e.to_string()))
 }
