@@ -1,55 +1,89 @@
-//! Putting an adapter on a model and taking it off.
+//! Putting adapters on a model and taking them off.
 
 use std::collections::HashMap;
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
+use burn::tensor::{Device, Tensor};
 
+use crate::config::Bias;
+use crate::choose::{refuse_merged, route};
+use crate::embedding::EmbeddingPart;
 use crate::error::{AdapterError, Result};
-use crate::frozen::{fnv1a, param_id};
-use crate::linear::SavedLinear;
-use crate::methods::{MethodConfig, Placement};
+use crate::frozen::FrozenPart;
+use crate::linear::{Linear, LinearPart, SavedLinear};
+use crate::methods::tokens::TrainableTokens;
+use crate::methods::{MethodConfig, Placement, Start, adapter_param_id, to_host};
 use crate::plan::{AdapterPlan, PREFIX, TargetPlan, plan};
+use crate::routing::{DEFAULT, Routing};
 use crate::slot::{Adaptable, ModuleShape, Slot, SlotRef};
 
-/// Attaches a new adapter. Its parameters are drawn from `seed` and their own names, so that they do
-/// not depend on order, threads or which other modules are adapted. They require gradients (once the
-/// model is in training: `model.train()`); everything else the model shows is frozen.
+/// Attaches a new adapter called [`DEFAULT`] and puts it in use. Its parameters are drawn from `seed`
+/// and their own names, so that they do not depend on order, threads or which other modules are
+/// adapted. They require gradients (once the model is in training: `model.train()`); everything else
+/// the model shows is frozen.
+///
+/// # Errors
+/// A configuration that does not fit the model, with all that is wrong; an adapter that is there
+/// already.
 pub fn attach<M: Adaptable, C: MethodConfig>(
     model: &mut M,
     cfg: &C,
     seed: u64,
 ) -> Result<AdapterPlan> {
+    attach_as(model, DEFAULT, cfg, seed)
+}
+
+/// The same under a name of its own, beside adapters that are there already.
+pub fn attach_as<M: Adaptable, C: MethodConfig>(
+    model: &mut M,
+    name: &str,
+    cfg: &C,
+    seed: u64,
+) -> Result<AdapterPlan> {
+    attach_given(model, name, cfg, seed, None)
+}
+
+/// The same, with first values of A from elsewhere where `given` has some for a module (EVA).
+pub fn attach_given<M: Adaptable, C: MethodConfig>(
+    model: &mut M,
+    name: &str,
+    cfg: &C,
+    seed: u64,
+    given: Option<&dyn Fn(&str) -> Option<Vec<f32>>>,
+) -> Result<AdapterPlan> {
     let plan = plan(&shapes(model), cfg)?;
-    install(model, cfg, &plan, true, &mut |target, name| {
-        cfg.initial(target, name, &mut rng(seed, &target.key(name)))
+    let shared = plan.shared.iter().zip(cfg.initial_shared(&plan.shared));
+    let shared = shared
+        .map(|((key, shape), values)| (*key, *shape, values))
+        .collect();
+    install(model, name, cfg, &plan, true, shared, &mut |target, weight| {
+        let values = cfg.initial(
+            target,
+            &Start {
+                seed,
+                weight,
+                given,
+            },
+        )?;
+        let origin = cfg.takes_from_base().then(|| values.clone());
+        Ok(Values { values, origin })
     })?;
     Ok(plan)
 }
 
-/// Removes the adapter and the trained copies; the base is as it was.
+/// Removes every adapter and trained copy; the base is as it was.
 pub fn detach<M: Adaptable>(model: &mut M) {
-    model.for_each_slot(&mut |_, slot| match slot {
-        Slot::Linear(linear) => {
-            linear.adapter = None;
-            linear.saved = None;
-            linear.enabled = true;
-        }
-        Slot::Embedding(table) => table.drop_saved(),
-        Slot::Norm(norm) => norm.drop_saved(),
+    crate::merge::unmerge(model);
+    model.for_each_slot(&mut |_, mut slot| {
+        slot.remove(None);
+        slot.route(&Routing::default());
+        slot.enable(true);
     });
 }
 
-/// Switches the adapter and the trained copies on or off. Off, the model is the base model again,
-/// biases included.
+/// Switches all adapters on or off. Off, the model is the base model again, biases included.
 pub fn set_enabled<M: Adaptable>(model: &mut M, enabled: bool) {
-    model.for_each_slot(&mut |_, slot| match slot {
-        Slot::Linear(linear) => linear.enabled = enabled,
-        Slot::Embedding(table) => table.enabled = enabled,
-        Slot::Norm(norm) => norm.enabled = enabled,
-    });
+    model.for_each_slot(&mut |_, mut slot| slot.enable(enabled));
 }
 
 /// The modules of a loaded model.
@@ -59,15 +93,17 @@ pub fn shapes<M: Adaptable>(model: &M) -> Vec<ModuleShape> {
     shapes
 }
 
-/// The name of the first module that carries an adapter or a trained copy.
-pub(crate) fn attached<M: Adaptable>(model: &M) -> Option<String> {
+/// The name of the first module that carries the adapter, or any.
+pub(crate) fn attached<M: Adaptable>(model: &M, adapter: Option<&str>) -> Option<String> {
     let mut first = None;
     model.for_each_slot_ref(&mut |name, slot| {
-        let busy = match slot {
-            SlotRef::Linear(linear) => linear.adapter.is_some() || linear.saved.is_some(),
-            SlotRef::Embedding(table) => table.saved.is_some(),
-            SlotRef::Norm(norm) => norm.saved.is_some(),
+        let trains_base = match &slot {
+            SlotRef::Linear(l) => l.trains_base,
+            SlotRef::Embedding(e) => e.trains_base,
+            SlotRef::Norm(n) => n.trains_base,
         };
+        let mut parts = slot.adapters().into_iter();
+        let busy = trains_base || parts.any(|part| adapter.is_none_or(|adapter| part == adapter));
         if busy && first.is_none() {
             first = Some(name.to_string());
         }
@@ -75,99 +111,245 @@ pub(crate) fn attached<M: Adaptable>(model: &M) -> Option<String> {
     first
 }
 
-/// Builds the parameters of `plan` from `values(target, parameter)` and freezes the rest. Trained
-/// copies start as the base.
+/// The values of one target's parameters.
+pub(crate) struct Values {
+    /// In the order of [`MethodConfig::parameters`].
+    pub values: Vec<Vec<f32>>,
+    /// What they started from, where that matters.
+    pub origin: Option<Vec<Vec<f32>>>,
+}
+
+/// A shared tensor on the host: key, shape, values.
+pub(crate) type SharedValues = Vec<(&'static str, [usize; 2], Vec<f32>)>;
+
+/// Reads a base weight.
+pub(crate) type ReadWeight<'a> = dyn Fn() -> Result<Vec<f32>> + 'a;
+
+/// Builds the parameters of `plan` from `values(target, base weight)` and freezes the rest. Trained
+/// copies start as the base. All values are made before the model is touched.
 pub(crate) fn install<M: Adaptable, C: MethodConfig>(
     model: &mut M,
+    adapter: &str,
     cfg: &C,
     plan: &AdapterPlan,
     trainable: bool,
-    values: &mut dyn FnMut(&TargetPlan, &'static str) -> Vec<f32>,
+    shared: SharedValues,
+    values: &mut dyn FnMut(&TargetPlan, &ReadWeight<'_>) -> Result<Values>,
 ) -> Result<()> {
-    if let Some(name) = attached(model) {
-        return Err(AdapterError::Attached(name));
+    if let Some(module) = attached(model, Some(adapter)) {
+        return Err(AdapterError::Attached(module));
     }
-    let targets: HashMap<&str, &TargetPlan> =
-        plan.targets.iter().map(|t| (t.name.as_str(), t)).collect();
+    refuse_merged(model)?;
+    if cfg.trains_everything() {
+        train_everything(model, trainable);
+        return Ok(());
+    }
+    let mut ready = make_values(model, plan, values)?;
+    let targets: HashMap<&str, (usize, &TargetPlan)> = plan
+        .targets
+        .iter()
+        .enumerate()
+        .map(|(i, t)| (t.name.as_str(), (i, t)))
+        .collect();
+    let device = device(model);
+    let shared: Vec<(&'static str, Tensor<2>)> = shared
+        .into_iter()
+        .map(|(key, shape, values)| {
+            let data = burn::tensor::TensorData::new(values, shape);
+            (key, Tensor::from_data(data, &device))
+        })
+        .collect();
     let saved = |name: &str| plan.saved.iter().any(|s| s.name == name);
-    model.for_each_slot(&mut |name, slot| match slot {
-        Slot::Linear(linear) => {
-            linear.enabled = true;
-            freeze(&mut linear.weight);
-            linear.bias.iter_mut().for_each(freeze);
-            if let Some(target) = targets.get(name) {
-                let parameters = cfg.parameters(target);
-                let values = parameters
-                    .iter()
-                    .map(|(parameter, _)| values(target, parameter))
-                    .collect();
-                let place = Placement {
-                    device: &linear.weight.device(),
-                    trainable,
+    let bias = |name: &str| plan.biases.iter().find(|b| b.name == name);
+    let tokens = |name: &str| plan.tokens.iter().find(|t| t.name == name);
+    let key = |name: &str, parameter: &str| format!("{PREFIX}{name}.{parameter}");
+    let copier = Copier { adapter, trainable };
+    model.for_each_slot(&mut |name, mut slot| {
+        slot.enable(true);
+        let target = targets.get(name).copied();
+        let (value, origin) = match target.and_then(|_| ready.remove(name)) {
+            Some(made) => (made.values, made.origin),
+            None => (Vec::new(), None),
+        };
+        match slot {
+            Slot::Linear(linear) => {
+                freeze_linear(linear);
+                let mut part = LinearPart {
+                    name: adapter.to_string(),
+                    adapter: None,
+                    saved: None,
+                    bias: None,
                 };
-                linear.adapter = Some(cfg.build(target, values, &place));
+                if let Some((place, target)) = target {
+                    linear.place = place;
+                    let place = Placement {
+                        device: &linear.weight.device(),
+                        trainable,
+                        adapter,
+                        shared: &shared,
+                        weight: linear.weight.val(),
+                        origin,
+                    };
+                    part.adapter = Some(cfg.build(target, value, &place));
+                }
+                if saved(name) {
+                    let bias = linear.bias.as_ref();
+                    part.saved = Some(SavedLinear {
+                        weight: copier.copy(&key(name, "weight"), &linear.weight),
+                        bias: bias.map(|b| copier.copy(&key(name, "bias"), b)),
+                    });
+                }
+                if let (Some(plan), Some(base)) = (bias(name), &linear.bias) {
+                    part.bias = Some(copier.copy(&plan.key, base));
+                }
+                if part.adapter.is_some() || part.saved.is_some() || part.bias.is_some() {
+                    linear.parts.push(part);
+                }
             }
-            if saved(name) {
-                linear.saved = Some(SavedLinear {
-                    weight: copy(&format!("{PREFIX}{name}.weight"), &linear.weight, trainable),
-                    bias: linear
-                        .bias
-                        .as_ref()
-                        .map(|b| copy(&format!("{PREFIX}{name}.bias"), b, trainable)),
-                });
+            Slot::Embedding(table) => {
+                freeze(&mut table.weight);
+                let mut part = EmbeddingPart {
+                    name: adapter.to_string(),
+                    lora: None,
+                    saved: None,
+                    tokens: None,
+                };
+                if let Some((_, target)) = target {
+                    let place = Placement {
+                        device: &table.weight.device(),
+                        trainable,
+                        adapter,
+                        shared: &shared,
+                        weight: table.weight.val(),
+                        origin,
+                    };
+                    part.lora = cfg.build_embedding(target, value, &place);
+                }
+                if saved(name) {
+                    part.saved = Some(copier.copy(&key(name, "weight"), &table.weight));
+                }
+                if let Some(plan) = tokens(name) {
+                    let id = adapter_param_id(adapter, &plan.key);
+                    part.tokens = Some(TrainableTokens::from_table(
+                        id,
+                        &plan.indices,
+                        table.weight.val(),
+                        trainable,
+                    ));
+                }
+                if part.lora.is_some() || part.saved.is_some() || part.tokens.is_some() {
+                    table.parts.push(part);
+                }
+            }
+            Slot::Norm(norm) => {
+                freeze(&mut norm.weight);
+                if saved(name) {
+                    norm.parts.push(FrozenPart {
+                        name: adapter.to_string(),
+                        saved: copier.copy(&key(name, "weight"), &norm.weight),
+                    });
+                }
             }
         }
-        Slot::Embedding(table) => table.install(name, saved(name), trainable),
-        Slot::Norm(norm) => norm.install(name, saved(name), trainable),
     });
+    route(model, &Routing::to(adapter));
     Ok(())
 }
 
-pub(crate) fn freeze<const D: usize>(param: &mut Param<Tensor<D>>) {
+/// First values of every target, before anything changes.
+fn make_values<M: Adaptable>(
+    model: &M,
+    plan: &AdapterPlan,
+    values: &mut dyn FnMut(&TargetPlan, &ReadWeight<'_>) -> Result<Values>,
+) -> Result<HashMap<String, Values>> {
+    let mut ready = HashMap::new();
+    let mut failed = None;
+    model.for_each_slot_ref(&mut |name, slot| {
+        let Some(target) = plan.targets.iter().find(|t| t.name == name) else {
+            return;
+        };
+        let weight = match slot {
+            SlotRef::Linear(linear) => linear.weight.val(),
+            SlotRef::Embedding(table) => table.weight.val(),
+            SlotRef::Norm(_) => return,
+        };
+        if failed.is_some() {
+            return;
+        }
+        match values(target, &|| to_host(name, weight.clone())) {
+            Ok(made) => {
+                ready.insert(name.to_string(), made);
+            }
+            Err(error) => failed = Some(error),
+        }
+    });
+    failed.map_or(Ok(ready), Err)
+}
+
+/// Full fine-tuning: the base's own parameters are the trained ones.
+fn train_everything<M: Adaptable>(model: &mut M, trainable: bool) {
+    fn set<const D: usize>(param: &mut Param<Tensor<D>>, trainable: bool) {
+        *param = param.clone().set_require_grad(trainable);
+    }
+    model.for_each_slot(&mut |_, slot| match slot {
+        Slot::Linear(linear) => {
+            linear.trains_base = true;
+            set(&mut linear.weight, trainable);
+            linear.bias.iter_mut().for_each(|b| set(b, trainable));
+        }
+        Slot::Embedding(table) => {
+            table.trains_base = true;
+            set(&mut table.weight, trainable);
+        }
+        Slot::Norm(norm) => {
+            norm.trains_base = true;
+            set(&mut norm.weight, trainable);
+        }
+    });
+}
+
+fn device<M: Adaptable>(model: &M) -> Device {
+    let mut device = None;
+    model.for_each_slot_ref(&mut |_, slot| {
+        device.get_or_insert_with(|| match slot {
+            SlotRef::Linear(linear) => linear.weight.device(),
+            SlotRef::Embedding(table) => table.weight.device(),
+            SlotRef::Norm(norm) => norm.weight.device(),
+        });
+    });
+    device.unwrap_or_default()
+}
+
+fn freeze_linear(linear: &mut Linear) {
+    freeze(&mut linear.weight);
+    linear.bias.iter_mut().for_each(freeze);
+}
+
+fn freeze<const D: usize>(param: &mut Param<Tensor<D>>) {
     *param = param.clone().no_grad();
 }
 
-/// A parameter of its own that starts with another's values.
-pub(crate) fn copy<const D: usize>(
-    key: &str,
-    from: &Param<Tensor<D>>,
+/// Makes trained copies of base parameters for one adapter.
+struct Copier<'a> {
+    adapter: &'a str,
     trainable: bool,
-) -> Param<Tensor<D>> {
-    Param::initialized(param_id(key), from.val().detach()).set_require_grad(trainable)
 }
 
-/// The generator of the parameter called `name`.
-fn rng(seed: u64, name: &str) -> ChaCha8Rng {
-    let mut key = [0; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&fnv1a(name).to_le_bytes());
-    ChaCha8Rng::from_seed(key)
-}
-
-/// Uniform over `[-bound, bound)`. Written out, because a library's distributions may change what
-/// they draw from one version to the next.
-pub(crate) fn uniform(rng: &mut ChaCha8Rng, count: usize, bound: f64) -> Vec<f32> {
-    (0..count)
-        .map(|_| ((unit(rng) * 2.0 - 1.0) * bound) as f32)
-        .collect()
-}
-
-/// Normal with mean 0 (Box and Muller).
-pub(crate) fn gaussian(rng: &mut ChaCha8Rng, count: usize, deviation: f64) -> Vec<f32> {
-    let mut values = Vec::with_capacity(count + 1);
-    while values.len() < count {
-        // 1 - u lies in (0, 1], where the logarithm is finite.
-        let radius = deviation * (-2.0 * (1.0 - unit(rng)).ln()).sqrt();
-        let angle = std::f64::consts::TAU * unit(rng);
-        values.extend([(radius * angle.cos()) as f32, (radius * angle.sin()) as f32]);
+impl Copier<'_> {
+    /// A parameter of its own that starts with another's values.
+    fn copy<const D: usize>(&self, key: &str, from: &Param<Tensor<D>>) -> Param<Tensor<D>> {
+        Param::initialized(adapter_param_id(self.adapter, key), from.val().detach())
+            .set_require_grad(self.trainable)
     }
-    values.truncate(count);
-    values
 }
 
-/// Uniform over `[0, 1)`, of 53 bits.
-fn unit(rng: &mut ChaCha8Rng) -> f64 {
-    (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
+/// Whether `bias` trains that of a module that is a target or not.
+pub(crate) fn trains_bias(bias: Bias, is_target: bool) -> bool {
+    match bias {
+        Bias::None => false,
+        Bias::All => true,
+        Bias::LoraOnly => is_target,
+    }
 }
 
 #[cfg(test)]

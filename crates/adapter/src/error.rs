@@ -56,6 +56,20 @@ pub enum AdapterError {
     /// A value that is NaN or infinite.
     #[error("{0} holds a value that is not finite; nothing was changed or written")]
     NonFinite(String),
+    /// A choice among adapters that cannot be made.
+    #[error("{}", list(.problems))]
+    Choice {
+        /// One line a name or module.
+        problems: Vec<String>,
+    },
+    /// An initialisation that cannot be computed.
+    #[error("{module}: {reason}")]
+    Start {
+        /// The module.
+        module: String,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// An adapter is attached already.
     #[error("{0} has an adapter already; detach or merge it first")]
     Attached(String),

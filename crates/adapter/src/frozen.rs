@@ -3,19 +3,33 @@
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::Tensor;
 
-use crate::attach::{copy, freeze};
-use crate::plan::PREFIX;
+use crate::routing::Routing;
 
-/// An embedding table (`D = 2`) or a norm's weight (`D = 1`).
+/// A norm's weight (`D = 1`), or another parameter that is used as a whole.
 #[derive(Module, Debug)]
 pub struct Frozen<const D: usize> {
-    /// The base value. Never trained.
+    /// The base value. Never trained, unless all of the base is.
     pub weight: Param<Tensor<D>>,
-    /// The trained copy, when `modules_to_save` names this module.
-    pub saved: Option<Param<Tensor<D>>>,
-    /// Whether the trained copy is in use.
+    /// The trained copy of each adapter whose `modules_to_save` names this module.
+    pub parts: Vec<FrozenPart<D>>,
+    /// The base as it was, while an adapter is merged into it.
+    pub(crate) unmerged: Option<Param<Tensor<D>>>,
+    #[module(skip)]
+    pub(crate) routing: Routing,
     #[module(skip)]
     pub(crate) enabled: bool,
+    #[module(skip)]
+    pub(crate) trains_base: bool,
+}
+
+/// The copy that one adapter trains.
+#[derive(Module, Debug)]
+pub struct FrozenPart<const D: usize> {
+    /// The adapter's name.
+    #[module(skip)]
+    pub name: String,
+    /// Its values.
+    pub saved: Param<Tensor<D>>,
 }
 
 impl<const D: usize> Frozen<D> {
@@ -23,32 +37,32 @@ impl<const D: usize> Frozen<D> {
     pub fn new(name: &str, weight: Tensor<D>) -> Self {
         Self {
             weight: frozen_param(name, weight),
-            saved: None,
+            parts: Vec::new(),
+            unmerged: None,
+            routing: Routing::default(),
             enabled: true,
+            trains_base: false,
         }
     }
 
     /// The value in use: the trained copy if there is one, else the base.
     pub fn val(&self) -> Tensor<D> {
-        let saved = self.saved.as_ref().filter(|_| self.enabled);
-        saved.unwrap_or(&self.weight).val()
-    }
-
-    pub(crate) fn install(&mut self, module: &str, saved: bool, trainable: bool) {
-        freeze(&mut self.weight);
-        self.enabled = true;
-        if saved {
-            self.saved = Some(copy(
-                &format!("{PREFIX}{module}.weight"),
-                &self.weight,
-                trainable,
-            ));
+        match &self.routing {
+            Routing::Active(names) if self.enabled && self.unmerged.is_none() => self.folded(names),
+            _ => self.weight.val(),
         }
     }
 
-    pub(crate) fn drop_saved(&mut self) {
-        self.saved = None;
-        self.enabled = true;
+    /// The value under the named adapters; the last one that trains a copy counts.
+    pub fn folded(&self, names: &[String]) -> Tensor<D> {
+        let copies = names.iter().rev().filter_map(|name| self.part(name));
+        let mut copies = copies.map(|part| part.saved.val());
+        copies.next().unwrap_or_else(|| self.weight.val())
+    }
+
+    /// The copy that the adapter called `name` trains.
+    pub fn part(&self, name: &str) -> Option<&FrozenPart<D>> {
+        self.parts.iter().find(|part| part.name == name)
     }
 }
 

@@ -5,24 +5,47 @@ use burn::tensor::Tensor;
 
 use crate::frozen::frozen_param;
 use crate::methods::Adapter;
+use crate::routing::{Routing, groups, index, reunite};
 
-/// `y = x·Wᵀ + b` with a frozen base and, once attached, an adapter beside it.
+/// `y = x·Wᵀ + b` with a frozen base and any number of adapters beside it.
 #[derive(Module, Debug)]
 pub struct Linear {
     /// Base weight `[out, in]`, as in Hugging Face files.
     pub weight: Param<Tensor<2>>,
     /// Base bias `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
+    /// What each adapter that touches this layer does to it.
+    pub parts: Vec<LinearPart>,
+    /// The base as it was, while adapters are merged into it.
+    pub(crate) unmerged: Option<SavedLinear>,
+    #[module(skip)]
+    pub(crate) routing: Routing,
+    /// Whether adapters and copies are in use at all.
+    #[module(skip)]
+    pub(crate) enabled: bool,
+    /// Whether the base itself is trained (full fine-tuning).
+    #[module(skip)]
+    pub(crate) trains_base: bool,
+    /// Place among the adapted layers, for gates that differ by layer.
+    #[module(skip)]
+    pub(crate) place: usize,
+}
+
+/// What one adapter does to one linear layer: at most one of `adapter` and `saved`.
+#[derive(Module, Debug)]
+pub struct LinearPart {
+    /// The adapter's name.
+    #[module(skip)]
+    pub name: String,
     /// The adapter, when this layer is a target.
     pub adapter: Option<Adapter>,
     /// The trained copy, when `modules_to_save` names this layer.
     pub saved: Option<SavedLinear>,
-    /// Whether adapter and copy are in use.
-    #[module(skip)]
-    pub(crate) enabled: bool,
+    /// The trained bias, when `bias` asks for it.
+    pub bias: Option<Param<Tensor<1>>>,
 }
 
-/// The trained copy of a linear layer.
+/// A copy of a linear layer's weights.
 #[derive(Module, Debug)]
 pub struct SavedLinear {
     /// `[out, in]`
@@ -31,15 +54,42 @@ pub struct SavedLinear {
     pub bias: Option<Param<Tensor<1>>>,
 }
 
+/// Weight and bias of the layer that an adapter is beside.
+#[derive(Clone, Debug)]
+pub struct Base {
+    /// `[out, in]`
+    pub weight: Tensor<2>,
+    /// `[out]`
+    pub bias: Option<Tensor<1>>,
+}
+
+impl Base {
+    /// `x · Wᵀ + b`, `[rows, in]` to `[rows, out]`.
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        self.plus_bias(enamel_kernels::linear(x, self.weight.clone()))
+    }
+
+    /// Adds the bias, if there is one.
+    pub fn plus_bias(&self, y: Tensor<2>) -> Tensor<2> {
+        match &self.bias {
+            Some(bias) => y + bias.clone().unsqueeze(),
+            None => y,
+        }
+    }
+}
+
 impl Linear {
     /// Wraps loaded tensors. `name` is the module's path (`model.layers.0.self_attn.q_proj`).
     pub fn new(name: &str, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
         Self {
             weight: frozen_param(&format!("{name}.weight"), weight),
             bias: bias.map(|b| frozen_param(&format!("{name}.bias"), b)),
-            adapter: None,
-            saved: None,
+            parts: Vec::new(),
+            unmerged: None,
+            routing: Routing::default(),
             enabled: true,
+            trains_base: false,
+            place: 0,
         }
     }
 
@@ -49,39 +99,129 @@ impl Linear {
         let [out, width] = self.weight.dims();
         let rows = x.shape().num_elements() / width;
         // Two axes: a batched product would read the weight again for every batch row.
-        let mut y = self.product(x.reshape([rows, width]));
-        if let Some(bias) = self.bias_in_use() {
-            y = y + bias.unsqueeze();
-        }
+        let y = self.rows(x.reshape([rows, width]));
         dims[D - 1] = out;
         y.reshape(dims)
     }
 
-    /// `x · Wᵀ` with the weights in use, `[rows, in]` to `[rows, out]`.
-    fn product(&self, x: Tensor<2>) -> Tensor<2> {
-        match (&self.saved, &self.adapter) {
-            (Some(saved), _) if self.enabled => enamel_kernels::linear(x, saved.weight.val()),
-            (None, Some(adapter)) if self.enabled => adapter.forward(x, self.weight.val()),
-            _ => enamel_kernels::linear(x, self.weight.val()),
+    fn rows(&self, x: Tensor<2>) -> Tensor<2> {
+        if !self.enabled || self.unmerged.is_some() || self.parts.is_empty() {
+            return self.base().forward(x);
+        }
+        match &self.routing {
+            Routing::Active(names) => self.through(x, names),
+            Routing::Rows(rows) => {
+                let device = x.device();
+                let groups = groups(rows, x.dims()[0]);
+                let results = groups.iter().map(|group| {
+                    let x = x.clone().select(0, index(group.places.clone(), &device));
+                    match group.name {
+                        Some(name) => self.through(x, &[name.to_string()]),
+                        None => self.base().forward(x),
+                    }
+                });
+                let results = results.collect();
+                reunite(&groups, results, &device)
+            }
+            Routing::Gated(gates) => {
+                let base = self.base();
+                let mut y = base.forward(x.clone());
+                for (i, name) in gates.names.iter().enumerate() {
+                    if let Some(adapter) = self.adapter(name) {
+                        y = y + adapter.part(x.clone(), &base) * gates.share(self.place, i);
+                    }
+                }
+                y
+            }
         }
     }
 
-    /// The weight that `forward` multiplies by, `[out, in]`: the trained copy, or the base plus what the
-    /// adapter adds, or the base. Formed anew where there is an adapter; in training, gradients flow
-    /// through it.
-    pub fn weight_in_use(&self) -> Tensor<2> {
-        match (&self.saved, &self.adapter) {
-            (Some(saved), _) if self.enabled => saved.weight.val(),
-            (None, Some(adapter)) if self.enabled => self.weight.val() + adapter.delta_weight(),
-            _ => self.weight.val(),
+    /// With these adapters. A trained copy stands for the layer; adapters add up on what is left.
+    fn through(&self, x: Tensor<2>, names: &[String]) -> Tensor<2> {
+        let base = self.base_for(names);
+        let mut adapters = names.iter().filter_map(|name| self.adapter(name));
+        let Some(first) = adapters.next() else {
+            return base.forward(x);
+        };
+        let mut y = first.forward(x.clone(), &base);
+        for other in adapters {
+            y = y + other.part(x.clone(), &base);
         }
+        y
+    }
+
+    /// The frozen layer.
+    pub fn base(&self) -> Base {
+        Base {
+            weight: self.weight.val(),
+            bias: self.bias.as_ref().map(|b| b.val()),
+        }
+    }
+
+    /// The layer without the adapters, but with the copies and biases that they train whole.
+    fn base_for(&self, names: &[String]) -> Base {
+        let mut base = self.base();
+        for part in self.parts_of(names) {
+            if let Some(saved) = &part.saved {
+                base.weight = saved.weight.val();
+                base.bias = saved.bias.as_ref().map(|b| b.val());
+            }
+            if let Some(bias) = &part.bias {
+                base.bias = Some(bias.val());
+            }
+        }
+        base
+    }
+
+    fn parts_of<'a>(&'a self, names: &'a [String]) -> impl Iterator<Item = &'a LinearPart> {
+        names.iter().filter_map(|name| self.part(name))
+    }
+
+    /// What the adapter called `name` does here.
+    pub fn part(&self, name: &str) -> Option<&LinearPart> {
+        self.parts.iter().find(|part| part.name == name)
+    }
+
+    fn adapter(&self, name: &str) -> Option<&Adapter> {
+        self.part(name).and_then(|part| part.adapter.as_ref())
+    }
+
+    /// Weight and bias with the named adapters folded in: the base, or what they train whole, or the
+    /// base plus what they add. Formed anew; in training, gradients flow through it.
+    pub fn folded(&self, names: &[String]) -> Base {
+        let mut base = self.base_for(names);
+        for adapter in names.iter().filter_map(|name| self.adapter(name)) {
+            base = adapter.merged(base);
+        }
+        base
+    }
+
+    /// The weight that `forward` multiplies by, `[out, in]`, where all rows share one.
+    pub fn weight_in_use(&self) -> Tensor<2> {
+        self.in_use().weight
     }
 
     /// The bias that `forward` adds, `[out]`.
     pub fn bias_in_use(&self) -> Option<Tensor<1>> {
-        match &self.saved {
-            Some(saved) if self.enabled => saved.bias.as_ref().map(|b| b.val()),
-            _ => self.bias.as_ref().map(|b| b.val()),
+        self.in_use().bias
+    }
+
+    /// Weight and bias that stand for `forward` where no dropout is at work and all rows share them.
+    fn in_use(&self) -> Base {
+        match &self.routing {
+            Routing::Active(names) if self.enabled && self.unmerged.is_none() => self.folded(names),
+            _ => self.base(),
         }
+    }
+
+    /// Whether `forward` is a product with [`Linear::weight_in_use`] and nothing else: no bias, no
+    /// dropout, no difference between rows.
+    pub fn is_one_product(&self) -> bool {
+        let Routing::Active(names) = &self.routing else {
+            return false;
+        };
+        let idle = !self.enabled || self.unmerged.is_some();
+        let mut adapters = names.iter().filter_map(|name| self.adapter(name));
+        self.bias_in_use().is_none() && (idle || !adapters.any(Adapter::drops))
     }
 }

@@ -1,20 +1,22 @@
-//! Folding an adapter into the base weights: the one place that changes them.
+//! Folding adapters into the base weights and taking them out again: the one place that changes them.
 
+use std::sync::Arc;
+
+use burn::module::Param;
 use burn::tensor::Tensor;
 
+use crate::attach::detach;
+use crate::choose::{refuse_merged, routing};
 use crate::error::{AdapterError, Result};
-use crate::frozen::Frozen;
-use crate::linear::Linear;
+use crate::frozen::frozen_param;
+use crate::linear::{Base, Linear, SavedLinear};
+use crate::routing::Routing;
 use crate::slot::{Adaptable, Slot, SlotRef};
 
-/// The layer's weight with its adapter folded in, `[out, in]`, outside any graph. The layer stays as
-/// it is.
+/// The layer's weight with the adapters in use folded in, `[out, in]`, outside any graph. The layer
+/// stays as it is.
 pub fn merged_weight(linear: &Linear) -> Tensor<2> {
-    untracked(match (&linear.saved, &linear.adapter) {
-        (Some(saved), _) => saved.weight.val(),
-        (None, Some(adapter)) => linear.weight.val() + adapter.delta_weight(),
-        (None, None) => linear.weight.val(),
-    })
+    untracked(linear.weight_in_use())
 }
 
 /// A leaf that was trained stays one when it is detached, so both are needed.
@@ -22,62 +24,146 @@ fn untracked<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     tensor.detach().set_require_grad(false)
 }
 
-/// Folds adapters and trained copies into the base and removes them. All results are checked first:
-/// where one is not finite the model stays as it was and the error names the tensor.
+/// Folds the adapters in use (their copies, biases and rows too) into the base and removes all of them:
+/// PEFT's `merge_and_unload`. All results are checked first: where one is not finite the model stays as
+/// it was and the error names the tensor.
+///
+/// # Errors
+/// Nothing to merge, a batch whose rows have adapters of their own, a result that is not finite.
 pub fn merge<M: Adaptable>(model: &mut M) -> Result<()> {
-    if crate::attach::attached(model).is_none() {
+    let names = in_use(model)?;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    merge_adapters(model, &names)?;
+    forget(model);
+    detach(model);
+    Ok(())
+}
+
+/// Folds the named adapters into the base, one after the other, and keeps what was there for
+/// [`unmerge`]: PEFT's `merge_adapter`. What adapters are in use makes no difference until then.
+///
+/// # Errors
+/// As for [`merge`]; adapters that are merged already.
+pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()> {
+    let have = crate::choose::adapters(model);
+    if names.is_empty() || have.is_empty() {
         return Err(AdapterError::NoAdapter);
     }
-    check(model)?;
-    model.for_each_slot(&mut |_, slot| match slot {
+    let missing = names.iter().filter(|name| !have.iter().any(|h| h == *name));
+    let problems: Vec<String> = missing.map(|name| format!("there is no adapter {name:?}")).collect();
+    if !problems.is_empty() {
+        return Err(AdapterError::Choice { problems });
+    }
+    refuse_merged(model)?;
+    let names: Vec<String> = names.iter().map(|name| (*name).to_string()).collect();
+    check(model, &names)?;
+    model.for_each_slot(&mut |name, slot| match slot {
         Slot::Linear(linear) => {
-            if linear.adapter.is_some() || linear.saved.is_some() {
-                let weight = merged_weight(linear);
-                linear.weight = linear.weight.clone().map(|_| weight);
+            if linear.parts.iter().any(|part| names.contains(&part.name)) {
+                let base = linear.folded(&names);
+                let old = SavedLinear {
+                    weight: linear.weight.clone(),
+                    bias: linear.bias.clone(),
+                };
+                linear.weight = with_value(&old.weight, base.weight);
+                linear.bias = match (&old.bias, base.bias) {
+                    (Some(old), Some(new)) => Some(with_value(old, new)),
+                    // An adapter with a bias of its own on a layer that had none.
+                    (None, Some(new)) => Some(frozen_param(&format!("{name}.bias"), untracked(new))),
+                    (_, None) => None,
+                };
+                linear.unmerged = Some(old);
             }
-            if let Some(bias) = linear.saved.as_ref().and_then(|saved| saved.bias.as_ref()) {
-                let bias = untracked(bias.val());
-                linear.bias = linear.bias.take().map(|old| old.map(|_| bias));
-            }
-            linear.adapter = None;
-            linear.saved = None;
-            linear.enabled = true;
         }
-        Slot::Embedding(table) => fold(table),
-        Slot::Norm(norm) => fold(norm),
+        Slot::Embedding(table) => {
+            if table.parts.iter().any(|part| names.contains(&part.name)) {
+                let old = table.weight.clone();
+                table.weight = with_value(&old, table.folded(&names));
+                table.unmerged = Some(old);
+            }
+        }
+        Slot::Norm(norm) => {
+            if norm.parts.iter().any(|part| names.contains(&part.name)) {
+                let old = norm.weight.clone();
+                norm.weight = with_value(&old, norm.folded(&names));
+                norm.unmerged = Some(old);
+            }
+        }
     });
     Ok(())
 }
 
-fn fold<const D: usize>(frozen: &mut Frozen<D>) {
-    if let Some(saved) = &frozen.saved {
-        let value = untracked(saved.val());
-        frozen.weight = frozen.weight.clone().map(|_| value);
-    }
-    frozen.drop_saved();
+/// Takes merged adapters out again. What was kept is put back, so the base is what it was to the bit.
+pub fn unmerge<M: Adaptable>(model: &mut M) {
+    model.for_each_slot(&mut |_, slot| match slot {
+        Slot::Linear(linear) => {
+            if let Some(old) = linear.unmerged.take() {
+                linear.weight = old.weight;
+                linear.bias = old.bias;
+            }
+        }
+        Slot::Embedding(table) => {
+            if let Some(old) = table.unmerged.take() {
+                table.weight = old;
+            }
+        }
+        Slot::Norm(norm) => {
+            if let Some(old) = norm.unmerged.take() {
+                norm.weight = old;
+            }
+        }
+    });
 }
 
-fn check<M: Adaptable>(model: &M) -> Result<()> {
+/// Makes a merge final.
+fn forget<M: Adaptable>(model: &mut M) {
+    model.for_each_slot(&mut |_, slot| match slot {
+        Slot::Linear(linear) => linear.unmerged = None,
+        Slot::Embedding(table) => table.unmerged = None,
+        Slot::Norm(norm) => norm.unmerged = None,
+    });
+}
+
+/// The adapters in use, where every row has the same.
+fn in_use<M: Adaptable>(model: &M) -> Result<Arc<[String]>> {
+    match routing(model) {
+        Routing::Active(names) => Ok(names),
+        Routing::Rows(_) => Err(AdapterError::Choice {
+            problems: vec!["the rows of a batch have adapters of their own; choose one first".into()],
+        }),
+        Routing::Gated(_) => Err(AdapterError::Choice {
+            problems: vec!["X-LoRA mixes its experts anew for each token, so no weights stand for it".into()],
+        }),
+    }
+}
+
+fn with_value<const D: usize>(param: &Param<Tensor<D>>, value: Tensor<D>) -> Param<Tensor<D>> {
+    let value = untracked(value);
+    param.clone().map(|_| value)
+}
+
+fn check<M: Adaptable>(model: &M, names: &[String]) -> Result<()> {
     let mut bad = None;
     model.for_each_slot_ref(&mut |name, slot| {
-        if bad.is_some() {
+        let touched = slot.adapters().iter().any(|a| names.iter().any(|n| n == a));
+        if bad.is_some() || !touched {
             return;
         }
-        let fine = match slot {
+        let parameter = match slot {
             SlotRef::Linear(linear) => {
-                let weight = linear.adapter.is_none() && linear.saved.is_none()
-                    || finite(merged_weight(linear));
-                let bias = linear.saved.as_ref().and_then(|saved| saved.bias.as_ref());
-                weight && bias.is_none_or(|b| finite(b.val()))
+                let Base { weight, bias } = linear.folded(names);
+                if !finite(weight) {
+                    Some("weight")
+                } else if bias.is_some_and(|bias| !finite(bias)) {
+                    Some("bias")
+                } else {
+                    None
+                }
             }
-            SlotRef::Embedding(table) => {
-                table.saved.as_ref().is_none_or(|saved| finite(saved.val()))
-            }
-            SlotRef::Norm(norm) => norm.saved.as_ref().is_none_or(|saved| finite(saved.val())),
+            SlotRef::Embedding(table) => (!finite(table.folded(names))).then_some("weight"),
+            SlotRef::Norm(norm) => (!finite(norm.folded(names))).then_some("weight"),
         };
-        if !fine {
-            bad = Some(format!("{name}.weight, merged,"));
-        }
+        bad = parameter.map(|parameter| format!("{name}.{parameter}, merged,"));
     });
     bad.map_or(Ok(()), |name| Err(AdapterError::NonFinite(name)))
 }

@@ -2,9 +2,9 @@
 
 use std::fmt::Write;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::config::LoraConfig;
+use crate::methods::AdapterConfig;
 use crate::plan::AdapterPlan;
 
 /// What an adapter directory says about its origin.
@@ -20,26 +20,64 @@ pub struct SaveMeta {
     pub extra_readme: Option<String>,
 }
 
-pub(crate) fn model_card(config: &LoraConfig, plan: &AdapterPlan, meta: &SaveMeta) -> String {
+/// Settings worth a line each, where a method has them.
+const WORTH_A_LINE: [&str; 21] = [
+    "r",
+    "init_r",
+    "target_r",
+    "rank_pattern",
+    "lora_alpha",
+    "alpha",
+    "alpha_pattern",
+    "lora_dropout",
+    "vera_dropout",
+    "rank_dropout",
+    "module_dropout",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "decompose_both",
+    "decompose_factor",
+    "d_initial",
+    "projection_prng_key",
+    "trainable_token_indices",
+    "modules_to_save",
+];
+
+/// What a method is called in a heading.
+fn method_name(config: &AdapterConfig) -> &'static str {
+    match config {
+        AdapterConfig::Lora(lora) if lora.use_dora => "DoRA",
+        AdapterConfig::Lora(_) => "LoRA",
+        AdapterConfig::Loha(_) => "LoHa",
+        AdapterConfig::Lokr(_) => "LoKr",
+        AdapterConfig::AdaLora(_) => "AdaLoRA",
+        AdapterConfig::Vera(_) => "VeRA",
+        AdapterConfig::Ia3(_) => "(IA)³",
+        AdapterConfig::Full(_) => "Full fine-tuning",
+    }
+}
+
+pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &SaveMeta) -> String {
     let mut card = String::from("---\n");
     let mut line = |text: String| {
         card.push_str(&text);
         card.push('\n');
     };
-    if let Some(base) = &config.base_model_name_or_path {
+    let base = config.base_model_name_or_path();
+    if let Some(base) = base {
         // A JSON string is a YAML string, whatever is in it.
         line(format!("base_model: {}", json!(base)));
     }
     line("library_name: peft".into());
-    if config.task_type.as_deref() == Some("CAUSAL_LM") {
+    if config.task_type() == Some("CAUSAL_LM") {
         line("pipeline_tag: text-generation".into());
     }
-    line("tags:\n- lora\n- enamel\n---\n".into());
-    let base = config
-        .base_model_name_or_path
-        .as_deref()
-        .unwrap_or("its base model");
-    line(format!("# LoRA adapter for {base}\n"));
+    let tag = config.peft_type().to_lowercase();
+    line(format!("tags:\n- {tag}\n- enamel\n---\n"));
+    let name = method_name(config);
+    line(format!("# {name} adapter for {}\n", base.unwrap_or("its base model")));
     line(format!(
         "{} trained parameters ({:.4} % of {}), in {} adapted modules{}.\n",
         plan.trainable,
@@ -51,29 +89,30 @@ pub(crate) fn model_card(config: &LoraConfig, plan: &AdapterPlan, meta: &SaveMet
             count => format!(" and {count} saved whole"),
         }
     ));
-    let rank = if config.rank_pattern.is_empty() {
-        ""
-    } else {
-        " (others by rank_pattern)"
-    };
-    let alpha = if config.alpha_pattern.is_empty() {
-        ""
-    } else {
-        " (others by alpha_pattern)"
-    };
-    line(format!("- r: {}{rank}", config.r));
-    line(format!("- lora_alpha: {}{alpha}", config.lora_alpha));
-    line(format!("- lora_dropout: {}", config.lora_dropout));
-    line(format!("- use_rslora: {}\n", config.use_rslora));
+    let json_config = config.to_json();
+    for key in WORTH_A_LINE {
+        let value = &json_config[key];
+        let empty = match value {
+            Value::Null => true,
+            Value::Object(map) => map.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            _ => false,
+        };
+        // PEFT's file has an `r` that AdaLoRA does not use, and which of its ranks are left fills pages.
+        let idle = matches!(config, AdapterConfig::AdaLora(_)) && ["r", "rank_pattern"].contains(&key);
+        if !empty && !idle {
+            line(format!("- {key}: {value}"));
+        }
+    }
+    line(String::new());
     line("## Use\n\nWith Enamel:\n".into());
-    let reference = config.base_model_name_or_path.as_deref().unwrap_or("BASE");
+    let reference = base.unwrap_or("BASE");
     line(format!(
         "```sh\nenamel chat --model {reference:?} --adapter THIS_DIRECTORY\n```\n"
     ));
     line("With PEFT:\n".into());
     let revision = config
-        .revision
-        .as_ref()
+        .revision()
         .map_or(String::new(), |r| format!(", revision={}", json!(r)));
     line(format!(
         "```python\nfrom transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n\

@@ -1,125 +1,162 @@
-//! PEFT's adapter directory: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
+//! PEFT's adapter directory and a model: `adapter_config.json`, `adapter_model.safetensors`,
+//! `README.md`.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::Write;
 use std::path::Path;
 
-use half::{bf16, f16};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use serde_json::Value;
-
-use crate::attach::{attached, install, shapes};
-use crate::config::{LoraConfig, Targets};
+use crate::attach::{SharedValues, Values, attached, install, shapes};
+use crate::config::{InitLora, LoraConfig, Targets};
 use crate::error::{AdapterError, Result};
-use crate::linear::Linear;
-use crate::methods::MethodConfig;
+use crate::methods::{AdapterConfig, MethodConfig, Start};
 use crate::model_card::{SaveMeta, model_card};
 use crate::plan::{AdapterPlan, PREFIX, plan_for_load};
+use crate::routing::DEFAULT;
 use crate::slot::{Adaptable, SlotRef};
-use crate::target::DEFAULT_TARGETS;
-use crate::trainable::{HostTensor, export_trainable, for_each_trainable_mut};
+use crate::store::{
+    AdapterFile, CONFIG, Stored, WEIGHTS, check_name, load_config, not_finite, read_tensors,
+};
+use crate::trainable::{
+    HostTensor, export_origin_of, export_params_of, export_shared_of, for_each_param_of_mut,
+};
 
-const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
-const PICKLE: &str = "adapter_model.bin";
+/// Where an adapter that took a part of the base's weights keeps what it started from, in the form
+/// that PEFT wants for `path_initial_model_for_weight_conversion`.
+const ORIGIN: &str = "initial_adapter";
+
+/// In what form an adapter is written that started with a part of the base's weights (PiSSA, OLoRA).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaveForm {
+    /// As plain LoRA of twice the rank, which any program loads on the untouched base.
+    Exchange,
+    /// As it is trained, with what it started from beside it: to go on from there.
+    Resume,
+}
 
 /// An adapter that has been read and attached.
 #[derive(Clone, Debug)]
 pub struct LoadedAdapter {
     /// Its configuration, as in the file.
-    pub config: LoraConfig,
+    pub config: AdapterConfig,
     /// What was attached.
     pub plan: AdapterPlan,
 }
 
-/// Writes the model's adapter as a directory that PEFT loads. Each file is complete or absent, and the
-/// same adapter gives the same bytes.
-pub fn save_pretrained<M: Adaptable>(
+/// Writes the model's adapter called [`DEFAULT`] as a directory that PEFT loads. Each file is complete
+/// or absent, and the same adapter gives the same bytes.
+///
+/// # Errors
+/// No adapter; a configuration that is not the adapter's; a value that is not finite; a disk that
+/// refuses.
+pub fn save_pretrained<M: Adaptable, C: Clone + Into<AdapterConfig>>(
     model: &M,
-    cfg: &LoraConfig,
+    cfg: &C,
     meta: &SaveMeta,
     dir: &Path,
 ) -> Result<()> {
-    if attached(model).is_none() {
+    save_pretrained_as(model, DEFAULT, cfg, meta, dir, SaveForm::Exchange)
+}
+
+/// The same for the adapter called `adapter`, in either form.
+pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
+    model: &M,
+    adapter: &str,
+    cfg: &C,
+    meta: &SaveMeta,
+    dir: &Path,
+    form: SaveForm,
+) -> Result<()> {
+    if attached(model, Some(adapter)).is_none() {
         return Err(AdapterError::NoAdapter);
     }
-    let config = resolved(model, cfg, meta);
+    let config = resolved(model, adapter, cfg.clone().into(), meta);
     let plan = plan_for_load(&shapes(model), &config)?;
-    let tensors = export_trainable(model)?;
-    agree(model, &config, &plan, &tensors, dir)?;
-    if let Some((key, ..)) = tensors
-        .iter()
-        .find(|(_, _, values)| values.iter().any(|v| !v.is_finite()))
-    {
-        return Err(AdapterError::NonFinite(key.clone()));
+    let mut tensors = export_params_of(model, adapter)?;
+    tensors.extend(
+        export_shared_of(model, adapter)?
+            .into_iter()
+            .filter(|_| config.stores_shared()),
+    );
+    agree(model, adapter, &config, &plan, &tensors, dir)?;
+    let origin = export_origin_of(model, adapter)?;
+    let mut file = AdapterFile { config, tensors };
+    match (origin, form) {
+        (None, _) => {}
+        (Some(origin), SaveForm::Exchange) => file = converted(file, origin),
+        (Some(origin), SaveForm::Resume) => {
+            let start = AdapterFile {
+                config: file.config.clone(),
+                tensors: origin,
+            };
+            start.write(&dir.join(ORIGIN), None)?;
+        }
     }
-    let weights = dir.join(WEIGHTS);
-    let bytes = serialize(&tensors).map_err(|e| AdapterError::Format {
-        path: weights.clone(),
-        reason: e.to_string(),
-    })?;
-    let mut json =
-        serde_json::to_string_pretty(&config.to_json()).map_err(|e| AdapterError::Format {
-            path: dir.join(CONFIG),
-            reason: e.to_string(),
-        })?;
-    json.push('\n');
-    std::fs::create_dir_all(dir).map_err(|source| AdapterError::Io {
-        path: dir.to_path_buf(),
-        source,
-    })?;
-    // The configuration last: without it nothing takes the directory for an adapter.
-    write(&weights, &bytes)?;
-    write(
-        &dir.join("README.md"),
-        model_card(&config, &plan, meta).as_bytes(),
-    )?;
-    write(&dir.join(CONFIG), json.as_bytes())
+    let card = model_card(&file.config, &plan, meta);
+    file.write(dir, Some(&card))
 }
 
-/// Reads `adapter_config.json`; what is not supported is refused by name.
-pub fn load_config(dir: &Path) -> Result<LoraConfig> {
-    let path = dir.join(CONFIG);
-    let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, e))?;
-    let value: Value = serde_json::from_str(&text).map_err(|e| AdapterError::Format {
-        path: path.clone(),
-        reason: format!("not JSON: {e}"),
-    })?;
-    LoraConfig::from_json(&value, &path.display().to_string())
-}
-
-/// Reads an adapter directory (PEFT's or ours) and attaches it. Everything is checked before the model
-/// is touched: each parameter must be in the file, with its shape and finite, and the file must hold
-/// nothing else; all differences come in one error. `trainable` says whether the parameters require
-/// gradients.
+/// Reads an adapter directory (PEFT's or ours) and attaches it as [`DEFAULT`]. Everything is checked
+/// before the model is touched: each parameter must be in the file, with its shape and finite, and the
+/// file must hold nothing else; all differences come in one error. `trainable` says whether the
+/// parameters require gradients.
+///
+/// # Errors
+/// See above; and an adapter that is there already.
 pub fn load_pretrained<M: Adaptable>(
     model: &mut M,
     dir: &Path,
     trainable: bool,
 ) -> Result<LoadedAdapter> {
+    load_pretrained_as(model, DEFAULT, dir, trainable)
+}
+
+/// The same under a name of its own, beside adapters that are there already, and puts it in use.
+pub fn load_pretrained_as<M: Adaptable>(
+    model: &mut M,
+    adapter: &str,
+    dir: &Path,
+    trainable: bool,
+) -> Result<LoadedAdapter> {
+    check_name(adapter)?;
     let config = load_config(dir)?;
-    if let Some(name) = attached(model) {
-        return Err(AdapterError::Attached(name));
-    }
-    let weights = dir.join(WEIGHTS);
-    if !weights.exists() && dir.join(PICKLE).exists() {
-        return Err(AdapterError::Pickle(dir.to_path_buf()));
-    }
-    let plan = plan_for_load(&shapes(model), &config).map_err(|error| match error {
-        AdapterError::Plan { problems } => AdapterError::Mismatch {
-            path: dir.join(CONFIG),
-            problems,
-            note: made_for(&config),
+    let (plan, mut values, shared, mut origin) = checked(model, adapter, &config, dir)?;
+    install(
+        model,
+        adapter,
+        &config,
+        &plan,
+        trainable,
+        shared,
+        &mut |target, weight| {
+            let keys: Vec<String> = config
+                .parameters(target)
+                .iter()
+                .map(|(name, _)| target.key(name))
+                .collect();
+            let take = |from: &mut HashMap<String, Vec<f32>>| {
+                let taken = keys.iter().map(|key| from.remove(key).unwrap_or_default());
+                taken.collect::<Vec<_>>()
+            };
+            let origin = match (&mut origin, config.takes_from_base()) {
+                (_, false) => None,
+                (Some(origin), true) => Some(take(origin)),
+                // The decomposition depends on nothing but the weight.
+                (None, true) => Some(config.initial(
+                    target,
+                    &Start {
+                        seed: 0,
+                        weight,
+                        given: None,
+                    },
+                )?),
+            };
+            Ok(Values {
+                values: take(&mut values),
+                origin,
+            })
         },
-        other => other,
-    })?;
-    let mut values = read_weights(&weights, model, &config, &plan)?;
-    install(model, &config, &plan, trainable, &mut |target, name| {
-        values.remove(&target.key(name)).unwrap_or_default()
-    })?;
-    // What is left are the trained copies, which `install` has started from the base.
-    for_each_trainable_mut(model, &mut |key, mut param| {
+    )?;
+    // What is left are trained copies, biases and rows, which `install` has started from the base.
+    for_each_param_of_mut(model, adapter, &mut |key, mut param| {
         if let Some(values) = values.remove(key) {
             param.write(values);
         }
@@ -127,91 +164,243 @@ pub fn load_pretrained<M: Adaptable>(
     Ok(LoadedAdapter { config, plan })
 }
 
-/// The configuration as it is written: for this base, and with the modules by name, as PEFT does it.
-fn resolved<M: Adaptable>(model: &M, cfg: &LoraConfig, meta: &SaveMeta) -> LoraConfig {
-    let mut config = cfg.clone();
-    let set = |field: &mut Option<String>, value: &Option<String>| {
-        if value.is_some() {
-            field.clone_from(value);
+/// Replaces the values of the adapter called `adapter` by those in `dir`, without touching the base:
+/// PEFT's `hotswap_adapter`. The configuration must be the same up to what does not change a layer's
+/// shape or arithmetic.
+///
+/// # Errors
+/// As for loading; another method, rank, scale or set of modules. Then the old values stay.
+pub fn hotswap<M: Adaptable>(model: &mut M, adapter: &str, dir: &Path) -> Result<LoadedAdapter> {
+    let have = export_params_of(model, adapter)?;
+    if have.is_empty() {
+        return Err(AdapterError::NoAdapter);
+    }
+    crate::choose::refuse_merged(model)?;
+    let config = load_config(dir)?;
+    let (plan, mut values, ..) = read_checked(model, &config, dir)?;
+    let tensors: Vec<HostTensor> = have
+        .iter()
+        .filter_map(|(key, shape, _)| {
+            let values = values.remove(key)?;
+            Some((key.clone(), shape.clone(), values))
+        })
+        .collect();
+    agree(model, adapter, &config, &plan, &have, dir)?;
+    let mut new: HashMap<String, Vec<f32>> = tensors.into_iter().map(|(k, _, v)| (k, v)).collect();
+    for_each_param_of_mut(model, adapter, &mut |key, mut param| {
+        if let Some(values) = new.remove(key) {
+            param.write(values);
+        }
+    });
+    Ok(LoadedAdapter { config, plan })
+}
+
+type Checked = (
+    AdapterPlan,
+    HashMap<String, Vec<f32>>,
+    SharedValues,
+    Option<HashMap<String, Vec<f32>>>,
+);
+
+fn checked<M: Adaptable>(
+    model: &M,
+    adapter: &str,
+    config: &AdapterConfig,
+    dir: &Path,
+) -> Result<Checked> {
+    if let Some(name) = attached(model, Some(adapter)) {
+        return Err(AdapterError::Attached(name));
+    }
+    read_checked(model, config, dir)
+}
+
+fn read_checked<M: Adaptable>(model: &M, config: &AdapterConfig, dir: &Path) -> Result<Checked> {
+    let stored = read_tensors(dir)?;
+    let plan = plan_for_load(&shapes(model), config).map_err(|error| match error {
+        AdapterError::Plan { problems } => AdapterError::Mismatch {
+            path: dir.join(CONFIG),
+            problems,
+            note: made_for(config),
+        },
+        other => other,
+    })?;
+    let mut want = expected(model, config, &plan);
+    // Without them in the file, their own generator makes them again.
+    let absent = |key: &str| !config.stores_shared() && !stored.contains_key(key);
+    want.retain(|key, _| !(plan.shared.iter().any(|(k, _)| k == key) && absent(key)));
+    let mut values = compared(&dir.join(WEIGHTS), model, config, stored, &want)?;
+    let mut made = config.initial_shared(&plan.shared).into_iter();
+    let shared = plan.shared.iter().map(|(key, shape)| {
+        let made = made.next().unwrap_or_default();
+        (*key, *shape, values.remove(*key).unwrap_or(made))
+    });
+    let shared = shared.collect();
+    let start = dir.join(ORIGIN);
+    let origin = match (config.takes_from_base(), start.join(WEIGHTS).exists()) {
+        (false, _) => None,
+        (true, true) => {
+            let stored = read_tensors(&start)?;
+            let factors: BTreeMap<_, _> = plan
+                .targets
+                .iter()
+                .flat_map(|target| {
+                    let parameters = config.parameters(target).into_iter();
+                    parameters.map(|(name, shape)| (target.key(name), shape))
+                })
+                .collect();
+            let path = start.join(WEIGHTS);
+            Some(compared(&path, model, config, stored, &factors)?)
+        }
+        (true, false) => {
+            refuse_unknown_start(config, dir)?;
+            None
         }
     };
-    set(
-        &mut config.base_model_name_or_path,
-        &meta.base_model_name_or_path,
+    Ok((plan, values, shared, origin))
+}
+
+/// A randomised decomposition cannot be repeated from the weight alone.
+fn refuse_unknown_start(config: &AdapterConfig, dir: &Path) -> Result<()> {
+    let AdapterConfig::Lora(LoraConfig {
+        init_lora_weights: InitLora::PissaNiter(steps),
+        ..
+    }) = config
+    else {
+        return Ok(());
+    };
+    Err(AdapterError::Format {
+        path: dir.join(CONFIG),
+        reason: format!(
+            "init_lora_weights = \"pissa_niter_{steps}\" took from the base what a randomised decomposition \
+             found, and {ORIGIN}/ with it is not there; write the adapter from PEFT with save_pretrained(.., \
+             path_initial_model_for_weight_conversion=..)"
+        ),
+    })
+}
+
+/// The configuration as it is written: for this base, and with the modules by name, as PEFT does it.
+fn resolved<M: Adaptable>(
+    model: &M,
+    adapter: &str,
+    mut config: AdapterConfig,
+    meta: &SaveMeta,
+) -> AdapterConfig {
+    config.set_origin(
+        meta.base_model_name_or_path.as_deref(),
+        meta.revision.as_deref(),
+        meta.task_type.as_deref(),
     );
-    set(&mut config.revision, &meta.revision);
-    set(&mut config.task_type, &meta.task_type);
-    config
-        .other
-        .insert("inference_mode".into(), Value::Bool(true));
-    match config.target_modules {
-        None => {
-            config.target_modules = Some(Targets::List(DEFAULT_TARGETS.map(String::from).to_vec()))
-        }
+    let selection = config.selection();
+    let names = match selection.target {
+        None => Some(selection.default.iter().map(|n| (*n).to_string()).collect()),
         Some(Targets::AllLinear) => {
             let mut names = Vec::new();
             model.for_each_slot_ref(&mut |name, slot| {
-                if matches!(slot, SlotRef::Linear(linear) if linear.adapter.is_some()) {
+                if let SlotRef::Linear(linear) = slot
+                    && linear.part(adapter).is_some_and(|p| p.adapter.is_some())
+                {
                     names.push(name.to_string());
                 }
             });
-            config.target_modules = Some(Targets::List(names));
+            Some(names)
         }
-        Some(_) => {}
+        Some(_) => None,
+    };
+    if let Some(names) = names {
+        config.set_targets(Targets::List(names));
     }
     config
 }
 
-/// A file that an adapter directory must have.
-fn unreadable(path: &Path, source: std::io::Error) -> AdapterError {
-    let path = path.to_path_buf();
-    match source.kind() {
-        std::io::ErrorKind::NotFound => AdapterError::Format {
-            path,
-            reason: "there is no such file; an adapter directory has adapter_config.json and \
-                     adapter_model.safetensors"
-                .into(),
-        },
-        _ => AdapterError::Io { path, source },
+/// Plain LoRA that adds on the untouched base what this adapter and its start add together:
+/// `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`, of twice the rank and, for the same scale, `scale·2r` as alpha.
+fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFile {
+    let AdapterConfig::Lora(mut config) = file.config else {
+        return file;
+    };
+    let double = |r: usize| 2 * r;
+    // alpha/(2r) = old/r, and alpha/√(2r) = old/√r.
+    let factor = if config.use_rslora { 2.0_f64.sqrt() } else { 2.0 };
+    config.r = double(config.r);
+    config.lora_alpha *= factor;
+    // A pattern of one kind alone would leave the other's default in force.
+    config.rank_pattern.iter_mut().for_each(|(_, r)| *r = double(*r));
+    config.alpha_pattern.iter_mut().for_each(|(_, alpha)| *alpha *= factor);
+    config.init_lora_weights = InitLora::Default;
+    let mut origin: HashMap<String, Vec<f32>> =
+        origin.into_iter().map(|(key, _, values)| (key, values)).collect();
+    let tensors = file.tensors.into_iter().map(|(key, shape, values)| {
+        let Some(start) = origin.remove(&key) else {
+            return (key, shape, values);
+        };
+        let [rows, cols] = [shape[0], shape[1]];
+        if key.ends_with("lora_A.weight") {
+            let both = values.into_iter().chain(start).collect();
+            return (key, vec![2 * rows, cols], both);
+        }
+        let mut both = Vec::with_capacity(2 * values.len());
+        for (now, then) in values.chunks(cols).zip(start.chunks(cols)) {
+            both.extend_from_slice(now);
+            both.extend(then.iter().map(|v| -v));
+        }
+        (key, vec![rows, 2 * cols], both)
+    });
+    AdapterFile {
+        tensors: tensors.collect(),
+        config: config.into(),
     }
 }
 
 /// Keys and shapes of every tensor of the file.
-fn expected<C: MethodConfig>(config: &C, plan: &AdapterPlan) -> BTreeMap<String, Vec<usize>> {
+fn expected<M: Adaptable>(
+    model: &M,
+    config: &AdapterConfig,
+    plan: &AdapterPlan,
+) -> BTreeMap<String, Vec<usize>> {
     let mut all = BTreeMap::new();
-    for target in &plan.targets {
-        all.extend(
-            config
-                .parameters(target)
-                .into_iter()
-                .map(|(name, shape)| (target.key(name), shape)),
-        );
-    }
-    for saved in &plan.saved {
-        all.insert(
-            format!("{PREFIX}{}.weight", saved.name),
-            saved.shape.clone(),
-        );
-        if saved.bias {
-            all.insert(
-                format!("{PREFIX}{}.bias", saved.name),
-                saved.shape[..1].to_vec(),
-            );
+    if config.trains_everything() {
+        for module in shapes(model) {
+            if module.bias {
+                all.insert(format!("{}.bias", module.name), module.shape[..1].to_vec());
+            }
+            all.insert(format!("{}.weight", module.name), module.shape);
         }
     }
+    for target in &plan.targets {
+        let parameters = config.parameters(target).into_iter();
+        all.extend(parameters.map(|(name, shape)| (target.key(name), shape)));
+    }
+    for saved in &plan.saved {
+        let key = |own: &str| format!("{PREFIX}{}.{own}", saved.name);
+        all.insert(key("weight"), saved.shape.clone());
+        if saved.bias {
+            all.insert(key("bias"), saved.shape[..1].to_vec());
+        }
+    }
+    let shared = plan.shared.iter();
+    all.extend(shared.map(|(key, shape)| ((*key).to_string(), shape.to_vec())));
+    all.extend(plan.biases.iter().map(|b| (b.key.clone(), vec![b.len])));
+    let tokens = plan.tokens.iter();
+    all.extend(tokens.map(|t| (t.key.clone(), vec![t.indices.len(), t.width])));
     all
 }
 
 /// Refuses to write a configuration that does not describe the adapter beside it.
 fn agree<M: Adaptable>(
     model: &M,
-    config: &LoraConfig,
+    adapter: &str,
+    config: &AdapterConfig,
     plan: &AdapterPlan,
     tensors: &[HostTensor],
     dir: &Path,
 ) -> Result<()> {
     let have: BTreeMap<_, _> = tensors.iter().map(|(key, shape, _)| (key, shape)).collect();
-    let want = expected(config, plan);
+    let mut want = expected(model, config, plan);
+    want.retain(|key, _| {
+        have.contains_key(key)
+            || config.stores_shared()
+            || !plan.shared.iter().any(|(k, _)| k == key)
+    });
     let mut problems = Vec::new();
     for (key, shape) in want
         .iter()
@@ -223,18 +412,23 @@ fn agree<M: Adaptable>(
         problems.push(format!("{key} {shape:?} is attached, but not asked for"));
     }
     model.for_each_slot_ref(&mut |name, slot| {
-        let SlotRef::Linear(Linear {
-            adapter: Some(adapter),
-            ..
-        }) = slot
-        else {
-            return;
+        let scale = match slot {
+            SlotRef::Linear(linear) => {
+                let part = linear.part(adapter).and_then(|p| p.adapter.as_ref());
+                part.map(|adapter| adapter.scale())
+            }
+            SlotRef::Embedding(table) => {
+                let part = table.part(adapter).and_then(|p| p.lora.as_ref());
+                part.map(|lora| lora.scale)
+            }
+            SlotRef::Norm(_) => None,
         };
         let target = plan.targets.iter().find(|t| t.name == name);
-        if let Some(target) = target.filter(|t| t.scale != adapter.scale()) {
+        if let (Some(scale), Some(target)) = (scale, target)
+            && target.scale != scale
+        {
             problems.push(format!(
-                "{name} is scaled by {}, not by {}",
-                adapter.scale(),
+                "{name} is scaled by {scale}, not by {}",
                 target.scale
             ));
         }
@@ -250,120 +444,44 @@ fn agree<M: Adaptable>(
     })
 }
 
-fn serialize(tensors: &[HostTensor]) -> std::result::Result<Vec<u8>, safetensors::SafeTensorError> {
-    let bytes = |values: &[f32]| {
-        values
-            .iter()
-            .flat_map(|v| v.to_le_bytes())
-            .collect::<Vec<u8>>()
-    };
-    let raw: Vec<_> = tensors
-        .iter()
-        .map(|(key, shape, values)| (key, shape, bytes(values)))
-        .collect();
-    let mut views = Vec::with_capacity(raw.len());
-    for (key, shape, bytes) in &raw {
-        views.push((
-            key.as_str(),
-            TensorView::new(Dtype::F32, shape.to_vec(), bytes)?,
-        ));
-    }
-    // Tensors are sorted by name on the way out. Transformers wants to know who wrote the file.
-    safetensors::serialize(
-        views,
-        Some(HashMap::from([("format".to_string(), "pt".to_string())])),
-    )
-}
-
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let io = |source| AdapterError::Io {
-        path: path.to_path_buf(),
-        source,
-    };
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        // As an ordinary file; a temporary one would be its owner's alone.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder
-        .tempfile_in(path.parent().unwrap_or(Path::new(".")))
-        .map_err(io)?;
-    file.write_all(bytes).map_err(io)?;
-    file.as_file().sync_all().map_err(io)?;
-    file.persist(path).map_err(|e| io(e.error))?;
-    Ok(())
-}
-
-/// Reads every tensor of the plan as f32, or reports all that is wrong with the file.
-fn read_weights<M: Adaptable>(
+/// Takes every wanted tensor out of a file as f32, or reports all that is wrong with the file.
+fn compared<M: Adaptable>(
     path: &Path,
     model: &M,
-    config: &LoraConfig,
-    plan: &AdapterPlan,
+    config: &AdapterConfig,
+    mut stored: BTreeMap<String, Stored>,
+    want: &BTreeMap<String, Vec<usize>>,
 ) -> Result<HashMap<String, Vec<f32>>> {
-    let format = |reason: String| AdapterError::Format {
-        path: path.to_path_buf(),
-        reason,
-    };
-    let io = |source| AdapterError::Io {
-        path: path.to_path_buf(),
-        source,
-    };
-    let file = File::open(path).map_err(|e| unreadable(path, e))?;
-    if file.metadata().map_err(io)?.len() == 0 {
-        return Err(format("the file is empty".into()));
-    }
-    // SAFETY: the map is only read, and dropped before this function returns; a file that another
-    // process cuts short meanwhile is the one case that cannot be guarded against.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-    // Checks that the header fits the file and that the tensors cover it without gap or overlap.
-    let file = SafeTensors::deserialize(&map).map_err(|e| {
-        format(format!(
-            "not a whole safetensors file ({e}); copy or download it again"
-        ))
-    })?;
     let mut problems = Vec::new();
-    let mut values = HashMap::new();
-    let want = expected(config, plan);
-    for (key, shape) in &want {
-        match file.tensor(key) {
-            Err(_) => problems.push(format!("{key} {shape:?} is missing")),
-            Ok(view) if view.shape() != shape.as_slice() => {
-                problems.push(format!(
-                    "{key} is {:?} where the model and r need {shape:?}",
-                    view.shape()
-                ));
-            }
-            Ok(view) => match decode(&view) {
-                None => problems.push(format!(
-                    "{key} is {:?}; only F32, F16 and BF16 are read",
-                    view.dtype()
-                )),
-                Some(read) if read.iter().any(|v| !v.is_finite()) => {
-                    problems.push(format!("{key} holds a value that is not finite"));
-                }
-                Some(read) => {
-                    values.insert(key.clone(), read);
-                }
-            },
-        }
-    }
-    let mut names = file.names();
-    names.sort_unstable();
-    for key in names.into_iter().filter(|key| !want.contains_key(*key)) {
-        if !file
-            .tensor(key)
-            .is_ok_and(|view| is_copy_of_base(key, &view, model))
-        {
+    let mut found = HashMap::new();
+    for (key, shape) in want {
+        let Some(tensor) = stored.remove(key) else {
+            problems.push(format!("{key} {shape:?} is missing"));
+            continue;
+        };
+        if tensor.shape != *shape {
             problems.push(format!(
-                "{key} does not belong to an adapter of this configuration on this model"
+                "{key} is {:?} where the model and the configuration need {shape:?}",
+                tensor.shape
             ));
+            continue;
+        }
+        match tensor.values {
+            None => problems.push(tensor.unreadable(key)),
+            Some(values) if values.iter().any(|v| !v.is_finite()) => problems.push(not_finite(key)),
+            Some(values) => {
+                found.insert(key.clone(), values);
+            }
         }
     }
+    let strangers = stored
+        .iter()
+        .filter(|(key, tensor)| !is_copy_of_base(key, tensor, model));
+    problems.extend(strangers.map(|(key, _)| {
+        format!("{key} does not belong to an adapter of this configuration on this model")
+    }));
     if problems.is_empty() {
-        return Ok(values);
+        return Ok(found);
     }
     Err(AdapterError::Mismatch {
         path: path.to_path_buf(),
@@ -374,7 +492,7 @@ fn read_weights<M: Adaptable>(
 
 /// PEFT also writes base weights of embeddings and heads that are targets. They are harmless as long as
 /// they are this base's.
-fn is_copy_of_base<M: Adaptable>(key: &str, view: &TensorView<'_>, model: &M) -> bool {
+fn is_copy_of_base<M: Adaptable>(key: &str, stored: &Stored, model: &M) -> bool {
     let Some(name) = key
         .strip_prefix(PREFIX)
         .and_then(|k| k.strip_suffix(".weight"))
@@ -382,45 +500,28 @@ fn is_copy_of_base<M: Adaptable>(key: &str, view: &TensorView<'_>, model: &M) ->
         return false;
     };
     let name = name.strip_suffix(".base_layer").unwrap_or(name);
-    let Some(stored) = decode(view) else {
+    let Some(values) = &stored.values else {
         return false;
     };
     let mut same = false;
     model.for_each_slot_ref(&mut |slot_name, slot| {
         let base = match slot {
+            // A head that shares the embedding's weights has no place of its own.
+            SlotRef::Embedding(table) if name == "lm_head" || slot_name == name => &table.weight,
             _ if slot_name != name => return,
             SlotRef::Linear(linear) => &linear.weight,
-            SlotRef::Embedding(table) => &table.weight,
-            SlotRef::Norm(_) => return,
+            SlotRef::Embedding(_) | SlotRef::Norm(_) => return,
         };
         let base = crate::methods::to_host(key, base.val()).unwrap_or_default();
-        let rounded = |v: f32| match view.dtype() {
-            Dtype::F16 => f16::from_f32(v).to_f32(),
-            Dtype::BF16 => bf16::from_f32(v).to_f32(),
-            _ => v,
-        };
-        same =
-            base.len() == stored.len() && base.iter().zip(&stored).all(|(b, s)| rounded(*b) == *s);
+        let equal = base.len() == values.len();
+        let mut pairs = base.iter().zip(values);
+        same |= equal && pairs.all(|(b, s)| stored.rounded(*b) == *s);
     });
     same
 }
 
-fn decode(view: &TensorView<'_>) -> Option<Vec<f32>> {
-    let data = view.data();
-    let halves = || data.chunks_exact(2).map(|b| [b[0], b[1]]);
-    Some(match view.dtype() {
-        Dtype::F32 => data
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect(),
-        Dtype::F16 => halves().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::BF16 => halves().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-        _ => return None,
-    })
-}
-
-fn made_for(config: &LoraConfig) -> String {
-    match &config.base_model_name_or_path {
+fn made_for(config: &AdapterConfig) -> String {
+    match config.base_model_name_or_path() {
         Some(base) => {
             format!("The adapter says it was made for {base}: is this the same base model?")
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::attach::trains_bias;
 use crate::config::{Purpose, Targets};
 use crate::error::{AdapterError, Result};
 use crate::methods::MethodConfig;
@@ -16,13 +17,15 @@ pub(crate) const PREFIX: &str = "base_model.model.";
 pub struct TargetPlan {
     /// Full name.
     pub name: String,
+    /// Whether it is an embedding table; else it is a linear layer.
+    pub embedding: bool,
     /// Rank.
     pub r: usize,
     /// Alpha.
     pub alpha: f64,
     /// The factor in front of the update.
     pub scale: f64,
-    /// Width of the input.
+    /// Width of the input; of an embedding, its rows.
     pub in_features: usize,
     /// Width of the output.
     pub out_features: usize,
@@ -50,13 +53,43 @@ pub struct SavedPlan {
     pub params: usize,
 }
 
+/// One bias of the base that is trained along.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BiasPlan {
+    /// Full name of the module.
+    pub name: String,
+    /// Its key in PEFT's file.
+    pub key: String,
+    /// Elements.
+    pub len: usize,
+}
+
+/// Single trained rows of an embedding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokensPlan {
+    /// Full name of the embedding.
+    pub name: String,
+    /// Its key in PEFT's file.
+    pub key: String,
+    /// The rows, in PEFT's order: as they were given.
+    pub indices: Vec<usize>,
+    /// Width of a row.
+    pub width: usize,
+}
+
 /// The whole adapter.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct AdapterPlan {
     /// The adapted modules, in the model's order.
     pub targets: Vec<TargetPlan>,
     /// The modules trained whole, in the model's order.
     pub saved: Vec<SavedPlan>,
+    /// Biases trained along.
+    pub biases: Vec<BiasPlan>,
+    /// Single embedding rows.
+    pub tokens: Vec<TokensPlan>,
+    /// Frozen tensors that all targets share, under their key in PEFT's file.
+    pub shared: Vec<(&'static str, [usize; 2])>,
     /// Elements that are trained.
     pub trainable: usize,
     /// Elements of the base and the adapter together. As in PEFT, a module trained whole counts
@@ -108,21 +141,48 @@ fn build<C: MethodConfig>(
         Matcher::new(&selection).map_err(|problems| AdapterError::Plan { problems })?;
     let mut problems = Vec::new();
     let (mut targets, mut saved) = (Vec::new(), Vec::new());
+    let (mut biases, mut tokens) = (Vec::new(), Vec::new());
     for module in modules {
-        match matcher.role(module) {
-            Ok(Role::Target) => match target(module, cfg, &selection, &mut matcher, purpose) {
+        let role = match matcher.role(module) {
+            Ok(role) => role,
+            Err(problem) => {
+                problems.push(problem);
+                continue;
+            }
+        };
+        match role {
+            Role::Target => match target(module, cfg, &selection, &mut matcher, purpose) {
                 Ok(plan) => targets.push(plan),
                 Err(problem) => problems.push(problem),
             },
-            Ok(Role::Saved) => saved.push(SavedPlan {
+            Role::Saved => saved.push(SavedPlan {
                 name: module.name.clone(),
                 shape: module.shape.clone(),
                 bias: module.bias,
                 params: elements(module),
             }),
-            Ok(Role::Neither) => {}
-            Err(problem) => problems.push(problem),
+            Role::Neither => {}
         }
+        let is_target = role == Role::Target;
+        if module.bias && role != Role::Saved && trains_bias(cfg.bias(), is_target) {
+            let own = if is_target { "base_layer.bias" } else { "bias" };
+            biases.push(BiasPlan {
+                name: module.name.clone(),
+                key: format!("{PREFIX}{}.{own}", module.name),
+                len: module.shape[0],
+            });
+        }
+        if module.kind == ModuleKind::Embedding
+            && let Some(indices) = cfg.token_indices().and_then(|t| t.for_module(&module.name))
+        {
+            match token_rows(module, indices, &role) {
+                Ok(plan) => tokens.push(plan),
+                Err(problem) => problems.push(problem),
+            }
+        }
+    }
+    if cfg.token_indices().is_some() && tokens.is_empty() && problems.is_empty() {
+        problems.push("trainable_token_indices: matches no embedding of the model".into());
     }
     if purpose == Purpose::Initialise {
         problems.extend(
@@ -135,7 +195,8 @@ fn build<C: MethodConfig>(
             format!("layers_to_transform: layer {layer} holds none of the target modules")
         }));
     }
-    if targets.is_empty() && saved.is_empty() && problems.is_empty() {
+    let idle = targets.is_empty() && saved.is_empty() && tokens.is_empty() && biases.is_empty();
+    if idle && problems.is_empty() && !cfg.trains_everything() {
         problems.push(format!(
             "nothing to adapt; its linear layers are {}",
             known(modules)
@@ -144,14 +205,60 @@ fn build<C: MethodConfig>(
     if !problems.is_empty() {
         return Err(AdapterError::Plan { problems });
     }
-    let trainable = targets.iter().map(|t| t.params).sum::<usize>()
-        + saved.iter().map(|s| s.params).sum::<usize>();
     let base = modules.iter().map(elements).sum::<usize>();
+    if cfg.trains_everything() {
+        return Ok(AdapterPlan {
+            trainable: base,
+            total: base,
+            ..AdapterPlan::default()
+        });
+    }
+    // Biases are the base's own, so they do not add to the total.
+    let new = targets.iter().map(|t| t.params).sum::<usize>()
+        + saved.iter().map(|s| s.params).sum::<usize>()
+        + tokens.iter().map(|t| t.indices.len() * t.width).sum::<usize>();
     Ok(AdapterPlan {
+        shared: cfg.shared(&targets),
+        trainable: new + biases.iter().map(|b| b.len).sum::<usize>(),
+        total: base + new,
         targets,
         saved,
-        trainable,
-        total: base + trainable,
+        biases,
+        tokens,
+    })
+}
+
+/// Checks the rows asked for.
+fn token_rows(
+    module: &ModuleShape,
+    indices: &[usize],
+    role: &Role,
+) -> std::result::Result<TokensPlan, String> {
+    let name = &module.name;
+    let rows = module.shape[0];
+    if *role != Role::Neither {
+        return Err(format!(
+            "trainable_token_indices: {name} is adapted or saved whole as well; choose one"
+        ));
+    }
+    if let Some(index) = indices.iter().find(|i| **i >= rows) {
+        return Err(format!(
+            "trainable_token_indices: {name} has rows 0 to {}, and no row {index}",
+            rows - 1
+        ));
+    }
+    let mut seen = BTreeSet::new();
+    if let Some(twice) = indices.iter().find(|i| !seen.insert(**i)) {
+        return Err(format!("trainable_token_indices: {twice} is there twice"));
+    }
+    if indices.is_empty() {
+        return Err(format!("trainable_token_indices: no rows of {name} are named"));
+    }
+    Ok(TokensPlan {
+        name: name.clone(),
+        key: format!("{PREFIX}{name}.token_adapter.trainable_tokens_delta"),
+        indices: indices.to_vec(),
+        width: module.shape[1],
     })
 }
 
@@ -163,16 +270,18 @@ fn target<C: MethodConfig>(
     purpose: Purpose,
 ) -> std::result::Result<TargetPlan, String> {
     let name = module.name.clone();
+    let embedding = module.kind == ModuleKind::Embedding;
     let (out_features, in_features) = match (module.kind, module.shape.as_slice()) {
         (ModuleKind::Linear | ModuleKind::Head, [out, width]) => (*out, *width),
-        (kind, _) => {
-            let what = if kind == ModuleKind::Embedding {
-                "an embedding"
+        (ModuleKind::Embedding, [rows, width]) if cfg.adapts_embeddings() => (*width, *rows),
+        _ => {
+            let what = if embedding {
+                "an embedding, which this method does not adapt"
             } else {
                 "not a linear layer"
             };
             return Err(format!(
-                "target_modules: {name} is {what}; LoRA on anything but a linear layer is not supported (modules_to_save trains a full copy)"
+                "target_modules: {name} is {what} (modules_to_save trains a full copy)"
             ));
         }
     };
@@ -180,8 +289,8 @@ fn target<C: MethodConfig>(
     // A file's rank may exceed what a matrix can hold and still mean something; a new adapter's is a
     // mistake. Past the second bound counting would overflow before the file is even opened.
     let most = match purpose {
-        Purpose::Initialise => in_features.min(out_features),
-        Purpose::Load => in_features * out_features,
+        Purpose::Initialise => cfg.largest_rank(out_features, in_features),
+        Purpose::Load => in_features * out_features + 256,
     };
     if r > most {
         return Err(format!(
@@ -190,6 +299,7 @@ fn target<C: MethodConfig>(
     }
     let mut plan = TargetPlan {
         name,
+        embedding,
         r,
         alpha,
         scale: cfg.scale(r, alpha),

@@ -1,14 +1,17 @@
 //! How a model shows its parameters to this crate: by name, in a fixed order.
 
+use crate::embedding::Embedding;
 use crate::frozen::Frozen;
 use crate::linear::Linear;
+use crate::routing::Routing;
+use crate::xlora::XLora;
 
 /// A named place that an adapter or `modules_to_save` can take hold of, to change it.
 pub enum Slot<'a> {
     /// A linear layer.
     Linear(&'a mut Linear),
     /// An embedding table.
-    Embedding(&'a mut Frozen<2>),
+    Embedding(&'a mut Embedding),
     /// A norm's weight.
     Norm(&'a mut Frozen<1>),
 }
@@ -18,12 +21,59 @@ pub enum SlotRef<'a> {
     /// A linear layer.
     Linear(&'a Linear),
     /// An embedding table.
-    Embedding(&'a Frozen<2>),
+    Embedding(&'a Embedding),
     /// A norm's weight.
     Norm(&'a Frozen<1>),
 }
 
+/// Does the same to whatever kind of module a slot is.
+macro_rules! each {
+    ($slot:expr, $module:ident => $body:expr) => {
+        match $slot {
+            Slot::Linear($module) => $body,
+            Slot::Embedding($module) => $body,
+            Slot::Norm($module) => $body,
+        }
+    };
+    (ref $slot:expr, $module:ident => $body:expr) => {
+        match $slot {
+            SlotRef::Linear($module) => $body,
+            SlotRef::Embedding($module) => $body,
+            SlotRef::Norm($module) => $body,
+        }
+    };
+}
+
+impl Slot<'_> {
+    pub(crate) fn route(&mut self, routing: &Routing) {
+        each!(self, module => module.routing = routing.clone());
+    }
+
+    pub(crate) fn enable(&mut self, enabled: bool) {
+        each!(self, module => module.enabled = enabled);
+    }
+
+    /// Takes off the adapter called `name`, or all of them.
+    pub(crate) fn remove(&mut self, name: Option<&str>) {
+        each!(self, module => module.parts.retain(|part| name.is_some_and(|name| part.name != name)));
+    }
+}
+
 impl SlotRef<'_> {
+    /// Names of the adapters that touch this place.
+    pub(crate) fn adapters(&self) -> Vec<&str> {
+        each!(ref self, module => module.parts.iter().map(|part| part.name.as_str()).collect())
+    }
+
+    /// Whether an adapter is folded into the base here.
+    pub(crate) fn is_merged(&self) -> bool {
+        each!(ref self, module => module.unmerged.is_some())
+    }
+
+    pub(crate) fn routing(&self) -> &Routing {
+        each!(ref self, module => &module.routing)
+    }
+
     /// What this place looks like from outside.
     pub fn shape(&self, name: &str, head: bool) -> ModuleShape {
         let (kind, shape, bias) = match self {
@@ -54,6 +104,14 @@ pub trait Adaptable {
     fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>));
     /// The same, for reading.
     fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>));
+    /// The classifier that mixes X-LoRA's experts, where the model has room for one and carries one.
+    fn gate(&self) -> Option<&XLora> {
+        None
+    }
+    /// The same, to change it.
+    fn gate_mut(&mut self) -> Option<&mut XLora> {
+        None
+    }
     /// Whether the linear layer called `name` yields the logits, so that `all-linear` leaves it out.
     /// Unless a model says otherwise, that is the one called `lm_head`.
     fn is_head(&self, name: &str) -> bool {

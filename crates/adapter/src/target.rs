@@ -8,8 +8,10 @@ use crate::slot::{ModuleKind, ModuleShape};
 
 /// The part of a configuration that all methods share.
 pub struct Selection<'a> {
-    /// Modules to adapt; `None` stands for [`DEFAULT_TARGETS`].
+    /// Modules to adapt; `None` stands for `default`.
     pub target: Option<&'a Targets>,
+    /// What the method adapts in the Llama family when it is not told.
+    pub default: &'static [&'static str],
     /// Modules to leave out of them.
     pub exclude: Option<&'a Targets>,
     /// Modules to train and save whole.
@@ -28,7 +30,7 @@ pub struct Selection<'a> {
     pub alpha_pattern: &'a [(String, f64)],
 }
 
-/// What PEFT adapts in the Llama family when `target_modules` is not given.
+/// What most methods of PEFT's adapt in the Llama family when `target_modules` is not given.
 pub const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 
 /// A compiled [`Selection`], with a note of which of its entries have matched.
@@ -67,7 +69,7 @@ impl Matcher {
     /// Compiles all patterns; what does not compile is returned, one line each.
     pub fn new(s: &Selection<'_>) -> Result<Self, Vec<String>> {
         let mut problems = Vec::new();
-        let defaults = Targets::List(DEFAULT_TARGETS.map(String::from).to_vec());
+        let defaults = Targets::List(s.default.iter().map(|name| (*name).to_string()).collect());
         let target = Names::new(
             "target_modules",
             Some(s.target.unwrap_or(&defaults)),
@@ -257,7 +259,7 @@ impl Matcher {
 impl Names {
     fn new(option: &str, targets: Option<&Targets>, problems: &mut Vec<String>) -> Self {
         match targets {
-            None => Self::Nothing,
+            None | Some(Targets::Nothing) => Self::Nothing,
             Some(Targets::AllLinear) => Self::AllLinear,
             Some(Targets::List(names)) => {
                 Self::List(names.iter().map(|name| Entry::new(name)).collect())
@@ -326,6 +328,13 @@ impl Entry {
             used: false,
         }
     }
+}
+
+/// Whether `targets` means the module of this name; a regular expression that does not compile means
+/// none.
+pub(crate) fn names_module(targets: &Targets, name: &str) -> bool {
+    let names = Names::new("", Some(targets), &mut Vec::new());
+    names.hits(name).is_ok_and(|hits| !hits.is_empty())
 }
 
 fn first_match<T: Copy>(

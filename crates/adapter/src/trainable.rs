@@ -1,78 +1,163 @@
-//! The adapter's parameters in a fixed order, to count, store and restore them.
+//! The parameters of an adapter in a fixed order, to count, store and restore them.
+
+use std::collections::HashMap;
 
 use burn::module::ParamId;
 use burn::tensor::Gradients;
 
 use crate::error::{AdapterError, Result};
-use crate::methods::{ParamMut, ParamRef};
+use crate::methods::{ParamMut, ParamRef, to_host};
 use crate::plan::PREFIX;
+use crate::routing::DEFAULT;
 use crate::slot::{Adaptable, Slot, SlotRef};
 
-/// Calls `f` with every parameter of the adapter (trained copies of `modules_to_save` included) under
-/// its key in PEFT's file, in the model's order.
+/// Calls `f` with every trained parameter of the adapter called `adapter` (copies, biases and single
+/// rows included) under its key in PEFT's file, in the model's order. Where the base itself is trained,
+/// these are its own parameters under their own names.
+pub fn for_each_param_of<M: Adaptable>(
+    model: &M,
+    adapter: &str,
+    f: &mut dyn FnMut(&str, ParamRef<'_>),
+) {
+    let whole = adapter == DEFAULT;
+    model.for_each_slot_ref(&mut |name, slot| {
+        let key = |own: &str| format!("{PREFIX}{name}.{own}");
+        match slot {
+            SlotRef::Linear(linear) => {
+                if whole && linear.trains_base {
+                    f(&format!("{name}.weight"), ParamRef::Matrix(&linear.weight));
+                    if let Some(bias) = &linear.bias {
+                        f(&format!("{name}.bias"), ParamRef::Vector(bias));
+                    }
+                }
+                let Some(part) = linear.part(adapter) else {
+                    return;
+                };
+                if let Some(adapter) = &part.adapter {
+                    adapter.for_each_param(&mut |own, param| f(&key(own), param));
+                }
+                if let Some(saved) = &part.saved {
+                    f(&key("weight"), ParamRef::Matrix(&saved.weight));
+                    if let Some(bias) = &saved.bias {
+                        f(&key("bias"), ParamRef::Vector(bias));
+                    }
+                }
+                if let Some(bias) = &part.bias {
+                    f(&key(bias_name(part.adapter.is_some())), ParamRef::Vector(bias));
+                }
+            }
+            SlotRef::Embedding(table) => {
+                if whole && table.trains_base {
+                    f(&format!("{name}.weight"), ParamRef::Matrix(&table.weight));
+                }
+                let Some(part) = table.part(adapter) else {
+                    return;
+                };
+                if let Some(lora) = &part.lora {
+                    lora.for_each_param(&mut |own, param| f(&key(own), param));
+                }
+                if let Some(saved) = &part.saved {
+                    f(&key("weight"), ParamRef::Matrix(saved));
+                }
+                if let Some(tokens) = &part.tokens {
+                    f(&key(TOKENS), ParamRef::Matrix(&tokens.delta));
+                }
+            }
+            SlotRef::Norm(norm) => {
+                if whole && norm.trains_base {
+                    f(&format!("{name}.weight"), ParamRef::Vector(&norm.weight));
+                }
+                if let Some(part) = norm.part(adapter) {
+                    f(&key("weight"), ParamRef::Vector(&part.saved));
+                }
+            }
+        }
+    });
+    model.gate().into_iter().for_each(|gate| gate.for_each_param(adapter, f));
+}
+
+const TOKENS: &str = "token_adapter.trainable_tokens_delta";
+
+/// An adapted layer's own bias lies one level deeper in PEFT's model.
+fn bias_name(is_target: bool) -> &'static str {
+    if is_target { "base_layer.bias" } else { "bias" }
+}
+
+/// [`for_each_param_of`], to change them.
+pub fn for_each_param_of_mut<M: Adaptable>(
+    model: &mut M,
+    adapter: &str,
+    f: &mut dyn FnMut(&str, ParamMut<'_>),
+) {
+    let whole = adapter == DEFAULT;
+    model.for_each_slot(&mut |name, slot| {
+        let key = |own: &str| format!("{PREFIX}{name}.{own}");
+        match slot {
+            Slot::Linear(linear) => {
+                if whole && linear.trains_base {
+                    f(&format!("{name}.weight"), ParamMut::Matrix(&mut linear.weight));
+                    if let Some(bias) = &mut linear.bias {
+                        f(&format!("{name}.bias"), ParamMut::Vector(bias));
+                    }
+                }
+                for part in linear.parts.iter_mut().filter(|p| p.name == adapter) {
+                    let is_target = part.adapter.is_some();
+                    if let Some(adapter) = &mut part.adapter {
+                        adapter.for_each_param_mut(&mut |own, param| f(&key(own), param));
+                    }
+                    if let Some(saved) = &mut part.saved {
+                        f(&key("weight"), ParamMut::Matrix(&mut saved.weight));
+                        if let Some(bias) = &mut saved.bias {
+                            f(&key("bias"), ParamMut::Vector(bias));
+                        }
+                    }
+                    if let Some(bias) = &mut part.bias {
+                        f(&key(bias_name(is_target)), ParamMut::Vector(bias));
+                    }
+                }
+            }
+            Slot::Embedding(table) => {
+                if whole && table.trains_base {
+                    f(&format!("{name}.weight"), ParamMut::Matrix(&mut table.weight));
+                }
+                for part in table.parts.iter_mut().filter(|p| p.name == adapter) {
+                    if let Some(lora) = &mut part.lora {
+                        lora.for_each_param_mut(&mut |own, param| f(&key(own), param));
+                    }
+                    if let Some(saved) = &mut part.saved {
+                        f(&key("weight"), ParamMut::Matrix(saved));
+                    }
+                    if let Some(tokens) = &mut part.tokens {
+                        f(&key(TOKENS), ParamMut::Matrix(&mut tokens.delta));
+                    }
+                }
+            }
+            Slot::Norm(norm) => {
+                if whole && norm.trains_base {
+                    f(&format!("{name}.weight"), ParamMut::Vector(&mut norm.weight));
+                }
+                for part in norm.parts.iter_mut().filter(|p| p.name == adapter) {
+                    f(&key("weight"), ParamMut::Vector(&mut part.saved));
+                }
+            }
+        }
+    });
+    if let Some(gate) = model.gate_mut() {
+        gate.for_each_param_mut(adapter, f);
+    }
+}
+
+/// [`for_each_param_of`] the adapter called [`DEFAULT`].
 pub fn for_each_trainable<M: Adaptable>(model: &M, f: &mut dyn FnMut(&str, ParamRef<'_>)) {
-    model.for_each_slot_ref(&mut |name, slot| match slot {
-        SlotRef::Linear(linear) => {
-            if let Some(adapter) = &linear.adapter {
-                adapter
-                    .for_each_param(&mut |own, param| f(&format!("{PREFIX}{name}.{own}"), param));
-            }
-            if let Some(saved) = &linear.saved {
-                f(
-                    &format!("{PREFIX}{name}.weight"),
-                    ParamRef::Matrix(&saved.weight),
-                );
-                if let Some(bias) = &saved.bias {
-                    f(&format!("{PREFIX}{name}.bias"), ParamRef::Vector(bias));
-                }
-            }
-        }
-        SlotRef::Embedding(table) => {
-            if let Some(saved) = &table.saved {
-                f(&format!("{PREFIX}{name}.weight"), ParamRef::Matrix(saved));
-            }
-        }
-        SlotRef::Norm(norm) => {
-            if let Some(saved) = &norm.saved {
-                f(&format!("{PREFIX}{name}.weight"), ParamRef::Vector(saved));
-            }
-        }
-    });
+    for_each_param_of(model, DEFAULT, f);
 }
 
-/// The same, to change them.
+/// [`for_each_trainable`], to change them.
 pub fn for_each_trainable_mut<M: Adaptable>(model: &mut M, f: &mut dyn FnMut(&str, ParamMut<'_>)) {
-    model.for_each_slot(&mut |name, slot| match slot {
-        Slot::Linear(linear) => {
-            if let Some(adapter) = &mut linear.adapter {
-                adapter.for_each_param_mut(&mut |own, param| {
-                    f(&format!("{PREFIX}{name}.{own}"), param)
-                });
-            }
-            if let Some(saved) = &mut linear.saved {
-                f(
-                    &format!("{PREFIX}{name}.weight"),
-                    ParamMut::Matrix(&mut saved.weight),
-                );
-                if let Some(bias) = &mut saved.bias {
-                    f(&format!("{PREFIX}{name}.bias"), ParamMut::Vector(bias));
-                }
-            }
-        }
-        Slot::Embedding(table) => {
-            if let Some(saved) = &mut table.saved {
-                f(&format!("{PREFIX}{name}.weight"), ParamMut::Matrix(saved));
-            }
-        }
-        Slot::Norm(norm) => {
-            if let Some(saved) = &mut norm.saved {
-                f(&format!("{PREFIX}{name}.weight"), ParamMut::Vector(saved));
-            }
-        }
-    });
+    for_each_param_of_mut(model, DEFAULT, f);
 }
 
-/// Key, id and shape of every parameter of the adapter.
+/// Key, id and shape of every trained parameter of the adapter called [`DEFAULT`].
 pub fn trainable<M: Adaptable>(model: &M) -> Vec<(String, ParamId, Vec<usize>)> {
     let mut all = Vec::new();
     for_each_trainable(model, &mut |key, param| {
@@ -84,10 +169,15 @@ pub fn trainable<M: Adaptable>(model: &M) -> Vec<(String, ParamId, Vec<usize>)> 
 /// A tensor on the host: key in PEFT's file, shape, values (row-major).
 pub type HostTensor = (String, Vec<usize>, Vec<f32>);
 
-/// Key, shape and values (bit for bit) of every parameter of the adapter.
+/// Key, shape and values (bit for bit) of every trained parameter of the adapter called [`DEFAULT`].
 pub fn export_trainable<M: Adaptable>(model: &M) -> Result<Vec<HostTensor>> {
+    export_params_of(model, DEFAULT)
+}
+
+/// The same of the adapter called `adapter`.
+pub fn export_params_of<M: Adaptable>(model: &M, adapter: &str) -> Result<Vec<HostTensor>> {
     let mut all = Vec::new();
-    for_each_trainable(model, &mut |key, param| {
+    for_each_param_of(model, adapter, &mut |key, param| {
         all.push(
             param
                 .read(key)
@@ -97,7 +187,55 @@ pub fn export_trainable<M: Adaptable>(model: &M) -> Result<Vec<HostTensor>> {
     all.into_iter().collect()
 }
 
-/// Key, shape and gradient of every parameter of the adapter that the backward pass reached.
+/// The frozen tensors that the layers of one adapter share.
+pub(crate) fn export_shared_of<M: Adaptable>(model: &M, adapter: &str) -> Result<Vec<HostTensor>> {
+    let mut found = Vec::new();
+    model.for_each_slot_ref(&mut |_, slot| {
+        if let SlotRef::Linear(linear) = slot
+            && let Some(adapter) = linear.part(adapter).and_then(|part| part.adapter.as_ref())
+            && found.is_empty()
+        {
+            found = adapter.shared();
+        }
+    });
+    found
+        .into_iter()
+        .map(|(key, tensor)| {
+            let shape = tensor.dims().to_vec();
+            Ok((key.to_string(), shape, to_host(key, tensor)?))
+        })
+        .collect()
+}
+
+/// Key, shape and values of what an adapter's parameters started from, where the base is understood to
+/// have given that up; `None` where it gave up nothing.
+pub(crate) fn export_origin_of<M: Adaptable>(
+    model: &M,
+    adapter: &str,
+) -> Result<Option<Vec<HostTensor>>> {
+    let mut found = Vec::new();
+    model.for_each_slot_ref(&mut |name, slot| {
+        if let SlotRef::Linear(linear) = slot
+            && let Some(adapter) = linear.part(adapter).and_then(|part| part.adapter.as_ref())
+            && let Some(origin) = adapter.origin()
+        {
+            let mut names = Vec::new();
+            adapter.for_each_param(&mut |own, _| names.push(format!("{PREFIX}{name}.{own}")));
+            found.extend(names.into_iter().zip(origin));
+        }
+    });
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let read = found.into_iter().map(|(key, tensor)| {
+        let shape = tensor.dims().to_vec();
+        let values = to_host(&key, tensor)?;
+        Ok((key, shape, values))
+    });
+    read.collect::<Result<_>>().map(Some)
+}
+
+/// Key, shape and gradient of every parameter of the adapter called [`DEFAULT`] that the backward pass reached.
 pub fn export_gradients<M: Adaptable>(model: &M, grads: &Gradients) -> Result<Vec<HostTensor>> {
     let mut all = Vec::new();
     for_each_trainable(model, &mut |key, param| {
@@ -142,7 +280,7 @@ pub fn import_trainable<M: Adaptable>(model: &mut M, state: Vec<HostTensor>) -> 
     if !problems.is_empty() {
         return Err(AdapterError::Import { problems });
     }
-    let mut values: std::collections::HashMap<String, Vec<f32>> = state
+    let mut values: HashMap<String, Vec<f32>> = state
         .into_iter()
         .map(|(key, _, values)| (key, values))
         .collect();

@@ -11,6 +11,7 @@ mod cpu;
 
 pub mod attention;
 pub mod cross_entropy;
+pub mod kron_linear;
 pub mod lora_linear;
 pub mod rms_norm;
 pub mod rope;
@@ -20,6 +21,7 @@ pub use cpu::cpu_path;
 
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};
+pub use kron_linear::{kron, kron_linear};
 pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
 pub use rms_norm::rms_norm;
 pub use rope::rope;

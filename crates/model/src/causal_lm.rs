@@ -195,13 +195,25 @@ impl CausalLm {
 
     /// The matrix that yields logits `[vocabulary, hidden]`: the head's, or the embedding's when
     /// they are tied. An adapter on the head is included, and gradients reach it. A trained copy of a
-    /// tied embedding leaves the head as it was, as in PEFT.
+    /// tied embedding, or low-rank factors beside it, leave the head as it was, as in PEFT; single
+    /// trained rows do not.
     pub fn head_weight(&self) -> Tensor<2> {
         match self {
             Self::Llama(model) => match &model.lm_head {
                 Some(head) => head.weight_in_use(),
-                None => model.embed_tokens.weight.val(),
+                None => model.embed_tokens.head_weight(),
             },
+        }
+    }
+
+    /// Whether [`Self::logits`] is a product with [`Self::head_weight`] and nothing else: an adapter
+    /// on the head may add a bias, drop inputs in training, or differ between rows.
+    pub fn head_is_one_product(&self) -> bool {
+        match self {
+            Self::Llama(model) => {
+                let head = model.lm_head.as_ref();
+                head.is_none_or(enamel_adapter::Linear::is_one_product)
+            }
         }
     }
 
@@ -210,7 +222,7 @@ impl CausalLm {
         match self {
             Self::Llama(model) => match &model.lm_head {
                 Some(head) => head.forward(hidden),
-                None => enamel_kernels::linear(hidden, model.embed_tokens.weight.val()),
+                None => enamel_kernels::linear(hidden, model.embed_tokens.head_weight()),
             },
         }
     }

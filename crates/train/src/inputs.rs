@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use enamel_adapter::{AdapterPlan, LoraConfig};
+use enamel_adapter::{AdapterConfig, AdapterPlan};
 use enamel_data::{Example, Examples, load_examples, split_rows};
 use enamel_model::CausalLm;
 use enamel_model::checkpoint::{hex, sha256_file};
@@ -28,7 +28,7 @@ pub struct Inputs {
     /// Validation rows.
     pub valid: Vec<Example>,
     /// The adapter's configuration: the recipe's, or that of the adapter training starts from.
-    pub adapter: LoraConfig,
+    pub adapter: AdapterConfig,
     /// What it matches.
     pub plan: AdapterPlan,
     /// Hashes and versions.
@@ -54,7 +54,7 @@ impl Inputs {
         }
         let adapter = match &recipe.adapter.init_from {
             Some(dir) => enamel_adapter::load_config(dir)?,
-            None => recipe.adapter.lora_config(),
+            None => recipe.adapter.config(),
         };
         // An adapter from elsewhere may name modules that this model lacks; PEFT loads it all the same.
         let plan = match &recipe.adapter.init_from {

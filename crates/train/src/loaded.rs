@@ -163,8 +163,9 @@ fn hub_repository(name: &str) -> Option<String> {
 pub fn base_of(adapter: &Path) -> Result<String, TrainError> {
     let config = enamel_adapter::load_config(adapter)?;
     let name = config
-        .base_model_name_or_path
-        .filter(|name| !name.is_empty());
+        .base_model_name_or_path()
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned);
     let name = name.ok_or_else(|| TrainError::Run {
         path: adapter.to_owned(),
         reason: "adapter_config.json does not name a base model".to_owned(),
@@ -178,7 +179,7 @@ pub fn base_of(adapter: &Path) -> Result<String, TrainError> {
     if let Some(entry) = catalogue.names().find(same) {
         return Ok(entry.to_owned());
     }
-    let hub = match config.revision {
+    let hub = match config.revision() {
         Some(revision) => format!("hf:{name}@{revision}"),
         None => format!("hf:{name}"),
     };

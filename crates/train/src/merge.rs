@@ -116,7 +116,11 @@ fn native_dtype(checkpoint: &Checkpoint) -> SaveDtype {
 fn untie(model: &mut CausalLm) {
     match model {
         CausalLm::Llama(llama) => {
-            if llama.lm_head.is_none() && llama.embed_tokens.saved.is_some() {
+            // Rows trained by themselves are the head's too, and what else an adapter does to the table
+            // is not.
+            let part = llama.embed_tokens.part(enamel_adapter::DEFAULT);
+            let differs = part.is_some_and(|part| part.saved.is_some() || part.lora.is_some());
+            if llama.lm_head.is_none() && differs {
                 let head = llama.embed_tokens.weight.val();
                 llama.lm_head = Some(Linear::new("lm_head", head, None));
             }

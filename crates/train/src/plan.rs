@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use enamel_adapter::{AdapterPlan, LoraConfig};
+use enamel_adapter::{AdapterConfig, AdapterPlan};
 use enamel_data::Note;
 use enamel_model::LlamaConfig;
 use enamel_model::source::PullProgress;
@@ -97,13 +97,13 @@ pub fn plan_model(
             (base.config, base.local.source_note)
         }
     };
-    let lora = recipe.adapter.lora_config();
+    let adapter = recipe.adapter.config();
     Ok(PlanReport {
         model: recipe.model.base.clone(),
         source,
         shape: shape(&config),
-        method: method(&lora),
-        adapter: enamel_adapter::plan(&config.modules(), &lora)?,
+        method: method(&adapter),
+        adapter: enamel_adapter::plan(&config.modules(), &adapter)?,
         data: None,
     })
 }
@@ -163,14 +163,30 @@ fn shape(config: &LlamaConfig) -> String {
     )
 }
 
-fn method(lora: &LoraConfig) -> String {
-    format!(
-        "LoRA, r = {}, lora_alpha = {}, lora_dropout = {}{}",
-        lora.r,
-        lora.lora_alpha,
-        lora.lora_dropout,
-        if lora.use_rslora { ", rsLoRA" } else { "" }
-    )
+/// The adapter in words: the method and its settings as PEFT's file names them.
+fn method(config: &AdapterConfig) -> String {
+    let json = config.to_json();
+    let on = |key: &str| json[key].as_bool() == Some(true);
+    let (name, keys): (&str, &[&str]) = match config {
+        AdapterConfig::Lora(lora) if lora.use_dora => ("DoRA", &["r", "lora_alpha", "lora_dropout"]),
+        AdapterConfig::Lora(_) => ("LoRA", &["r", "lora_alpha", "lora_dropout"]),
+        AdapterConfig::Loha(_) => ("LoHa", &["r", "alpha"]),
+        AdapterConfig::Lokr(_) => ("LoKr", &["r", "alpha", "decompose_factor"]),
+        AdapterConfig::AdaLora(_) => ("AdaLoRA", &["init_r", "target_r", "lora_alpha", "lora_dropout"]),
+        AdapterConfig::Vera(_) => ("VeRA", &["r", "d_initial", "vera_dropout"]),
+        AdapterConfig::Ia3(_) => ("(IA)³", &[]),
+        AdapterConfig::Full(_) => ("full fine-tuning", &[]),
+    };
+    let mut text = name.to_owned();
+    for key in keys {
+        text.push_str(&format!(", {key} = {}", json[key]));
+    }
+    for (key, word) in [("use_rslora", "rsLoRA"), ("decompose_both", "both factors decomposed")] {
+        if on(key) {
+            text.push_str(&format!(", {word}"));
+        }
+    }
+    text
 }
 
 fn rhythm(recipe: &Recipe, steps: usize) -> String {

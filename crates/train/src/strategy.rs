@@ -18,7 +18,7 @@ use burn::train::{
     SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
     TrainingComponents, TrainingItem, ValidLoader,
 };
-use enamel_adapter::{LoraConfig, SaveMeta};
+use enamel_adapter::{AdapterConfig, SaveMeta};
 
 use crate::checkpoints::{Best, Checkpoints, RunState};
 use crate::error::TrainError;
@@ -96,7 +96,7 @@ pub struct StepStrategy {
     /// Where checkpoints go.
     pub checkpoints: Checkpoints,
     /// How adapters are written.
-    pub adapter: LoraConfig,
+    pub adapter: AdapterConfig,
     /// What is written beside them.
     pub meta: SaveMeta,
     /// Set by signals.

@@ -1,21 +1,28 @@
-//! LoRA: `y = W·x + s·B·A·drop(x)`, `s = alpha / r` (or `alpha / √r`, rank-stabilised).
+//! LoRA: `y = W·x + b + s·(B·A·drop(x) + b_B)`, `s = alpha / r` (or `alpha / √r`, rank-stabilised), and
+//! DoRA, which learns the length of each row of `W + s·B·A` by itself.
 //!
-//! Formulas as in Hu et al. 2021 (arXiv:2106.09685) and Kalajdzievski 2023 (arXiv:2312.03732);
+//! Formulas as in Hu et al. 2021 (arXiv:2106.09685), Kalajdzievski 2023 (arXiv:2312.03732) and Liu et al.
+//! 2024 (arXiv:2402.09353, with the length taken as a constant in the backward pass, its section 4.3);
 //! initialisation and names as in PEFT's `tuners/lora/layer.py`.
 
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
-use rand_chacha::ChaCha8Rng;
+use enamel_kernels::{linear, lora_linear};
 
-use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Placement};
-use crate::attach::{gaussian, uniform};
-use crate::config::{InitLora, LoraConfig, Purpose};
+use super::lora_embedding::{self, LoraEmbedding};
+use super::lora_start;
+use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use crate::config::{Bias, LoraConfig, Purpose, TokenIndices};
+use crate::error::Result;
+use crate::linear::Base;
 use crate::plan::TargetPlan;
-use crate::target::Selection;
+use crate::target::{DEFAULT_TARGETS, Selection};
 
-const A: &str = "lora_A.weight";
-const B: &str = "lora_B.weight";
+pub(super) const A: &str = "lora_A.weight";
+pub(super) const B: &str = "lora_B.weight";
+const B_BIAS: &str = "lora_B.bias";
+pub(super) const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// The two factors beside one linear layer.
 #[derive(Module, Debug)]
@@ -24,6 +31,12 @@ pub struct Lora {
     pub lora_a: Param<Tensor<2>>,
     /// `[out, r]`
     pub lora_b: Param<Tensor<2>>,
+    /// A bias behind B, `[out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// DoRA's lengths, `[out]`.
+    pub magnitude: Option<Magnitude>,
+    /// What the factors started from, where the base is understood to have given it up.
+    pub origin: Option<Origin>,
     /// On the adapter's input only, and only in training.
     pub dropout: Dropout,
     /// `s` above.
@@ -31,50 +44,193 @@ pub struct Lora {
     pub scale: f64,
 }
 
-impl Method for Lora {
-    fn forward(&self, x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-        let (a, b) = (self.lora_a.val(), self.lora_b.val());
-        // The base sees all of x, so with dropout the two products no longer share their input.
-        if self.dropout.prob > 0.0 && x.device().is_autodiff() && self.dropout.training.is_enabled()
-        {
-            let low = self
-                .dropout
-                .forward(x.clone())
-                .matmul(a.transpose())
-                .mul_scalar(self.scale);
-            return enamel_kernels::linear(x, weight) + low.matmul(b.transpose());
-        }
-        enamel_kernels::lora_linear(x, weight, a, b, self.scale)
+/// DoRA's part of a layer.
+#[derive(Module, Debug)]
+pub struct Magnitude {
+    /// The length of each row, `[out]`.
+    pub length: Param<Tensor<1>>,
+    /// Squared lengths of the base's rows, `[out]`: they never change.
+    pub base_squares: Tensor<1>,
+}
+
+/// First values of A and B, frozen.
+#[derive(Module, Debug)]
+pub struct Origin {
+    /// `[r, in]`
+    pub a: Tensor<2>,
+    /// `[out, r]`
+    pub b: Tensor<2>,
+}
+
+impl Lora {
+    /// Whether this pass drops inputs: in training, which is on an autodiff device.
+    fn dropping(&self) -> bool {
+        super::at_work(&self.dropout, &self.lora_a)
     }
 
-    fn delta_weight(&self) -> Tensor<2> {
-        self.lora_b
-            .val()
-            .matmul(self.lora_a.val())
-            .mul_scalar(self.scale)
+    /// A and B, and what they started from taken off again: of twice the rank then.
+    fn factors(&self) -> (Tensor<2>, Tensor<2>) {
+        let (a, b) = (self.lora_a.val(), self.lora_b.val());
+        match &self.origin {
+            Some(origin) => (
+                Tensor::cat(vec![a, origin.a.clone()], 0),
+                Tensor::cat(vec![b, -origin.b.clone()], 1),
+            ),
+            None => (a, b),
+        }
+    }
+
+    /// The base that the factors are beside.
+    fn residual(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+        let weight = base.weight.clone();
+        match &self.origin {
+            Some(origin) => {
+                lora_linear(x, weight, origin.a.clone(), -origin.b.clone(), self.scale)
+            }
+            None => linear(x, weight),
+        }
+    }
+
+    fn plus_bias(&self, y: Tensor<2>, base: &Base) -> Tensor<2> {
+        let y = base.plus_bias(y);
+        match &self.bias {
+            Some(bias) => y + bias.val().mul_scalar(self.scale).unsqueeze(),
+            None => y,
+        }
+    }
+}
+
+impl Magnitude {
+    /// What each output is multiplied by: the learnt length over that of `W + s·B·A`, which is not
+    /// formed: `‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b` for a row w and its b. `[out]`
+    fn factor(&self, weight: &Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64) -> Tensor<1> {
+        let (weight, a, b) = (untracked(weight.clone()), untracked(a), untracked(b));
+        let [out, _] = weight.dims();
+        // `[r, out]`: few rows times the weight, which is read once.
+        let across = linear(a.clone(), weight).transpose();
+        let gram = a.clone().matmul(a.transpose());
+        let both = across.mul_scalar(2.0 * scale) + b.clone().matmul(gram).mul_scalar(scale * scale);
+        let squares = self.base_squares.clone() + (both * b).sum_dim(1).reshape([out]);
+        // Rounding may leave a row of zeros slightly below zero.
+        self.length.val() / squares.clamp_min(0.0).sqrt()
+    }
+}
+
+/// Out of the graph: a leaf that is trained stays one when it is detached.
+pub(super) fn untracked<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    tensor.detach().set_require_grad(false)
+}
+
+/// Lengths of the rows of a matrix, `[rows]`.
+pub(super) fn row_lengths(matrix: Tensor<2>) -> Tensor<1> {
+    let [rows, _] = matrix.dims();
+    (matrix.clone() * matrix).sum_dim(1).reshape([rows]).sqrt()
+}
+
+impl Method for Lora {
+    fn forward(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+        let weight = base.weight.clone();
+        let y = match (&self.magnitude, self.dropping()) {
+            (None, false) => {
+                let (a, b) = self.factors();
+                lora_linear(x, weight, a, b, self.scale)
+            }
+            // The base sees all of x, so with dropout the two products no longer share their input.
+            (None, true) => {
+                let low = self.dropout.forward(x.clone());
+                let low = low.matmul(self.lora_a.val().transpose());
+                let low = low.mul_scalar(self.scale);
+                self.residual(x, base) + low.matmul(self.lora_b.val().transpose())
+            }
+            (Some(magnitude), dropping) => {
+                let (a, b) = (self.lora_a.val(), self.lora_b.val());
+                let factor = magnitude.factor(&weight, a.clone(), b.clone(), self.scale);
+                let factor: Tensor<2> = factor.unsqueeze();
+                if dropping {
+                    // PEFT scales what the dropped input makes and leaves the rest as the base has it.
+                    let kept = self.dropout.forward(x.clone());
+                    let rest = linear(x - kept.clone(), weight.clone());
+                    rest + lora_linear(kept, weight, a, b, self.scale) * factor
+                } else {
+                    lora_linear(x, weight, a, b, self.scale) * factor
+                }
+            }
+        };
+        self.plus_bias(y, base)
+    }
+
+    fn part(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+        if self.magnitude.is_some() || self.dropping() {
+            return self.forward(x.clone(), base) - base.forward(x);
+        }
+        let (a, b) = self.factors();
+        let low = x.matmul(a.transpose()).mul_scalar(self.scale);
+        let y = low.matmul(b.transpose());
+        match &self.bias {
+            Some(bias) => y + bias.val().mul_scalar(self.scale).unsqueeze(),
+            None => y,
+        }
+    }
+
+    fn merged(&self, base: Base) -> Base {
+        let (a, b) = self.factors();
+        let sum = base.weight + b.matmul(a).mul_scalar(self.scale);
+        let weight = match &self.magnitude {
+            Some(magnitude) => {
+                let factor = magnitude.length.val() / row_lengths(untracked(sum.clone()));
+                sum * factor.unsqueeze_dim(1)
+            }
+            None => sum,
+        };
+        let own = self.bias.as_ref().map(|b| b.val().mul_scalar(self.scale));
+        let bias = match (base.bias, own) {
+            (Some(bias), Some(own)) => Some(bias + own),
+            (bias, own) => bias.or(own),
+        };
+        Base { weight, bias }
     }
 
     fn scale(&self) -> f64 {
         self.scale
     }
 
+    fn drops(&self) -> bool {
+        self.dropping()
+    }
+
     fn for_each_param(&self, f: &mut dyn FnMut(&'static str, ParamRef<'_>)) {
         f(A, ParamRef::Matrix(&self.lora_a));
         f(B, ParamRef::Matrix(&self.lora_b));
+        if let Some(bias) = &self.bias {
+            f(B_BIAS, ParamRef::Vector(bias));
+        }
+        if let Some(magnitude) = &self.magnitude {
+            f(MAGNITUDE, ParamRef::Vector(&magnitude.length));
+        }
     }
 
     fn for_each_param_mut(&mut self, f: &mut dyn FnMut(&'static str, ParamMut<'_>)) {
         f(A, ParamMut::Matrix(&mut self.lora_a));
         f(B, ParamMut::Matrix(&mut self.lora_b));
+        if let Some(bias) = &mut self.bias {
+            f(B_BIAS, ParamMut::Vector(bias));
+        }
+        if let Some(magnitude) = &mut self.magnitude {
+            f(MAGNITUDE, ParamMut::Vector(&mut magnitude.length));
+        }
+    }
+
+    fn origin(&self) -> Option<Vec<Tensor<2>>> {
+        let origin = self.origin.as_ref()?;
+        Some(vec![origin.a.clone(), origin.b.clone()])
     }
 }
 
 impl MethodConfig for LoraConfig {
-    const PEFT_TYPE: &'static str = "LORA";
-
     fn selection(&self) -> Selection<'_> {
         Selection {
             target: self.target_modules.as_ref(),
+            default: &DEFAULT_TARGETS,
             exclude: self.exclude_modules.as_ref(),
             save: self.modules_to_save.as_deref().unwrap_or_default(),
             layers: self.layers_to_transform.as_deref().unwrap_or_default(),
@@ -95,36 +251,80 @@ impl MethodConfig for LoraConfig {
         alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
-    fn parameters(&self, target: &TargetPlan) -> Vec<(&'static str, Vec<usize>)> {
-        vec![
-            (A, vec![target.r, target.in_features]),
-            (B, vec![target.out_features, target.r]),
-        ]
+    fn parameters(&self, target: &TargetPlan) -> Parameters {
+        let (r, out) = (target.r, target.out_features);
+        if target.embedding {
+            return lora_embedding::parameters(target, self.use_dora);
+        }
+        let mut all = vec![(A, vec![r, target.in_features]), (B, vec![out, r])];
+        if self.lora_bias {
+            all.push((B_BIAS, vec![out]));
+        }
+        if self.use_dora {
+            all.push((MAGNITUDE, vec![out]));
+        }
+        all
     }
 
-    fn initial(&self, target: &TargetPlan, name: &str, rng: &mut ChaCha8Rng) -> Vec<f32> {
-        let (r, width) = (target.r, target.in_features);
-        match (name, &self.init_lora_weights) {
-            // Kaiming uniform with a = √5 is U(±1/√fan_in).
-            (A, InitLora::Default | InitLora::Random) => {
-                uniform(rng, r * width, 1.0 / (width as f64).sqrt())
-            }
-            (A, _) => gaussian(rng, r * width, 1.0 / r as f64),
-            // PEFT's `False` leaves torch's own initialisation of a linear layer on B too.
-            (_, InitLora::Random) => uniform(rng, target.out_features * r, 1.0 / (r as f64).sqrt()),
-            _ => vec![0.0; target.out_features * r],
-        }
+    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+        lora_start::initial(self, target, start)
     }
 
     fn build(&self, target: &TargetPlan, values: Vec<Vec<f32>>, place: &Placement<'_>) -> Adapter {
+        let (r, width, out) = (target.r, target.in_features, target.out_features);
         let mut values = values.into_iter();
         let mut next = || values.next().unwrap_or_default();
+        let lora_a = place.param(&target.key(A), next(), [r, width]);
+        let lora_b = place.param(&target.key(B), next(), [out, r]);
+        let bias = self.lora_bias.then(|| place.param(&target.key(B_BIAS), next(), [out]));
+        let magnitude = self.use_dora.then(|| Magnitude {
+            length: place.param(&target.key(MAGNITUDE), next(), [out]),
+            base_squares: {
+                let weight = untracked(place.weight.clone());
+                (weight.clone() * weight).sum_dim(1).reshape([out])
+            },
+        });
+        let origin = place.origin.as_ref().map(|origin| {
+            let at = |i: usize| origin.get(i).cloned().unwrap_or_default();
+            Origin {
+                a: place.tensor(at(0), [r, width]),
+                b: place.tensor(at(1), [out, r]),
+            }
+        });
         Adapter::Lora(Lora {
-            lora_a: place.param(&target.key(A), next(), [target.r, target.in_features]),
-            lora_b: place.param(&target.key(B), next(), [target.out_features, target.r]),
+            lora_a,
+            lora_b,
+            bias,
+            magnitude,
+            origin,
             dropout: DropoutConfig::new(self.lora_dropout).init(),
             scale: target.scale,
         })
+    }
+
+    fn build_embedding(
+        &self,
+        target: &TargetPlan,
+        values: Vec<Vec<f32>>,
+        place: &Placement<'_>,
+    ) -> Option<LoraEmbedding> {
+        Some(LoraEmbedding::build(target, values, place, self.use_dora))
+    }
+
+    fn adapts_embeddings(&self) -> bool {
+        true
+    }
+
+    fn bias(&self) -> Bias {
+        self.bias
+    }
+
+    fn token_indices(&self) -> Option<&TokenIndices> {
+        self.trainable_token_indices.as_ref()
+    }
+
+    fn takes_from_base(&self) -> bool {
+        self.init_lora_weights.takes_from_base()
     }
 }
 
@@ -195,9 +395,11 @@ mod tests {
                 use_rslora,
                 ..LoraConfig::default()
             }));
-            let super::Adapter::Lora(lora) = linear.adapter.as_ref().unwrap();
-            let by_hand = lora.lora_b.val().matmul(lora.lora_a.val()) * scale;
-            assert!(difference(&values(lora.delta_weight_of()), &values(by_hand)) < 1e-6);
+            let super::Adapter::Lora(lora) = linear.parts[0].adapter.as_ref().unwrap() else {
+                panic!()
+            };
+            let by_hand = linear.weight.val() + lora.lora_b.val().matmul(lora.lora_a.val()) * scale;
+            assert!(difference(&values(linear.weight_in_use()), &values(by_hand)) < 1e-6);
         }
     }
 
@@ -264,11 +466,5 @@ mod tests {
                 + linear.bias_in_use().unwrap().unsqueeze(),
         );
         assert!((0..50).any(|_| values(linear.forward(x.clone())) == base));
-    }
-
-    impl super::Lora {
-        fn delta_weight_of(&self) -> Tensor<2> {
-            super::Method::delta_weight(self)
-        }
     }
 }

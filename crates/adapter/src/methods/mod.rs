@@ -1,55 +1,153 @@
-//! The adapter methods: one file each, one line each in the list at the end of this one.
+//! The adapter methods: one file each, one line each in the lists at the end of this one.
 //!
-//! A method's file holds its parameters with [`Method`] (what they compute, what they add to the weight,
-//! what they are called in PEFT's file) and its configuration's [`MethodConfig`] (which modules, how many
-//! parameters, how they start). Matching, counting, attaching, merging, storing and the directory format
-//! ask for nothing else.
+//! A method's file holds its parameters with [`Method`] (what they compute, what they make of the weight
+//! when they are folded in, what they are called in PEFT's file) and its configuration with
+//! [`MethodConfig`] (which modules, how many parameters, how they start). Matching, counting, attaching,
+//! merging, storing and the directory format ask for nothing else.
 
+pub mod adalora;
+pub mod full;
+pub mod ia3;
+pub mod loha;
+pub mod lokr;
 pub mod lora;
+pub mod lora_embedding;
+pub mod lora_start;
+pub mod tokens;
+pub mod vera;
 
 use burn::module::{Module, Param, ParamId};
+use burn::nn::Dropout;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
 
-use crate::config::Purpose;
+use crate::config::{Bias, LoraConfig, Purpose, Targets, TokenIndices, object_of};
 use crate::error::{AdapterError, Result};
+use crate::linear::Base;
 use crate::plan::TargetPlan;
 use crate::target::Selection;
 
 /// What a method's parameters do, once they are attached to a linear layer.
 pub trait Method: Module {
-    /// `x · wᵀ` plus the adapter's part, in activation space.
+    /// The layer with the adapter, in activation space.
     ///
     /// # Shapes
-    /// - x: `[rows, in]`, weight: `[out, in]`, result: `[rows, out]`
-    fn forward(&self, x: Tensor<2>, weight: Tensor<2>) -> Tensor<2>;
-    /// What the adapter adds to the weight, `[out, in]`: the definition that merging and export use
-    /// and that `forward` is tested against.
-    fn delta_weight(&self) -> Tensor<2>;
+    /// - x: `[rows, in]`, result: `[rows, out]`
+    fn forward(&self, x: Tensor<2>, base: &Base) -> Tensor<2>;
+    /// Weight and bias with the adapter folded in: the definition that merging and export use and that
+    /// `forward` is tested against.
+    fn merged(&self, base: Base) -> Base;
+    /// What the adapter adds to the layer's output, `[rows, out]`, for sums over several adapters.
+    fn part(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+        self.forward(x.clone(), base) - base.forward(x)
+    }
     /// The factor in front of the adapter's product.
     fn scale(&self) -> f64;
-    /// Calls `f` with each parameter under the name it has in PEFT's file after the module's.
+    /// Whether the forward pass, as things stand, drops anything at random.
+    fn drops(&self) -> bool;
+    /// Calls `f` with each trained parameter under the name it has in PEFT's file after the module's.
     fn for_each_param(&self, f: &mut dyn FnMut(&'static str, ParamRef<'_>));
     /// The same, to change them.
     fn for_each_param_mut(&mut self, f: &mut dyn FnMut(&'static str, ParamMut<'_>));
+    /// Frozen tensors that all layers share, under their whole key in PEFT's file.
+    fn shared(&self) -> Vec<(&'static str, Tensor<2>)> {
+        Vec::new()
+    }
+    /// What the parameters started from, where the base is understood to have given it up
+    /// ([`InitLora::takes_from_base`](crate::config::InitLora::takes_from_base)), in the order of [`MethodConfig::parameters`].
+    fn origin(&self) -> Option<Vec<Tensor<2>>> {
+        None
+    }
 }
+
+/// Names (after the module's) and shapes of parameters.
+pub type Parameters = Vec<(&'static str, Vec<usize>)>;
 
 /// What a method's configuration tells the rest of the crate.
 pub trait MethodConfig {
-    /// `peft_type` in `adapter_config.json`.
-    const PEFT_TYPE: &'static str;
     /// Which modules it takes hold of.
     fn selection(&self) -> Selection<'_>;
     /// Options that are wrong or not supported, one line each.
     fn problems(&self, purpose: Purpose) -> Vec<String>;
     /// The factor in front of the adapter's product.
     fn scale(&self, r: usize, alpha: f64) -> f64;
-    /// Names (after the module's) and shapes of the parameters one target gets, in a fixed order.
-    fn parameters(&self, target: &TargetPlan) -> Vec<(&'static str, Vec<usize>)>;
-    /// The values the parameter called `name` starts from, drawn from `rng` alone.
-    fn initial(&self, target: &TargetPlan, name: &str, rng: &mut ChaCha8Rng) -> Vec<f32>;
-    /// The adapter of one target, from values in the order of [`MethodConfig::parameters`].
+    /// The highest rank that means something on a matrix of this shape.
+    fn largest_rank(&self, out_features: usize, in_features: usize) -> usize {
+        in_features.min(out_features)
+    }
+    /// Names and shapes of the parameters one target gets, in a fixed order.
+    fn parameters(&self, target: &TargetPlan) -> Parameters;
+    /// Values that the parameters of one target start from, in the order of
+    /// [`MethodConfig::parameters`].
+    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>>;
+    /// The adapter of one linear layer, from values in the order of [`MethodConfig::parameters`].
     fn build(&self, target: &TargetPlan, values: Vec<Vec<f32>>, place: &Placement<'_>) -> Adapter;
+    /// The factors beside an embedding; `None` where the method knows only linear layers.
+    fn build_embedding(
+        &self,
+        _target: &TargetPlan,
+        _values: Vec<Vec<f32>>,
+        _place: &Placement<'_>,
+    ) -> Option<lora_embedding::LoraEmbedding> {
+        None
+    }
+    /// Whether an embedding may be a target.
+    fn adapts_embeddings(&self) -> bool {
+        false
+    }
+    /// Which biases of the base are trained along.
+    fn bias(&self) -> Bias {
+        Bias::None
+    }
+    /// Single embedding rows to train.
+    fn token_indices(&self) -> Option<&TokenIndices> {
+        None
+    }
+    /// Whether everything in the base is trained, and no adapter.
+    fn trains_everything(&self) -> bool {
+        false
+    }
+    /// Frozen tensors that all targets share: whole key in PEFT's file and shape.
+    fn shared(&self, _targets: &[TargetPlan]) -> Vec<(&'static str, [usize; 2])> {
+        Vec::new()
+    }
+    /// Values of the shared tensors where no file holds them, in the order of
+    /// [`MethodConfig::shared`].
+    fn initial_shared(&self, _shapes: &[(&'static str, [usize; 2])]) -> Vec<Vec<f32>> {
+        Vec::new()
+    }
+    /// Whether a file must hold the shared tensors.
+    fn stores_shared(&self) -> bool {
+        true
+    }
+    /// Whether the parameters begin with what the base is understood to have given up.
+    fn takes_from_base(&self) -> bool {
+        false
+    }
+}
+
+/// What first values may depend on.
+pub struct Start<'a> {
+    /// The run's seed.
+    pub seed: u64,
+    /// The base's weight `[out, in]` (`[vocabulary, hidden]` for an embedding), row-major, when asked
+    /// for.
+    pub weight: &'a dyn Fn() -> Result<Vec<f32>>,
+    /// First values from elsewhere (EVA), by module: A's rows `[r, in]`.
+    pub given: Option<&'a dyn Fn(&str) -> Option<Vec<f32>>>,
+}
+
+impl Start<'_> {
+    /// The generator of one parameter: seed and name decide what it draws.
+    pub fn rng(&self, target: &TargetPlan, parameter: &str) -> ChaCha8Rng {
+        crate::random::rng(self.seed, &target.key(parameter))
+    }
+}
+
+/// Whether a forward pass drops anything: in training, which is on an autodiff device.
+pub(crate) fn at_work<const D: usize>(dropout: &Dropout, parameter: &Param<Tensor<D>>) -> bool {
+    dropout.prob > 0.0 && dropout.training.is_enabled() && parameter.val().device().is_autodiff()
 }
 
 /// Where a new parameter goes and whether it is trained.
@@ -58,6 +156,14 @@ pub struct Placement<'a> {
     pub device: &'a Device,
     /// Whether it requires a gradient.
     pub trainable: bool,
+    /// The adapter's name, which sets its parameters apart from another adapter's.
+    pub adapter: &'a str,
+    /// Frozen tensors that all layers share.
+    pub shared: &'a [(&'static str, Tensor<2>)],
+    /// The weight that the adapter is beside.
+    pub weight: Tensor<2>,
+    /// Values that the parameters started from, where [`MethodConfig::takes_from_base`].
+    pub origin: Option<Vec<Vec<f32>>>,
 }
 
 impl Placement<'_> {
@@ -68,8 +174,29 @@ impl Placement<'_> {
         values: Vec<f32>,
         shape: [usize; D],
     ) -> Param<Tensor<D>> {
-        let value = Tensor::from_data(TensorData::new(values, shape), (self.device, DType::F32));
-        Param::initialized(crate::frozen::param_id(key), value).set_require_grad(self.trainable)
+        let value = self.tensor(values, shape);
+        Param::initialized(adapter_param_id(self.adapter, key), value)
+            .set_require_grad(self.trainable)
+    }
+
+    /// A tensor that is no parameter.
+    pub fn tensor<const D: usize>(&self, values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
+        Tensor::from_data(TensorData::new(values, shape), (self.device, DType::F32))
+    }
+
+    /// The shared tensor under `key`.
+    pub fn shared(&self, key: &str) -> Option<Tensor<2>> {
+        let found = self.shared.iter().find(|(k, _)| *k == key);
+        found.map(|(_, tensor)| tensor.clone())
+    }
+}
+
+/// The id of an adapter's parameter. The adapter without a name has ids that depend on the key alone.
+pub(crate) fn adapter_param_id(adapter: &str, key: &str) -> ParamId {
+    if adapter == crate::routing::DEFAULT {
+        crate::frozen::param_id(key)
+    } else {
+        crate::frozen::param_id(&format!("{adapter}/{key}"))
     }
 }
 
@@ -173,6 +300,8 @@ macro_rules! methods {
     ($($variant:ident($adapter:ty)),+ $(,)?) => {
         /// The adapter beside a linear layer.
         #[derive(Module, Debug)]
+        // As large as its largest method; there is one a layer.
+        #[allow(clippy::large_enum_variant)]
         pub enum Adapter {
             $(
                 #[doc = concat!("[`", stringify!($adapter), "`]")]
@@ -181,19 +310,29 @@ macro_rules! methods {
         }
 
         impl Adapter {
-            /// `x · wᵀ` plus the adapter's part; see [`Method::forward`].
-            pub fn forward(&self, x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-                match self { $(Self::$variant(m) => m.forward(x, weight),)+ }
+            /// The layer with the adapter; see [`Method::forward`].
+            pub fn forward(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+                match self { $(Self::$variant(m) => m.forward(x, base),)+ }
             }
 
-            /// What the adapter adds to the weight; see [`Method::delta_weight`].
-            pub fn delta_weight(&self) -> Tensor<2> {
-                match self { $(Self::$variant(m) => m.delta_weight(),)+ }
+            /// What it adds to the layer's output; see [`Method::part`].
+            pub fn part(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+                match self { $(Self::$variant(m) => m.part(x, base),)+ }
+            }
+
+            /// Weight and bias with the adapter folded in; see [`Method::merged`].
+            pub fn merged(&self, base: Base) -> Base {
+                match self { $(Self::$variant(m) => m.merged(base),)+ }
             }
 
             /// The factor in front of the adapter's product.
             pub fn scale(&self) -> f64 {
                 match self { $(Self::$variant(m) => m.scale(),)+ }
+            }
+
+            /// Whether it drops anything at random now.
+            pub fn drops(&self) -> bool {
+                match self { $(Self::$variant(m) => m.drops(),)+ }
             }
 
             /// Its parameters; see [`Method::for_each_param`].
@@ -205,11 +344,193 @@ macro_rules! methods {
             pub fn for_each_param_mut(&mut self, f: &mut dyn FnMut(&'static str, ParamMut<'_>)) {
                 match self { $(Self::$variant(m) => m.for_each_param_mut(f),)+ }
             }
+
+            /// Frozen tensors that all layers share; see [`Method::shared`].
+            pub fn shared(&self) -> Vec<(&'static str, Tensor<2>)> {
+                match self { $(Self::$variant(m) => m.shared(),)+ }
+            }
+
+            /// What its parameters started from; see [`Method::origin`].
+            pub fn origin(&self) -> Option<Vec<Tensor<2>>> {
+                match self { $(Self::$variant(m) => m.origin(),)+ }
+            }
         }
     };
 }
 
-// The list: a new method is a file beside this one and a line here.
+/// Makes one enum of the configurations and passes every call on.
+macro_rules! configs {
+    ($($variant:ident($config:ty)),+ $(,)?) => {
+        /// The configuration of any method.
+        #[derive(Clone, Debug, PartialEq)]
+        #[allow(clippy::large_enum_variant)]
+        pub enum AdapterConfig {
+            $(
+                #[doc = concat!("[`", stringify!($config), "`]")]
+                $variant($config),
+            )+
+        }
+
+        $(impl From<$config> for AdapterConfig {
+            fn from(config: $config) -> Self {
+                Self::$variant(config)
+            }
+        })+
+
+        impl AdapterConfig {
+            /// Every `peft_type` that is read.
+            pub const PEFT_TYPES: &'static [&'static str] = &[$(<$config>::PEFT_TYPE,)+];
+
+            /// `peft_type` in the file.
+            pub fn peft_type(&self) -> &'static str {
+                match self { $(Self::$variant(_) => <$config>::PEFT_TYPE,)+ }
+            }
+
+            /// Reads `adapter_config.json` of any method; `origin` names the file in errors.
+            ///
+            /// # Errors
+            /// A type that is not one of [`Self::PEFT_TYPES`]; all wrong values and all that is not
+            /// supported, at once.
+            pub fn from_json(value: &Value, origin: &str) -> Result<Self> {
+                let object = object_of(value, origin, None)?;
+                let kind = object.get("peft_type").and_then(Value::as_str).unwrap_or_default();
+                $(if kind == <$config>::PEFT_TYPE {
+                    return <$config>::from_json(value, origin).map(Self::$variant);
+                })+
+                Err(AdapterError::Config {
+                    origin: origin.to_string(),
+                    problems: vec![format!(
+                        "peft_type is {}; supported are {}",
+                        object.get("peft_type").unwrap_or(&Value::Null),
+                        Self::PEFT_TYPES.join(", ")
+                    )],
+                })
+            }
+
+            /// The file's contents, keys sorted.
+            pub fn to_json(&self) -> Value {
+                match self { $(Self::$variant(c) => c.to_json(),)+ }
+            }
+
+            /// Keys that nobody knows; see [`LoraConfig::unknown_keys`].
+            pub fn unknown_keys(&self) -> Vec<&str> {
+                match self { $(Self::$variant(c) => c.unknown_keys(),)+ }
+            }
+
+            /// The base model's name or directory.
+            pub fn base_model_name_or_path(&self) -> Option<&str> {
+                match self { $(Self::$variant(c) => c.base_model_name_or_path.as_deref(),)+ }
+            }
+
+            /// The base model's revision.
+            pub fn revision(&self) -> Option<&str> {
+                match self { $(Self::$variant(c) => c.revision.as_deref(),)+ }
+            }
+
+            /// What the model is for.
+            pub fn task_type(&self) -> Option<&str> {
+                match self { $(Self::$variant(c) => c.task_type.as_deref(),)+ }
+            }
+
+            /// Sets what the file says of its base; `None` leaves a field alone.
+            pub fn set_origin(
+                &mut self,
+                base: Option<&str>,
+                revision: Option<&str>,
+                task_type: Option<&str>,
+            ) {
+                match self { $(Self::$variant(c) => {
+                    if let Some(base) = base { c.base_model_name_or_path = Some(base.into()); }
+                    if let Some(revision) = revision { c.revision = Some(revision.into()); }
+                    if let Some(task) = task_type { c.task_type = Some(task.into()); }
+                    c.other.insert("inference_mode".into(), Value::Bool(true));
+                })+ }
+            }
+
+            /// Replaces `target_modules`.
+            pub fn set_targets(&mut self, targets: Targets) {
+                match self { $(Self::$variant(c) => c.target_modules = Some(targets),)+ }
+            }
+
+            fn inner(&self) -> &dyn MethodConfig {
+                match self { $(Self::$variant(c) => c,)+ }
+            }
+        }
+    };
+}
+
+impl MethodConfig for AdapterConfig {
+    fn selection(&self) -> Selection<'_> {
+        self.inner().selection()
+    }
+    fn problems(&self, purpose: Purpose) -> Vec<String> {
+        self.inner().problems(purpose)
+    }
+    fn scale(&self, r: usize, alpha: f64) -> f64 {
+        self.inner().scale(r, alpha)
+    }
+    fn largest_rank(&self, out_features: usize, in_features: usize) -> usize {
+        self.inner().largest_rank(out_features, in_features)
+    }
+    fn parameters(&self, target: &TargetPlan) -> Parameters {
+        self.inner().parameters(target)
+    }
+    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+        self.inner().initial(target, start)
+    }
+    fn build(&self, target: &TargetPlan, values: Vec<Vec<f32>>, place: &Placement<'_>) -> Adapter {
+        self.inner().build(target, values, place)
+    }
+    fn build_embedding(
+        &self,
+        target: &TargetPlan,
+        values: Vec<Vec<f32>>,
+        place: &Placement<'_>,
+    ) -> Option<lora_embedding::LoraEmbedding> {
+        self.inner().build_embedding(target, values, place)
+    }
+    fn adapts_embeddings(&self) -> bool {
+        self.inner().adapts_embeddings()
+    }
+    fn bias(&self) -> Bias {
+        self.inner().bias()
+    }
+    fn token_indices(&self) -> Option<&TokenIndices> {
+        self.inner().token_indices()
+    }
+    fn trains_everything(&self) -> bool {
+        self.inner().trains_everything()
+    }
+    fn shared(&self, targets: &[TargetPlan]) -> Vec<(&'static str, [usize; 2])> {
+        self.inner().shared(targets)
+    }
+    fn initial_shared(&self, shapes: &[(&'static str, [usize; 2])]) -> Vec<Vec<f32>> {
+        self.inner().initial_shared(shapes)
+    }
+    fn stores_shared(&self) -> bool {
+        self.inner().stores_shared()
+    }
+    fn takes_from_base(&self) -> bool {
+        self.inner().takes_from_base()
+    }
+}
+
+// The lists: a new method is a file beside this one and a line in each.
 methods! {
     Lora(lora::Lora),
+    Loha(loha::Loha),
+    Lokr(lokr::Lokr),
+    AdaLora(adalora::AdaLora),
+    Vera(vera::Vera),
+    Ia3(ia3::Ia3),
+}
+
+configs! {
+    Lora(LoraConfig),
+    Loha(loha::LohaConfig),
+    Lokr(lokr::LokrConfig),
+    AdaLora(adalora::AdaLoraConfig),
+    Vera(vera::VeraConfig),
+    Ia3(ia3::Ia3Config),
+    Full(full::FullConfig),
 }

@@ -2,8 +2,8 @@
 //! transformers' `modeling_llama.py`.
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData, module::embedding};
-use enamel_adapter::{Adaptable, Frozen, Linear, Slot, SlotRef};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef};
 use enamel_kernels::{AttentionSpec, KeyMask, attention, rms_norm, rope, silu_mul};
 
 use crate::causal_lm::{LoadError, ModelInput};
@@ -17,7 +17,7 @@ pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, LoadEr
 #[derive(Module, Debug)]
 pub struct Llama {
     /// `model.embed_tokens` `[vocabulary, hidden]`.
-    pub embed_tokens: Frozen<2>,
+    pub embed_tokens: Embedding,
     /// `model.layers.N`.
     pub layers: Vec<Layer>,
     /// `model.norm`.
@@ -96,7 +96,10 @@ impl Llama {
         let inner = config.intermediate_size;
         let queries = config.num_attention_heads * config.head_dim;
         let keys = config.num_key_value_heads * config.head_dim;
-        let embed_tokens = build.frozen("model.embed_tokens", [config.vocab_size, hidden])?;
+        let embed_tokens = Embedding::new(
+            "model.embed_tokens.weight",
+            build.tensor("model.embed_tokens.weight", [config.vocab_size, hidden])?,
+        );
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for (i, sliding_window) in config.sliding_windows.iter().enumerate() {
             let name = |rest: &str| format!("model.layers.{i}.{rest}");
@@ -179,7 +182,7 @@ impl Llama {
 
     /// Token ids `[batch, tokens]` to the residual stream `[batch, tokens, hidden]`.
     pub fn embed(&self, input_ids: Tensor<2, Int>) -> Tensor<3> {
-        embedding(self.embed_tokens.val(), input_ids)
+        self.embed_tokens.forward(input_ids)
     }
 
     /// The rotary tables and the mask for `tokens` tokens after `offset` cached ones.

@@ -2,14 +2,18 @@
 
 use std::path::PathBuf;
 
-use enamel_adapter::{InitLora, LoraConfig, Targets};
+use enamel_adapter::{AdapterConfig, InitLora, LoraConfig, Targets};
 use enamel_data::DataSpec;
 
 use super::settings::{AdapterSettings, DataSettings, InitWeights, Modules, NamedInit};
 
 impl AdapterSettings {
     /// PEFT's configuration of a new adapter.
-    pub fn lora_config(&self) -> LoraConfig {
+    pub fn config(&self) -> AdapterConfig {
+        self.lora_config().into()
+    }
+
+    fn lora_config(&self) -> LoraConfig {
         LoraConfig {
             r: self.r,
             lora_alpha: self.lora_alpha,

@@ -1,0 +1,254 @@
+//! LoRA's configuration.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Purpose;
+use super::fields::{Pattern, PeftValue, peft_config, through_serde};
+use super::targets::Targets;
+
+/// How the factors start (`init_lora_weights`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "InitForm", into = "InitForm")]
+pub enum InitLora {
+    /// `true`: A from U(±1/√in), B zero, so that the output starts unchanged.
+    #[default]
+    Default,
+    /// `false`: A and B both random; the output starts changed.
+    Random,
+    /// `"gaussian"`: A from N(0, 1/r) (the standard deviation), B zero.
+    Gaussian,
+    /// `"orthogonal"`: A and B random with row and column spaces that are orthogonal, so that the
+    /// output starts unchanged though neither is zero; even ranks only.
+    Orthogonal,
+    /// `"pissa"`: the leading singular vectors of the weight, which the adapter takes over from it.
+    Pissa,
+    /// `"pissa_niter_N"`: the same by a randomised decomposition with N power iterations.
+    PissaNiter(usize),
+    /// `"olora"`: the leading columns of the weight's QR decomposition.
+    Olora,
+    /// `"eva"`: A from the leading directions of the layer's inputs over the training data, B zero.
+    Eva,
+    /// Another of PEFT's names. Such an adapter may be read, but not started here.
+    Other(String),
+}
+
+impl InitLora {
+    /// Whether the adapter starts with a part of the base's weight that the base is understood to
+    /// have given up: `W·x` becomes `(W − s·B₀·A₀)·x`.
+    pub fn takes_from_base(&self) -> bool {
+        matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum InitForm {
+    Flag(bool),
+    Name(String),
+}
+
+impl From<InitForm> for InitLora {
+    fn from(form: InitForm) -> Self {
+        let name = match form {
+            InitForm::Flag(true) => return Self::Default,
+            InitForm::Flag(false) => return Self::Random,
+            InitForm::Name(name) => name,
+        };
+        match name.to_ascii_lowercase().as_str() {
+            "gaussian" => Self::Gaussian,
+            "orthogonal" => Self::Orthogonal,
+            "pissa" => Self::Pissa,
+            "olora" => Self::Olora,
+            "eva" => Self::Eva,
+            lower => match lower.strip_prefix("pissa_niter_").map(str::parse) {
+                Some(Ok(steps)) => Self::PissaNiter(steps),
+                _ => Self::Other(name),
+            },
+        }
+    }
+}
+
+impl From<InitLora> for InitForm {
+    fn from(init: InitLora) -> Self {
+        match init {
+            InitLora::Default => Self::Flag(true),
+            InitLora::Random => Self::Flag(false),
+            InitLora::Gaussian => Self::Name("gaussian".into()),
+            InitLora::Orthogonal => Self::Name("orthogonal".into()),
+            InitLora::Pissa => Self::Name("pissa".into()),
+            InitLora::PissaNiter(steps) => Self::Name(format!("pissa_niter_{steps}")),
+            InitLora::Olora => Self::Name("olora".into()),
+            InitLora::Eva => Self::Name("eva".into()),
+            InitLora::Other(s) => Self::Name(s),
+        }
+    }
+}
+
+/// Which biases of the base are trained along (`bias`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bias {
+    /// None of them.
+    #[default]
+    None,
+    /// Those of all modules that have one.
+    All,
+    /// Those of the adapted modules.
+    LoraOnly,
+}
+
+/// Tokens of which single embedding rows are trained (`trainable_token_indices`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TokenIndices {
+    /// Rows of the input embedding.
+    Input(Vec<usize>),
+    /// Rows of the embeddings of these names.
+    Named(std::collections::BTreeMap<String, Vec<usize>>),
+}
+
+impl TokenIndices {
+    /// The tokens for the embedding called `module`, if it is meant.
+    pub fn for_module(&self, module: &str) -> Option<&[usize]> {
+        let ends = |name: &str| {
+            module == name
+                || module
+                    .strip_suffix(name)
+                    .is_some_and(|head| head.ends_with('.'))
+        };
+        let list = match self {
+            Self::Input(list) => ends("embed_tokens").then_some(list),
+            Self::Named(map) => map.iter().find(|(name, _)| ends(name)).map(|(_, list)| list),
+        };
+        list.map(Vec::as_slice)
+    }
+}
+
+through_serde!(InitLora, Bias, TokenIndices);
+
+peft_config! {
+    /// PEFT's `LoraConfig`. The defaults are PEFT's.
+    pub struct LoraConfig in "LORA" {
+        /// Rank of the update.
+        r: usize = 8;
+        /// Numerator of the scale.
+        lora_alpha: f64 = 8.0;
+        /// Probability with which an element of the adapter's input is dropped in training.
+        lora_dropout: f64 = 0.0;
+        /// The modules to adapt; `None` stands for `q_proj` and `v_proj`.
+        target_modules: Option<Targets> = None;
+        /// Modules to leave out of them.
+        exclude_modules: Option<Targets> = None;
+        /// Modules of which a full copy is trained and saved.
+        modules_to_save: Option<Vec<String>> = None;
+        /// Only these layers (with a list of target names).
+        layers_to_transform: Option<Vec<usize>> = None;
+        /// The name before the layer's number, where the first number in a name is not the layer's.
+        layers_pattern: Option<Vec<String>> = None;
+        /// Scale by `alpha / √r` in place of `alpha / r`.
+        use_rslora: bool = false;
+        /// DoRA: learn the length of each output's weights by itself.
+        use_dora: bool = false;
+        /// How the factors start.
+        init_lora_weights: InitLora = InitLora::Default;
+        /// Other ranks for some modules, first match wins.
+        rank_pattern: Pattern<usize> = Vec::new();
+        /// Other alphas for some modules, first match wins.
+        alpha_pattern: Pattern<f64> = Vec::new();
+        /// Which biases of the base are trained.
+        bias: Bias = Bias::None;
+        /// A bias of its own behind B.
+        lora_bias: bool = false;
+        /// Tokens of which the embedding's row is trained.
+        trainable_token_indices: Option<TokenIndices> = None;
+    }
+    written {
+        // About the base's own storage, which is `[out, in]` here whatever a file says.
+        "fan_in_fan_out": json!(false);
+        "alora_invocation_tokens": Value::Null;
+        "arrow_config": Value::Null;
+        "corda_config": Value::Null;
+        "ensure_weight_tying": json!(false);
+        "eva_config": Value::Null;
+        "layer_replication": Value::Null;
+        "loftq_config": json!({});
+        "megatron_config": Value::Null;
+        "megatron_core": json!("megatron.core");
+        "qalora_group_size": json!(16);
+        "target_parameters": Value::Null;
+        "use_qalora": json!(false);
+    }
+    refused {
+        "alora_invocation_tokens": "activated LoRA";
+        "target_parameters": "LoRA on bare parameters";
+        "layer_replication": "replicating layers";
+        "megatron_config": "Megatron's parallel layers";
+        "use_qalora": "QA-LoRA";
+        "use_bdlora": "block-diagonal LoRA";
+        "arrow_config": "Arrow routing";
+        "velora_config": "VeLoRA";
+        "monteclora_config": "Monte Carlo LoRA";
+        "kasa_config": "KaSA";
+        "ensure_weight_tying": "adapters shared between tied layers";
+    }
+}
+
+impl LoraConfig {
+    /// Options that are out of range or ask for what is not supported, one line each.
+    pub fn unsupported(&self, purpose: Purpose) -> Vec<String> {
+        let mut problems = super::rank_problems(
+            self.r,
+            &self.rank_pattern,
+            ("lora_alpha", self.lora_alpha),
+            &self.alpha_pattern,
+        );
+        problems.extend(super::probability("lora_dropout", self.lora_dropout));
+        problems.extend(super::layer_problems(
+            self.target_modules.as_ref(),
+            self.layers_to_transform.as_deref(),
+            self.layers_pattern.as_deref(),
+        ));
+        if self.use_dora && self.lora_bias {
+            problems.push("lora_bias = true: DoRA has no place for it; use one of the two".into());
+        }
+        problems.extend(self.refused());
+        problems.extend(self.init_problem(purpose));
+        problems
+    }
+
+    /// EVA's settings (`eva_config`): how far ranks may be moved between modules.
+    pub fn eva_rho(&self) -> f64 {
+        let rho = self.other.get("eva_config").and_then(|c| c.get("rho"));
+        rho.and_then(Value::as_f64).unwrap_or(2.0)
+    }
+
+    fn init_problem(&self, purpose: Purpose) -> Option<String> {
+        let name = self.init_lora_weights.write();
+        if purpose == Purpose::Initialise && self.use_dora && self.init_lora_weights.takes_from_base()
+        {
+            return Some(format!(
+                "init_lora_weights = {name} together with use_dora is not supported: the length of \
+                 the weights would be taken from a base that the adapter changes"
+            ));
+        }
+        match (&self.init_lora_weights, purpose) {
+            (InitLora::Orthogonal, Purpose::Initialise) => {
+                let ranks = self.rank_pattern.iter().map(|(_, r)| r);
+                let odd = ranks.chain([&self.r]).find(|r| *r % 2 == 1)?;
+                Some(format!(
+                    "init_lora_weights = \"orthogonal\" needs even ranks, not {odd}"
+                ))
+            }
+            (InitLora::Other(_), Purpose::Initialise) => Some(format!(
+                "init_lora_weights = {name} is not supported; use true, false, \"gaussian\", \
+                 \"orthogonal\", \"pissa\", \"pissa_niter_N\", \"olora\" or \"eva\""
+            )),
+            (InitLora::Other(_), Purpose::Load) => Some(format!(
+                "init_lora_weights = {name} may have changed the base weights, which the adapter's file does not \
+                 hold; write it from PEFT with save_pretrained(.., path_initial_model_for_weight_conversion=..)"
+            )),
+            _ => None,
+        }
+    }
+}

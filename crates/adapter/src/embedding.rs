@@ -1,0 +1,127 @@
+//! The embedding table that adapters attach to.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Int, Tensor, module::embedding};
+
+use crate::frozen::frozen_param;
+use crate::methods::lora_embedding::LoraEmbedding;
+use crate::methods::tokens::TrainableTokens;
+use crate::routing::{Routing, groups, index, reunite};
+
+/// A frozen table `[vocabulary, hidden]` and any number of adapters beside it.
+#[derive(Module, Debug)]
+pub struct Embedding {
+    /// The base table. Never trained, unless all of the base is.
+    pub weight: Param<Tensor<2>>,
+    /// What each adapter that touches the table does to it.
+    pub parts: Vec<EmbeddingPart>,
+    /// The base as it was, while adapters are merged into it.
+    pub(crate) unmerged: Option<Param<Tensor<2>>>,
+    #[module(skip)]
+    pub(crate) routing: Routing,
+    #[module(skip)]
+    pub(crate) enabled: bool,
+    #[module(skip)]
+    pub(crate) trains_base: bool,
+}
+
+/// What one adapter does to one embedding: one of the three.
+#[derive(Module, Debug)]
+pub struct EmbeddingPart {
+    /// The adapter's name.
+    #[module(skip)]
+    pub name: String,
+    /// Low-rank factors, when the table is a target.
+    pub lora: Option<LoraEmbedding>,
+    /// The trained copy, when `modules_to_save` names the table.
+    pub saved: Option<Param<Tensor<2>>>,
+    /// Single trained rows, when `trainable_token_indices` names some.
+    pub tokens: Option<TrainableTokens>,
+}
+
+impl Embedding {
+    /// Wraps a loaded table; `name` is the full parameter name and decides the parameter's id.
+    pub fn new(name: &str, weight: Tensor<2>) -> Self {
+        Self {
+            weight: frozen_param(name, weight),
+            parts: Vec::new(),
+            unmerged: None,
+            routing: Routing::default(),
+            enabled: true,
+            trains_base: false,
+        }
+    }
+
+    /// Token ids `[batch, tokens]` to their vectors `[batch, tokens, hidden]`.
+    pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let [batch, tokens] = ids.dims();
+        match &self.routing {
+            Routing::Active(names) if self.in_force() => self.through(ids, names),
+            Routing::Rows(rows) if self.in_force() => {
+                let device = self.weight.val().device();
+                let width = self.weight.dims()[1];
+                let groups = groups(rows, batch);
+                let results = groups.iter().map(|group| {
+                    let ids = ids.clone().select(0, index(group.places.clone(), &device));
+                    let names: Vec<String> = group.name.map(String::from).into_iter().collect();
+                    let count = group.places.len();
+                    self.through(ids, &names).reshape([count, tokens * width])
+                });
+                let results = results.collect();
+                reunite(&groups, results, &device).reshape([batch, tokens, width])
+            }
+            _ => embedding(self.weight.val(), ids),
+        }
+    }
+
+    fn in_force(&self) -> bool {
+        self.enabled && self.unmerged.is_none()
+    }
+
+    fn through(&self, ids: Tensor<2, Int>, names: &[String]) -> Tensor<3> {
+        let table = self.table_for(names);
+        let y = embedding(table.clone(), ids.clone());
+        let adapters = self.parts_of(names).filter_map(|part| part.lora.as_ref());
+        adapters.fold(y, |y, lora| lora.forward(ids.clone(), y, &table))
+    }
+
+    /// The table with what adapters train of it whole: a copy, or single rows.
+    fn table_for(&self, names: &[String]) -> Tensor<2> {
+        self.parts_of(names).fold(self.weight.val(), |table, part| {
+            let table = part.saved.as_ref().map_or(table, |saved| saved.val());
+            match &part.tokens {
+                Some(tokens) => tokens.replace(table),
+                None => table,
+            }
+        })
+    }
+
+    fn parts_of<'a>(&'a self, names: &'a [String]) -> impl Iterator<Item = &'a EmbeddingPart> {
+        names.iter().filter_map(|name| self.part(name))
+    }
+
+    /// What the adapter called `name` does here.
+    pub fn part(&self, name: &str) -> Option<&EmbeddingPart> {
+        self.parts.iter().find(|part| part.name == name)
+    }
+
+    /// The table with the named adapters folded in, `[vocabulary, hidden]`.
+    pub fn folded(&self, names: &[String]) -> Tensor<2> {
+        let table = self.table_for(names);
+        let adapters = self.parts_of(names).filter_map(|part| part.lora.as_ref());
+        adapters.fold(table, |table, lora| lora.merged(table))
+    }
+
+    /// The matrix of a head that shares this table, `[vocabulary, hidden]`. As in PEFT, it follows the
+    /// rows that `trainable_token_indices` trains, and neither low-rank factors nor a trained copy.
+    pub fn head_weight(&self) -> Tensor<2> {
+        let Routing::Active(names) = &self.routing else {
+            return self.weight.val();
+        };
+        if !self.in_force() {
+            return self.weight.val();
+        }
+        let tokens = self.parts_of(names).filter_map(|part| part.tokens.as_ref());
+        tokens.fold(self.weight.val(), |table, tokens| tokens.replace(table))
+    }
+}

@@ -1,0 +1,71 @@
+//! Full fine-tuning: every parameter of the base is trained, and there is no adapter. The baseline that
+//! the others are judged against.
+//!
+//! PEFT has no such method. Its configuration exists so that a checkpoint of such a run is a directory
+//! like any other; PEFT refuses it by its type.
+
+use super::{Adapter, MethodConfig, Parameters, Placement, Start};
+use crate::config::fields::peft_config;
+use crate::config::{Purpose, Targets};
+use crate::error::{AdapterError, Result};
+use crate::plan::TargetPlan;
+use crate::target::Selection;
+
+peft_config! {
+    /// Full fine-tuning has nothing to set.
+    pub struct FullConfig in "ENAMEL_FULL" {
+        /// No module is adapted.
+        target_modules: Option<Targets> = Some(Targets::Nothing);
+    }
+    written {}
+    refused {}
+}
+
+impl MethodConfig for FullConfig {
+    fn selection(&self) -> Selection<'_> {
+        Selection {
+            target: Some(&Targets::Nothing),
+            default: &[],
+            exclude: None,
+            save: &[],
+            layers: &[],
+            layers_pattern: &[],
+            rank: 1,
+            alpha: 1.0,
+            rank_pattern: &[],
+            alpha_pattern: &[],
+        }
+    }
+
+    fn problems(&self, _: Purpose) -> Vec<String> {
+        self.refused()
+    }
+
+    fn scale(&self, _: usize, _: f64) -> f64 {
+        1.0
+    }
+
+    fn parameters(&self, _: &TargetPlan) -> Parameters {
+        Vec::new()
+    }
+
+    fn initial(&self, target: &TargetPlan, _: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+        Err(no_target(target))
+    }
+
+    fn build(&self, target: &TargetPlan, _: Vec<Vec<f32>>, place: &Placement<'_>) -> Adapter {
+        // Never asked for: no module is a target. An adapter that adds nothing is the honest answer.
+        super::ia3::neutral(target, place)
+    }
+
+    fn trains_everything(&self) -> bool {
+        true
+    }
+}
+
+fn no_target(target: &TargetPlan) -> AdapterError {
+    AdapterError::Start {
+        module: target.name.clone(),
+        reason: "full fine-tuning adapts no module".into(),
+    }
+}

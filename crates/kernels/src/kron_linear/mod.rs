@@ -1,0 +1,58 @@
+//! A frozen linear map with a Kronecker product beside it, as LoKr adapters have.
+
+mod cpu;
+mod reference;
+mod tile;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+
+use burn::tensor::Tensor;
+
+use crate::cpu::storage::OnFlex;
+
+/// `y = x · wᵀ + scale · x · kron(w1, w2)ᵀ`, without the Kronecker product: with a row of x as
+/// `X: [m, n]`, the adapter's part of the same row of y is `w1 · X · w2ᵀ: [l, k]`
+/// (LoKr, LyCORIS, arXiv 2309.14859, with the identity `(A ⊗ B) vec(X) = vec(A X Bᵀ)` for row-major
+/// `vec`).
+///
+/// # Shapes
+/// - x: `[rows, in]`, w: `[out, in]`, w1: `[l, m]`, w2: `[k, n]`, with `l·k = out` and `m·n = in`;
+///   result: `[rows, out]`
+///
+/// # Panics
+/// If the shapes do not fit together.
+pub fn kron_linear(
+    x: Tensor<2>,
+    w: Tensor<2>,
+    w1: Tensor<2>,
+    w2: Tensor<2>,
+    scale: f64,
+) -> Tensor<2> {
+    let ([_, input], [out, _]) = (x.dims(), w.dims());
+    let ([l, m], [k, n]) = (w1.dims(), w2.dims());
+    assert!(
+        w.dims()[1] == input && m * n == input && l * k == out,
+        "kron_linear: x {:?}, w {:?} and kron({:?}, {:?}) do not fit; the products of the factors' \
+         rows and columns must be w's",
+        x.dims(),
+        w.dims(),
+        w1.dims(),
+        w2.dims(),
+    );
+    if x.on_flex() && w.on_flex() && w1.on_flex() && w2.on_flex() {
+        cpu::kron_linear(x, w, w1, w2, scale)
+    } else {
+        reference::kron_linear(x, w, w1, w2, scale)
+    }
+}
+
+/// The Kronecker product itself, in plain Burn operations, for merging:
+/// `result[i·k + p, j·n + q] = w1[i, j] · w2[p, q]`.
+///
+/// # Shapes
+/// - w1: `[l, m]`, w2: `[k, n]`, result: `[l·k, m·n]`
+pub fn kron(w1: Tensor<2>, w2: Tensor<2>) -> Tensor<2> {
+    reference::kron(w1, w2)
+}
