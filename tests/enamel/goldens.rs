@@ -41,6 +41,52 @@ pub const LORAS: [&str; 8] = [
     "exclude",
 ];
 
+/// Every case of the other methods and of LoRA's options that is laid out like those of [`LORAS`], as in
+/// `fixtures/generate/methods.py`.
+pub const METHODS: [&str; 26] = [
+    "lora_dora",
+    "lora_dora_rslora_bias",
+    "lora_lora_bias",
+    "lora_bias_all",
+    "lora_bias_lora_only",
+    "lora_embed",
+    "lora_embed_dora",
+    "lora_embed_tied",
+    "lora_embed_head",
+    "lora_trainable_tokens",
+    "lora_trainable_tokens_tied",
+    "lora_plus",
+    "lora_plus_embed",
+    "loha",
+    "loha_rank_pattern",
+    "lokr",
+    "lokr_small",
+    "lokr_factor4",
+    "lokr_both",
+    "lokr_full",
+    "adalora",
+    "vera",
+    "vera_noproj",
+    "ia3",
+    "ia3_bias",
+    "head",
+];
+
+/// The folders beside them, each with tests of its own.
+pub const OTHER_METHODS: [&str; 11] = [
+    "adalora_run",
+    "combine",
+    "full",
+    "init_eva",
+    "init_olora",
+    "init_orthogonal",
+    "init_pissa",
+    "init_pissa_niter_4",
+    "init_pissa_rslora",
+    "several",
+    "xlora",
+];
+
 pub fn json(path: &Path) -> Value {
     let bytes = fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     serde_json::from_slice(&bytes).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
@@ -103,6 +149,16 @@ impl Tensors {
             shape: view.shape().to_vec(),
             values,
         }
+    }
+
+    /// Bytes that are zero or one.
+    pub fn flags(&self, name: &str) -> Vec<bool> {
+        let parsed = self.parsed();
+        let view = parsed
+            .tensor(name)
+            .unwrap_or_else(|e| panic!("{}: {name}: {e}", self.path.display()));
+        assert_eq!(view.dtype(), Dtype::U8, "{name}");
+        view.data().iter().map(|byte| *byte != 0).collect()
     }
 
     /// Rows of integers: `[batch, tokens]`.

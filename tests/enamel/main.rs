@@ -2,20 +2,30 @@
 //!
 //! Goldens come from `tests/fixtures/make_fixtures.py`; its README gives the tolerances' reasons.
 
+mod adalora;
+mod adapted;
 mod checkpoint_errors;
+mod cli_adapter;
 mod cli_train;
 mod cli_use;
+mod combine;
 mod counts;
+mod curves;
 mod devices;
 mod enamel_process;
+mod eva;
 mod generate;
 mod gguf;
 mod goldens;
+mod inits;
 mod matching;
 mod parity_llama;
 mod parity_lora;
+mod parity_methods;
 mod parity_trainer;
 mod peft_files;
 mod schedules;
+mod several;
 mod smollm2;
 mod text;
+mod xlora;

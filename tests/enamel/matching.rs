@@ -1,6 +1,6 @@
 //! Which modules an adapter takes hold of: the same as PEFT, config by config.
 
-use enamel_adapter::{LoraConfig, ModuleShape, plan};
+use enamel_adapter::{AdapterConfig, LoraConfig, ModuleShape, plan};
 use enamel_model::config::LlamaConfig;
 use serde_json::Value;
 
@@ -17,6 +17,13 @@ pub fn lora(options: &Value) -> Result<LoraConfig, String> {
     let mut full = options.clone();
     full["peft_type"] = "LORA".into();
     LoraConfig::from_json(&full, "golden").map_err(|e| e.to_string())
+}
+
+/// The same of any method.
+pub fn adapter(kind: &str, options: &Value) -> Result<AdapterConfig, String> {
+    let mut full = options.clone();
+    full["peft_type"] = kind.into();
+    AdapterConfig::from_json(&full, "golden").map_err(|e| e.to_string())
 }
 
 /// What PEFT lets pass and is refused here: an entry without effect is a mistake.

@@ -2,42 +2,27 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 
 use enamel_adapter::{
-    Adaptable, SaveMeta, SlotRef, attach, detach, export_trainable, load_pretrained, plan,
-    save_pretrained,
+    AdapterConfig, LoadedAdapter, SaveMeta, attach, detach, export_trainable, load_config,
+    load_pretrained, plan, save_pretrained,
 };
 use enamel_model::causal_lm::CausalLm;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::adapted::{self, folder, load_adapted, meta};
 use crate::devices::device;
-use crate::goldens::{Generation, LORAS, Tensors, copy, json as read};
+use crate::goldens::{Generation, LORAS, METHODS, Tensors, copy, json as read};
 use crate::matching::lora;
 use crate::parity_llama::load_case;
-use crate::parity_lora::{folder, meta};
-
-/// Calls `f` with every base weight of a linear layer, by its name in a checkpoint.
-pub fn for_each_weight(model: &CausalLm, f: &mut dyn FnMut(&str, Vec<f32>)) {
-    model.for_each_slot_ref(&mut |name, slot| {
-        if let SlotRef::Linear(linear) = slot {
-            let values = linear
-                .weight
-                .val()
-                .into_data()
-                .try_to_vec()
-                .expect("f32 values");
-            f(&format!("{name}.weight"), values);
-        }
-    });
-}
 
 fn base(case: &str) -> CausalLm {
-    let base = meta(case)["base"].as_str().expect("a base").to_owned();
-    load_case(&base, Generation::Five, &device("flex"))
+    adapted::base(case, &device("flex"))
 }
 
-fn save_meta() -> SaveMeta {
+pub fn save_meta() -> SaveMeta {
     SaveMeta {
         base_model_name_or_path: Some("some/base".into()),
         revision: None,
@@ -48,11 +33,13 @@ fn save_meta() -> SaveMeta {
 
 #[test]
 fn a_peft_adapter_survives_a_round_trip_to_the_bit() {
-    for case in LORAS {
-        let theirs = folder(case).join("adapter");
-        let mut model = base(case);
-        let loaded =
-            load_pretrained(&mut model, &theirs, false).unwrap_or_else(|e| panic!("{case}: {e}"));
+    for case in LORAS.iter().chain(&METHODS) {
+        let (model, loaded) = load_adapted(case, false, &device("flex"));
+        // AdaLoRA keeps each module's rank as a parameter in PEFT, which its total counts.
+        let ranks = match &loaded.config {
+            AdapterConfig::AdaLora(_) => loaded.plan.targets.len(),
+            _ => 0,
+        };
         let meta = meta(case);
         assert_eq!(
             Some(loaded.plan.trainable as u64),
@@ -60,38 +47,43 @@ fn a_peft_adapter_survives_a_round_trip_to_the_bit() {
             "{case}"
         );
         assert_eq!(
-            Some(loaded.plan.total as u64),
+            Some((loaded.plan.total + ranks) as u64),
             meta["total"].as_u64(),
             "{case}"
         );
-
-        let out = TempDir::new().expect("a temporary directory");
-        save_pretrained(&model, &loaded.config, &save_meta(), out.path())
-            .unwrap_or_else(|e| panic!("{case}: {e}"));
-        let (a, b) = (
-            Tensors::open(theirs.join("adapter_model.safetensors")),
-            Tensors::open(out.path().join("adapter_model.safetensors")),
-        );
-        assert_eq!(a.names(), b.names(), "{case}");
-        for name in a.names() {
-            assert_eq!(a.floats(&name), b.floats(&name), "{case}: {name}");
-        }
-        assert!(out.path().join("README.md").is_file());
-        assert_same_config(
-            case,
-            &read(&theirs.join("adapter_config.json")),
-            &read(&out.path().join("adapter_config.json")),
-        );
-
-        // And once more: what we wrote is what we read.
-        detach(&mut model);
-        let again = load_pretrained(&mut model, out.path(), false)
-            .unwrap_or_else(|e| panic!("{case}: {e}"));
-        assert_eq!(again.plan, loaded.plan, "{case}");
+        check_round_trip(case, &folder(case).join("adapter"), &model, &loaded);
     }
 }
 
-/// Every key of ours that PEFT wrote too means the same; keys of newer versions may be left out.
+/// Saves what was loaded from `theirs` and compares every tensor and every key of the configuration.
+pub fn check_round_trip(case: &str, theirs: &Path, model: &CausalLm, loaded: &LoadedAdapter) {
+    let out = TempDir::new().expect("a temporary directory");
+    save_pretrained(model, &loaded.config, &save_meta(), out.path())
+        .unwrap_or_else(|e| panic!("{case}: {e}"));
+    let (a, b) = (
+        Tensors::open(theirs.join("adapter_model.safetensors")),
+        Tensors::open(out.path().join("adapter_model.safetensors")),
+    );
+    assert_eq!(a.names(), b.names(), "{case}");
+    for name in a.names() {
+        assert_eq!(a.floats(&name), b.floats(&name), "{case}: {name}");
+    }
+    assert!(out.path().join("README.md").is_file());
+    assert_same_config(
+        case,
+        &read(&theirs.join("adapter_config.json")),
+        &read(&out.path().join("adapter_config.json")),
+    );
+
+    // And once more: what we wrote is what we read.
+    let mut model = model.clone();
+    detach(&mut model);
+    let again =
+        load_pretrained(&mut model, out.path(), false).unwrap_or_else(|e| panic!("{case}: {e}"));
+    assert_eq!(again.plan, loaded.plan, "{case}");
+}
+
+/// The same keys, each with the same meaning.
 fn assert_same_config(case: &str, theirs: &Value, ours: &Value) {
     for (key, value) in ours.as_object().expect("an object") {
         if ["peft_version", "base_model_name_or_path"].contains(&key.as_str()) {
@@ -101,6 +93,9 @@ fn assert_same_config(case: &str, theirs: &Value, ours: &Value) {
             panic!("{case}: PEFT writes no {key}")
         };
         assert_eq!(normal(value), normal(theirs), "{case}: {key}");
+    }
+    for key in theirs.as_object().expect("an object").keys() {
+        assert!(ours.get(key).is_some(), "{case}: PEFT writes {key} as well");
     }
 }
 
@@ -122,29 +117,50 @@ fn normal(value: &Value) -> Value {
 
 #[test]
 fn an_attached_adapter_is_saved_under_pefts_names() {
-    for case in LORAS {
-        let config = lora(&read(&folder(case).join("adapter/adapter_config.json")))
-            .unwrap_or_else(|e| panic!("{case}: {e}"));
+    for case in LORAS.iter().chain(&METHODS) {
+        let theirs = folder(case).join("adapter");
+        let config = load_config(&theirs).unwrap_or_else(|e| panic!("{case}: {e}"));
         let mut model = base(case);
         let plan = attach(&mut model, &config, 7).unwrap_or_else(|e| panic!("{case}: {e}"));
-        let theirs = Tensors::open(folder(case).join("adapter/adapter_model.safetensors"));
-        let mut ours: Vec<_> = export_trainable(&model)
-            .unwrap_or_else(|e| panic!("{case}: {e}"))
-            .into_iter()
-            .map(|(name, shape, _)| (name, shape))
-            .collect();
-        ours.sort();
-        let wanted: Vec<_> = theirs
-            .names()
-            .into_iter()
-            .map(|n| (n.clone(), theirs.floats(&n).shape))
-            .collect();
-        assert_eq!(ours, wanted, "{case}");
+        let out = TempDir::new().expect("a temporary directory");
+        save_pretrained(&model, &config, &save_meta(), out.path())
+            .unwrap_or_else(|e| panic!("{case}: {e}"));
+        let shapes = |dir: &Path| -> Vec<(String, Vec<usize>)> {
+            let file = Tensors::open(dir.join("adapter_model.safetensors"));
+            let names = file.names().into_iter();
+            names
+                .map(|name| {
+                    let shape = file.floats(&name).shape;
+                    (name, shape)
+                })
+                .collect()
+        };
+        assert_eq!(shapes(out.path()), shapes(&theirs), "{case}");
         assert_eq!(
             Some(plan.trainable as u64),
             meta(case)["trainable"].as_u64(),
             "{case}"
         );
+    }
+}
+
+#[test]
+fn vera_draws_the_projections_that_torch_draws() {
+    // They are not in the file, whose key they follow from.
+    let golden = Tensors::open(folder("vera_noproj").join("case.safetensors"));
+    let (mut model, loaded) = load_adapted("vera_noproj", false, &device("flex"));
+    let AdapterConfig::Vera(mut config) = loaded.config else {
+        panic!("{}", loaded.config.peft_type());
+    };
+    detach(&mut model);
+    config.save_projection = true;
+    attach(&mut model, &config, 1).unwrap_or_else(|e| panic!("{e}"));
+    let out = TempDir::new().expect("a temporary directory");
+    save_pretrained(&model, &config, &save_meta(), out.path()).unwrap_or_else(|e| panic!("{e}"));
+    let ours = Tensors::open(out.path().join("adapter_model.safetensors"));
+    for name in ["vera_A", "vera_B"] {
+        let ours = ours.floats(&format!("base_model.{name}"));
+        assert!(ours == golden.floats(name), "{name} to the bit");
     }
 }
 

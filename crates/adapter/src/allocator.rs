@@ -45,9 +45,6 @@ pub struct RankAllocator {
 
 impl RankAllocator {
     /// The allocator of the adapter that the model carries, before its first step.
-    ///
-    /// # Errors
-    /// A value that cannot be read from its device.
     pub fn new<M: Adaptable>(config: &AdaLoraConfig, model: &M) -> Self {
         let mut modules = Vec::new();
         each_module(model, &mut |name, _| modules.push(name.to_string()));
@@ -216,8 +213,9 @@ impl RankAllocator {
         Ok(())
     }
 
-    /// Sets E to zero where a rank is not in use.
-    fn mask<M: Adaptable>(&self, model: &mut M) {
+    /// Sets E to zero where a rank is not in use; after the last step, so that what is validated is what
+    /// is stored.
+    pub fn mask<M: Adaptable>(&self, model: &mut M) {
         let by_key: HashMap<String, &Vec<bool>> = self
             .kept
             .iter()
@@ -298,6 +296,15 @@ pub fn orthogonality<M: Adaptable>(model: &M, weight: f64) -> Option<Tensor<1>> 
         }
     });
     sum.map(|sum| sum.mul_scalar(weight / f64::from(count)))
+}
+
+/// What the method adds to the loss, if anything: AdaLoRA's [`orthogonality`] under its own weight.
+pub fn regularization<M: Adaptable>(model: &M) -> Option<Tensor<1>> {
+    let mut weight = None;
+    each_module(model, &mut |_, adapter| {
+        weight.get_or_insert(adapter.orth_reg_weight);
+    });
+    orthogonality(model, weight?)
 }
 
 /// Cuts the adapter down to the ranks in use, as it is stored: A, B and E lose the others, and

@@ -16,6 +16,7 @@ use crate::methods::{MethodConfig, Placement, Start, adapter_param_id, to_host};
 use crate::plan::{AdapterPlan, PREFIX, TargetPlan, plan};
 use crate::routing::{DEFAULT, Routing};
 use crate::slot::{Adaptable, ModuleShape, Slot, SlotRef};
+use crate::store::check_name;
 
 /// Attaches a new adapter called [`DEFAULT`] and puts it in use. Its parameters are drawn from `seed`
 /// and their own names, so that they do not depend on order, threads or which other modules are
@@ -51,6 +52,10 @@ pub fn attach_given<M: Adaptable, C: MethodConfig>(
     seed: u64,
     given: Option<&dyn Fn(&str) -> Option<Vec<f32>>>,
 ) -> Result<AdapterPlan> {
+    check_name(name)?;
+    if let Some(config) = cfg.xlora() {
+        return crate::xlora::attach(model, name, config, seed);
+    }
     let plan = plan(&shapes(model), cfg)?;
     let shared = plan.shared.iter().zip(cfg.initial_shared(&plan.shared));
     let shared = shared
@@ -76,14 +81,21 @@ pub fn detach<M: Adaptable>(model: &mut M) {
     crate::merge::unmerge(model);
     model.for_each_slot(&mut |_, mut slot| {
         slot.remove(None);
+        slot.release_base();
         slot.route(&Routing::default());
         slot.enable(true);
     });
+    if let Some(place) = model.gate_place() {
+        *place = None;
+    }
 }
 
 /// Switches all adapters on or off. Off, the model is the base model again, biases included.
 pub fn set_enabled<M: Adaptable>(model: &mut M, enabled: bool) {
     model.for_each_slot(&mut |_, mut slot| slot.enable(enabled));
+    if let Some(gate) = model.gate_mut() {
+        gate.enabled = enabled;
+    }
 }
 
 /// The modules of a loaded model.
@@ -93,7 +105,7 @@ pub fn shapes<M: Adaptable>(model: &M) -> Vec<ModuleShape> {
     shapes
 }
 
-/// The name of the first module that carries the adapter, or any.
+/// The name of the first module that carries the adapter, or any; the classifier of an X-LoRA is its.
 pub(crate) fn attached<M: Adaptable>(model: &M, adapter: Option<&str>) -> Option<String> {
     let mut first = None;
     model.for_each_slot_ref(&mut |name, slot| {
@@ -108,7 +120,8 @@ pub(crate) fn attached<M: Adaptable>(model: &M, adapter: Option<&str>) -> Option
             first = Some(name.to_string());
         }
     });
-    first
+    let mixes = model.gate().is_some() && adapter.is_none_or(|adapter| adapter == DEFAULT);
+    first.or_else(|| mixes.then(|| "X-LoRA's classifier".to_string()))
 }
 
 /// The values of one target's parameters.
@@ -145,12 +158,8 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
         return Ok(());
     }
     let mut ready = make_values(model, plan, values)?;
-    let targets: HashMap<&str, (usize, &TargetPlan)> = plan
-        .targets
-        .iter()
-        .enumerate()
-        .map(|(i, t)| (t.name.as_str(), (i, t)))
-        .collect();
+    let targets: HashMap<&str, &TargetPlan> =
+        plan.targets.iter().map(|t| (t.name.as_str(), t)).collect();
     let device = device(model);
     let shared: Vec<(&'static str, Tensor<2>)> = shared
         .into_iter()
@@ -180,8 +189,7 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
                     saved: None,
                     bias: None,
                 };
-                if let Some((place, target)) = target {
-                    linear.place = place;
+                if let Some(target) = target {
                     let place = Placement {
                         device: &linear.weight.device(),
                         trainable,
@@ -214,7 +222,7 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
                     saved: None,
                     tokens: None,
                 };
-                if let Some((_, target)) = target {
+                if let Some(target) = target {
                     let place = Placement {
                         device: &table.weight.device(),
                         trainable,
@@ -308,7 +316,7 @@ fn train_everything<M: Adaptable>(model: &mut M, trainable: bool) {
     });
 }
 
-fn device<M: Adaptable>(model: &M) -> Device {
+pub(crate) fn device<M: Adaptable>(model: &M) -> Device {
     let mut device = None;
     model.for_each_slot_ref(&mut |_, slot| {
         device.get_or_insert_with(|| match slot {
@@ -357,6 +365,7 @@ pub(crate) fn trains_bias(bias: Bias, is_target: bool) -> bool {
 mod tests {
     use super::*;
     use crate::config::{InitLora, LoraConfig, Targets};
+    use crate::frozen::param_id;
     use crate::testing::{LlamaSizes, Tiny, difference, ids, perturb};
     use crate::{export_gradients, export_trainable, trainable};
     use burn::tensor::Device;

@@ -7,6 +7,7 @@ use crate::frozen::frozen_param;
 use crate::methods::lora_embedding::LoraEmbedding;
 use crate::methods::tokens::TrainableTokens;
 use crate::routing::{Routing, groups, index, reunite};
+use crate::xlora::Gates;
 
 /// A frozen table `[vocabulary, hidden]` and any number of adapters beside it.
 #[derive(Module, Debug)]
@@ -23,6 +24,9 @@ pub struct Embedding {
     pub(crate) enabled: bool,
     #[module(skip)]
     pub(crate) trains_base: bool,
+    /// Place among the layers that X-LoRA's experts adapt.
+    #[module(skip)]
+    pub(crate) place: usize,
 }
 
 /// What one adapter does to one embedding: one of the three.
@@ -49,6 +53,7 @@ impl Embedding {
             routing: Routing::default(),
             enabled: true,
             trains_base: false,
+            place: 0,
         }
     }
 
@@ -70,8 +75,22 @@ impl Embedding {
                 let results = results.collect();
                 reunite(&groups, results, &device).reshape([batch, tokens, width])
             }
+            Routing::Gated(gates) if self.in_force() => self.mixed(ids, gates),
             _ => embedding(self.weight.val(), ids),
         }
+    }
+
+    /// Each token with its own shares of the experts.
+    fn mixed(&self, ids: Tensor<2, Int>, gates: &Gates) -> Tensor<3> {
+        let [batch, tokens] = ids.dims();
+        let mut y: Tensor<3> = embedding(self.weight.val(), ids.clone());
+        for (i, name) in gates.names.iter().enumerate() {
+            if let Some(lora) = self.part(name).and_then(|part| part.lora.as_ref()) {
+                let share = gates.share(self.place, i).reshape([batch, tokens, 1]);
+                y = y + lora.part(ids.clone()) * share;
+            }
+        }
+        y
     }
 
     fn in_force(&self) -> bool {
@@ -79,9 +98,14 @@ impl Embedding {
     }
 
     fn through(&self, ids: Tensor<2, Int>, names: &[String]) -> Tensor<3> {
+        let adapters = self.parts_of(names).filter_map(|part| part.lora.as_ref());
+        let together = adapters.clone().count() > 1;
+        if together && adapters.clone().any(|lora| lora.magnitude.is_some()) {
+            // Lengths are of all that came before, in the order of the names.
+            return embedding(self.folded(names), ids);
+        }
         let table = self.table_for(names);
         let y = embedding(table.clone(), ids.clone());
-        let adapters = self.parts_of(names).filter_map(|part| part.lora.as_ref());
         adapters.fold(y, |y, lora| lora.forward(ids.clone(), y, &table))
     }
 
@@ -96,7 +120,10 @@ impl Embedding {
         })
     }
 
-    fn parts_of<'a>(&'a self, names: &'a [String]) -> impl Iterator<Item = &'a EmbeddingPart> {
+    fn parts_of<'a>(
+        &'a self,
+        names: &'a [String],
+    ) -> impl Iterator<Item = &'a EmbeddingPart> + Clone {
         names.iter().filter_map(|name| self.part(name))
     }
 

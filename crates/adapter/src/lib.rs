@@ -17,7 +17,10 @@ pub mod combine;
 pub mod config;
 pub mod embedding;
 pub mod error;
+pub mod eva;
+pub mod facts;
 pub mod frozen;
+pub mod host;
 pub mod linalg;
 pub mod linear;
 pub mod merge;
@@ -35,6 +38,8 @@ pub mod trainable;
 pub mod xlora;
 
 #[cfg(test)]
+mod contracts;
+#[cfg(test)]
 mod testing;
 
 pub use allocator::RankAllocator;
@@ -43,6 +48,7 @@ pub use choose::{adapters, delete, routing, set_active, set_rows};
 pub use config::{Bias, InitLora, LoraConfig, Purpose, Targets, TokenIndices};
 pub use embedding::Embedding;
 pub use error::AdapterError;
+pub use eva::EvaStart;
 pub use frozen::Frozen;
 pub use linear::{Base, Linear, SavedLinear};
 pub use merge::{merge, merge_adapters, merged_weight, unmerge};
@@ -66,3 +72,4 @@ pub use trainable::{
     HostTensor, export_gradients, export_params_of, export_trainable, for_each_param_of,
     for_each_param_of_mut, for_each_trainable, for_each_trainable_mut, import_trainable, trainable,
 };
+pub use xlora::{Gates, XLora, XLoraConfig};

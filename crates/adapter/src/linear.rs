@@ -3,6 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
+use crate::eva::Probe;
 use crate::frozen::frozen_param;
 use crate::methods::Adapter;
 use crate::routing::{Routing, groups, index, reunite};
@@ -26,9 +27,12 @@ pub struct Linear {
     /// Whether the base itself is trained (full fine-tuning).
     #[module(skip)]
     pub(crate) trains_base: bool,
-    /// Place among the adapted layers, for gates that differ by layer.
+    /// Place among the layers that X-LoRA's experts adapt.
     #[module(skip)]
     pub(crate) place: usize,
+    /// What looks at the inputs, where something does (EVA).
+    #[module(skip)]
+    pub(crate) probe: Option<Probe>,
 }
 
 /// What one adapter does to one linear layer: at most one of `adapter` and `saved`.
@@ -90,7 +94,15 @@ impl Linear {
             enabled: true,
             trains_base: false,
             place: 0,
+            probe: None,
         }
+    }
+
+    /// The same from burn's own linear layer, whose weight is `[in, out]`.
+    pub fn from_burn(name: &str, linear: burn::nn::Linear) -> Self {
+        let weight = linear.weight.val().detach().transpose();
+        let bias = linear.bias.map(|bias| bias.val().detach());
+        Self::new(name, weight, bias)
     }
 
     /// Applies the layer over the last axis: `[..., in]` to `[..., out]`.
@@ -105,6 +117,9 @@ impl Linear {
     }
 
     fn rows(&self, x: Tensor<2>) -> Tensor<2> {
+        if let Some(probe) = &self.probe {
+            probe.see(&x);
+        }
         if !self.enabled || self.unmerged.is_some() || self.parts.is_empty() {
             return self.base().forward(x);
         }
@@ -138,8 +153,13 @@ impl Linear {
 
     /// With these adapters. A trained copy stands for the layer; adapters add up on what is left.
     fn through(&self, x: Tensor<2>, names: &[String]) -> Tensor<2> {
-        let base = self.base_for(names);
         let mut adapters = names.iter().filter_map(|name| self.adapter(name));
+        let together = adapters.clone().count() > 1;
+        if together && !adapters.clone().all(Adapter::adds_up) {
+            // One of them multiplies what the others made, in the order of the names.
+            return self.folded(names).forward(x);
+        }
+        let base = self.base_for(names);
         let Some(first) = adapters.next() else {
             return base.forward(x);
         };

@@ -45,6 +45,7 @@ pub fn merge<M: Adaptable>(model: &mut M) -> Result<()> {
 /// # Errors
 /// As for [`merge`]; adapters that are merged already.
 pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()> {
+    refuse_mixture(model)?;
     let have = crate::choose::adapters(model);
     if names.is_empty() || have.is_empty() {
         return Err(AdapterError::NoAdapter);
@@ -55,7 +56,12 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
         return Err(AdapterError::Choice { problems });
     }
     refuse_merged(model)?;
-    let names: Vec<String> = names.iter().map(|name| (*name).to_string()).collect();
+    let names = crate::choose::each_once(names);
+    let once: Vec<&str> = names.iter().map(String::as_str).collect();
+    let problems = crate::choose::conflicts(model, &once);
+    if !problems.is_empty() {
+        return Err(AdapterError::Choice { problems });
+    }
     check(model, &names)?;
     model.for_each_slot(&mut |name, slot| match slot {
         Slot::Linear(linear) => {
@@ -126,14 +132,24 @@ fn forget<M: Adaptable>(model: &mut M) {
 
 /// The adapters in use, where every row has the same.
 fn in_use<M: Adaptable>(model: &M) -> Result<Arc<[String]>> {
+    refuse_mixture(model)?;
     match routing(model) {
         Routing::Active(names) => Ok(names),
         Routing::Rows(_) => Err(AdapterError::Choice {
             problems: vec!["the rows of a batch have adapters of their own; choose one first".into()],
         }),
-        Routing::Gated(_) => Err(AdapterError::Choice {
-            problems: vec!["X-LoRA mixes its experts anew for each token, so no weights stand for it".into()],
-        }),
+        Routing::Gated(_) => Err(no_weights()),
+    }
+}
+
+/// Nothing is merged beside an X-LoRA: its experts would no longer be beside the base they know.
+fn refuse_mixture<M: Adaptable>(model: &M) -> Result<()> {
+    model.gate().map_or(Ok(()), |_| Err(no_weights()))
+}
+
+fn no_weights() -> AdapterError {
+    AdapterError::Choice {
+        problems: vec!["X-LoRA mixes its experts anew for each token, so no weights stand for it".into()],
     }
 }
 

@@ -46,12 +46,12 @@ impl Mersenne {
         y ^ (y >> 18)
     }
 
-    /// `tensor.uniform_(-bound, bound)` on f32: 24 bits each, scaled in f32.
+    /// `tensor.uniform_(-bound, bound)` on f32: 24 bits each, scaled and shifted with one rounding.
     pub fn uniform(&mut self, count: usize, bound: f64) -> Vec<f32> {
         let (from, to) = (-bound as f32, bound as f32);
         let draw = |_| {
             let unit = (self.bits() & 0x00ff_ffff) as f32 * (1.0 / 16_777_216.0);
-            unit * (to - from) + from
+            unit.mul_add(to - from, from)
         };
         (0..count).map(draw).collect()
     }

@@ -21,7 +21,7 @@ pub struct SaveMeta {
 }
 
 /// Settings worth a line each, where a method has them.
-const WORTH_A_LINE: [&str; 21] = [
+const WORTH_A_LINE: [&str; 26] = [
     "r",
     "init_r",
     "target_r",
@@ -43,6 +43,11 @@ const WORTH_A_LINE: [&str; 21] = [
     "projection_prng_key",
     "trainable_token_indices",
     "modules_to_save",
+    "adapters",
+    "layerwise_scalings",
+    "xlora_depth",
+    "top_k_lora",
+    "use_trainable_adapters",
 ];
 
 /// What a method is called in a heading.
@@ -55,6 +60,7 @@ fn method_name(config: &AdapterConfig) -> &'static str {
         AdapterConfig::AdaLora(_) => "AdaLoRA",
         AdapterConfig::Vera(_) => "VeRA",
         AdapterConfig::Ia3(_) => "(IA)³",
+        AdapterConfig::XLora(_) => "X-LoRA",
         AdapterConfig::Full(_) => "Full fine-tuning",
     }
 }
@@ -79,10 +85,13 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
     let name = method_name(config);
     line(format!("# {name} adapter for {}\n", base.unwrap_or("its base model")));
     line(format!(
-        "{} trained parameters ({:.4} % of {}), in {} adapted modules{}.\n",
+        "{} trained parameters{}, in {} adapted modules{}.\n",
         plan.trainable,
-        plan.percent(),
-        plan.total,
+        match plan.total {
+            // Written without the base at hand.
+            0 => String::new(),
+            total => format!(" ({:.4} % of {total})", plan.percent()),
+        },
         plan.targets.len(),
         match plan.saved.len() {
             0 => String::new(),

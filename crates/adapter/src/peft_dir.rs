@@ -11,7 +11,7 @@ use crate::methods::{AdapterConfig, MethodConfig, Start};
 use crate::model_card::{SaveMeta, model_card};
 use crate::plan::{AdapterPlan, PREFIX, plan_for_load};
 use crate::routing::DEFAULT;
-use crate::slot::{Adaptable, SlotRef};
+use crate::slot::{Adaptable, ModuleKind, ModuleShape, SlotRef};
 use crate::store::{
     AdapterFile, CONFIG, Stored, WEIGHTS, check_name, load_config, not_finite, read_tensors,
 };
@@ -21,7 +21,7 @@ use crate::trainable::{
 
 /// Where an adapter that took a part of the base's weights keeps what it started from, in the form
 /// that PEFT wants for `path_initial_model_for_weight_conversion`.
-const ORIGIN: &str = "initial_adapter";
+pub(crate) const ORIGIN: &str = "initial_adapter";
 
 /// In what form an adapter is written that started with a part of the base's weights (PiSSA, OLoRA).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +68,10 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
     if attached(model, Some(adapter)).is_none() {
         return Err(AdapterError::NoAdapter);
     }
-    let config = resolved(model, adapter, cfg.clone().into(), meta);
+    let config = match cfg.clone().into() {
+        AdapterConfig::XLora(config) => return crate::xlora::save(model, &config, meta, dir),
+        config => resolved(model, adapter, config, meta),
+    };
     let plan = plan_for_load(&shapes(model), &config)?;
     let mut tensors = export_params_of(model, adapter)?;
     tensors.extend(
@@ -117,12 +120,39 @@ pub fn load_pretrained_as<M: Adaptable>(
     trainable: bool,
 ) -> Result<LoadedAdapter> {
     check_name(adapter)?;
-    let config = load_config(dir)?;
-    let (plan, mut values, shared, mut origin) = checked(model, adapter, &config, dir)?;
+    let config = match load_config(dir)? {
+        AdapterConfig::XLora(config) => {
+            return crate::xlora::load(model, adapter, config, dir, trainable);
+        }
+        config => config,
+    };
+    if let Some(name) = attached(model, Some(adapter)) {
+        return Err(AdapterError::Attached(name));
+    }
+    let checked = read_checked(&shapes(model), &is_base_of(model), &config, dir)?;
+    let plan = checked.plan.clone();
+    install_checked(model, adapter, &config, checked, trainable)?;
+    Ok(LoadedAdapter { config, plan })
+}
+
+/// Attaches what has been read and checked.
+pub(crate) fn install_checked<M: Adaptable>(
+    model: &mut M,
+    adapter: &str,
+    config: &AdapterConfig,
+    checked: Checked,
+    trainable: bool,
+) -> Result<()> {
+    let Checked {
+        plan,
+        mut values,
+        shared,
+        mut origin,
+    } = checked;
     install(
         model,
         adapter,
-        &config,
+        config,
         &plan,
         trainable,
         shared,
@@ -161,7 +191,7 @@ pub fn load_pretrained_as<M: Adaptable>(
             param.write(values);
         }
     });
-    Ok(LoadedAdapter { config, plan })
+    Ok(())
 }
 
 /// Replaces the values of the adapter called `adapter` by those in `dir`, without touching the base:
@@ -177,7 +207,33 @@ pub fn hotswap<M: Adaptable>(model: &mut M, adapter: &str, dir: &Path) -> Result
     }
     crate::choose::refuse_merged(model)?;
     let config = load_config(dir)?;
-    let (plan, mut values, ..) = read_checked(model, &config, dir)?;
+    if let AdapterConfig::XLora(_) = config {
+        return Err(AdapterError::Choice {
+            problems: vec!["an X-LoRA cannot be exchanged in place; detach it and load the other".into()],
+        });
+    }
+    if config.takes_from_base() || export_origin_of(model, adapter)?.is_some() {
+        return Err(AdapterError::Choice {
+            problems: vec![
+                "an adapter that took over a part of the base (PiSSA, OLoRA) cannot be exchanged in place; \
+                 delete it and load the other"
+                    .into(),
+            ],
+        });
+    }
+    let checked = read_checked(&shapes(model), &is_base_of(model), &config, dir)?;
+    let (plan, mut values) = (checked.plan, checked.values);
+    let shared = export_shared_of(model, adapter)?;
+    let same = |(key, shape, values): &(&'static str, [usize; 2], Vec<f32>)| {
+        shared.iter().any(|(k, s, v)| k == key && s == shape && v == values)
+    };
+    if let Some((key, ..)) = checked.shared.iter().find(|shared| !same(shared)) {
+        return Err(AdapterError::Mismatch {
+            path: dir.join(WEIGHTS),
+            problems: vec![format!("{key} is another matrix than the one that is attached")],
+            note: "Delete the adapter and load the other.".into(),
+        });
+    }
     let tensors: Vec<HostTensor> = have
         .iter()
         .filter_map(|(key, shape, _)| {
@@ -185,7 +241,9 @@ pub fn hotswap<M: Adaptable>(model: &mut M, adapter: &str, dir: &Path) -> Result
             Some((key.clone(), shape.clone(), values))
         })
         .collect();
-    agree(model, adapter, &config, &plan, &have, dir)?;
+    let mut all = have;
+    all.extend(shared.into_iter().filter(|_| config.stores_shared()));
+    agree(model, adapter, &config, &plan, &all, dir)?;
     let mut new: HashMap<String, Vec<f32>> = tensors.into_iter().map(|(k, _, v)| (k, v)).collect();
     for_each_param_of_mut(model, adapter, &mut |key, mut param| {
         if let Some(values) = new.remove(key) {
@@ -195,28 +253,49 @@ pub fn hotswap<M: Adaptable>(model: &mut M, adapter: &str, dir: &Path) -> Result
     Ok(LoadedAdapter { config, plan })
 }
 
-type Checked = (
-    AdapterPlan,
-    HashMap<String, Vec<f32>>,
-    SharedValues,
-    Option<HashMap<String, Vec<f32>>>,
-);
+/// An adapter's values by key, read and checked against a model's modules.
+#[derive(Clone, Debug)]
+pub(crate) struct Checked {
+    pub plan: AdapterPlan,
+    pub values: HashMap<String, Vec<f32>>,
+    pub shared: SharedValues,
+    /// What factors that were taken from the base started from, where the directory has it.
+    pub origin: Option<HashMap<String, Vec<f32>>>,
+}
 
-fn checked<M: Adaptable>(
-    model: &M,
-    adapter: &str,
+/// Whether a tensor is the named module's weight in the base.
+pub(crate) type IsBase<'a> = dyn Fn(&str, &Stored) -> bool + 'a;
+
+/// The same for a model that is there.
+fn is_base_of<M: Adaptable>(model: &M) -> impl Fn(&str, &Stored) -> bool + '_ {
+    |module, stored| {
+        let Some(values) = &stored.values else {
+            return false;
+        };
+        let mut same = false;
+        model.for_each_slot_ref(&mut |name, slot| {
+            let base = match slot {
+                _ if name != module => return,
+                SlotRef::Linear(linear) => &linear.weight,
+                SlotRef::Embedding(table) => &table.weight,
+                SlotRef::Norm(_) => return,
+            };
+            let base = crate::methods::to_host(name, base.val()).unwrap_or_default();
+            same = stored.is_rounded(&base, values);
+        });
+        same
+    }
+}
+
+/// Reads a directory and checks it against a model's modules; all differences come in one error.
+pub(crate) fn read_checked(
+    modules: &[ModuleShape],
+    is_base: &IsBase<'_>,
     config: &AdapterConfig,
     dir: &Path,
 ) -> Result<Checked> {
-    if let Some(name) = attached(model, Some(adapter)) {
-        return Err(AdapterError::Attached(name));
-    }
-    read_checked(model, config, dir)
-}
-
-fn read_checked<M: Adaptable>(model: &M, config: &AdapterConfig, dir: &Path) -> Result<Checked> {
     let stored = read_tensors(dir)?;
-    let plan = plan_for_load(&shapes(model), config).map_err(|error| match error {
+    let plan = plan_for_load(modules, config).map_err(|error| match error {
         AdapterError::Plan { problems } => AdapterError::Mismatch {
             path: dir.join(CONFIG),
             problems,
@@ -224,11 +303,11 @@ fn read_checked<M: Adaptable>(model: &M, config: &AdapterConfig, dir: &Path) -> 
         },
         other => other,
     })?;
-    let mut want = expected(model, config, &plan);
+    let mut want = expected(modules, config, &plan);
     // Without them in the file, their own generator makes them again.
     let absent = |key: &str| !config.stores_shared() && !stored.contains_key(key);
     want.retain(|key, _| !(plan.shared.iter().any(|(k, _)| k == key) && absent(key)));
-    let mut values = compared(&dir.join(WEIGHTS), model, config, stored, &want)?;
+    let mut values = compared(&dir.join(WEIGHTS), (modules, is_base), config, stored, &want)?;
     let mut made = config.initial_shared(&plan.shared).into_iter();
     let shared = plan.shared.iter().map(|(key, shape)| {
         let made = made.next().unwrap_or_default();
@@ -240,23 +319,30 @@ fn read_checked<M: Adaptable>(model: &M, config: &AdapterConfig, dir: &Path) -> 
         (false, _) => None,
         (true, true) => {
             let stored = read_tensors(&start)?;
+            // An embedding's factors take nothing from it.
             let factors: BTreeMap<_, _> = plan
                 .targets
                 .iter()
+                .filter(|target| !target.embedding)
                 .flat_map(|target| {
                     let parameters = config.parameters(target).into_iter();
                     parameters.map(|(name, shape)| (target.key(name), shape))
                 })
                 .collect();
             let path = start.join(WEIGHTS);
-            Some(compared(&path, model, config, stored, &factors)?)
+            Some(compared(&path, (modules, is_base), config, stored, &factors)?)
         }
         (true, false) => {
             refuse_unknown_start(config, dir)?;
             None
         }
     };
-    Ok((plan, values, shared, origin))
+    Ok(Checked {
+        plan,
+        values,
+        shared,
+        origin,
+    })
 }
 
 /// A randomised decomposition cannot be repeated from the weight alone.
@@ -314,7 +400,7 @@ fn resolved<M: Adaptable>(
 
 /// Plain LoRA that adds on the untouched base what this adapter and its start add together:
 /// `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`, of twice the rank and, for the same scale, `scale·2r` as alpha.
-fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFile {
+pub(crate) fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFile {
     let AdapterConfig::Lora(mut config) = file.config else {
         return file;
     };
@@ -322,19 +408,27 @@ fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFile {
     // alpha/(2r) = old/r, and alpha/√(2r) = old/√r.
     let factor = if config.use_rslora { 2.0_f64.sqrt() } else { 2.0 };
     config.r = double(config.r);
-    config.lora_alpha *= factor;
+    // Fifteen digits, which come back from JSON as the same number whoever reads them.
+    let scaled = |alpha: f64| {
+        let product = alpha * factor;
+        format!("{product:.14e}").parse().unwrap_or(product)
+    };
+    config.lora_alpha = scaled(config.lora_alpha);
     // A pattern of one kind alone would leave the other's default in force.
     config.rank_pattern.iter_mut().for_each(|(_, r)| *r = double(*r));
-    config.alpha_pattern.iter_mut().for_each(|(_, alpha)| *alpha *= factor);
+    config.alpha_pattern.iter_mut().for_each(|(_, alpha)| *alpha = scaled(*alpha));
     config.init_lora_weights = InitLora::Default;
     let mut origin: HashMap<String, Vec<f32>> =
         origin.into_iter().map(|(key, _, values)| (key, values)).collect();
     let tensors = file.tensors.into_iter().map(|(key, shape, values)| {
-        let Some(start) = origin.remove(&key) else {
-            return (key, shape, values);
+        let start = match origin.remove(&key) {
+            Some(start) => start,
+            // An embedding's factors took nothing, but the rank is theirs too.
+            None if key.contains(".lora_embedding_") => vec![0.0; values.len()],
+            None => return (key, shape, values),
         };
         let [rows, cols] = [shape[0], shape[1]];
-        if key.ends_with("lora_A.weight") {
+        if key.ends_with("lora_A.weight") || key.ends_with("lora_embedding_A") {
             let both = values.into_iter().chain(start).collect();
             return (key, vec![2 * rows, cols], both);
         }
@@ -352,18 +446,18 @@ fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFile {
 }
 
 /// Keys and shapes of every tensor of the file.
-fn expected<M: Adaptable>(
-    model: &M,
+pub(crate) fn expected(
+    modules: &[ModuleShape],
     config: &AdapterConfig,
     plan: &AdapterPlan,
 ) -> BTreeMap<String, Vec<usize>> {
     let mut all = BTreeMap::new();
     if config.trains_everything() {
-        for module in shapes(model) {
+        for module in modules {
             if module.bias {
                 all.insert(format!("{}.bias", module.name), module.shape[..1].to_vec());
             }
-            all.insert(format!("{}.weight", module.name), module.shape);
+            all.insert(format!("{}.weight", module.name), module.shape.clone());
         }
     }
     for target in &plan.targets {
@@ -395,7 +489,7 @@ fn agree<M: Adaptable>(
     dir: &Path,
 ) -> Result<()> {
     let have: BTreeMap<_, _> = tensors.iter().map(|(key, shape, _)| (key, shape)).collect();
-    let mut want = expected(model, config, plan);
+    let mut want = expected(&shapes(model), config, plan);
     want.retain(|key, _| {
         have.contains_key(key)
             || config.stores_shared()
@@ -445,9 +539,9 @@ fn agree<M: Adaptable>(
 }
 
 /// Takes every wanted tensor out of a file as f32, or reports all that is wrong with the file.
-fn compared<M: Adaptable>(
+fn compared(
     path: &Path,
-    model: &M,
+    base: (&[ModuleShape], &IsBase<'_>),
     config: &AdapterConfig,
     mut stored: BTreeMap<String, Stored>,
     want: &BTreeMap<String, Vec<usize>>,
@@ -476,7 +570,7 @@ fn compared<M: Adaptable>(
     }
     let strangers = stored
         .iter()
-        .filter(|(key, tensor)| !is_copy_of_base(key, tensor, model));
+        .filter(|(key, tensor)| !is_copy_of_base(key, tensor, base));
     problems.extend(strangers.map(|(key, _)| {
         format!("{key} does not belong to an adapter of this configuration on this model")
     }));
@@ -492,7 +586,7 @@ fn compared<M: Adaptable>(
 
 /// PEFT also writes base weights of embeddings and heads that are targets. They are harmless as long as
 /// they are this base's.
-fn is_copy_of_base<M: Adaptable>(key: &str, stored: &Stored, model: &M) -> bool {
+fn is_copy_of_base(key: &str, stored: &Stored, base: (&[ModuleShape], &IsBase<'_>)) -> bool {
     let Some(name) = key
         .strip_prefix(PREFIX)
         .and_then(|k| k.strip_suffix(".weight"))
@@ -500,27 +594,19 @@ fn is_copy_of_base<M: Adaptable>(key: &str, stored: &Stored, model: &M) -> bool 
         return false;
     };
     let name = name.strip_suffix(".base_layer").unwrap_or(name);
-    let Some(values) = &stored.values else {
-        return false;
-    };
-    let mut same = false;
-    model.for_each_slot_ref(&mut |slot_name, slot| {
-        let base = match slot {
+    let (modules, is_base) = base;
+    modules.iter().any(|module| {
+        let may = match module.kind {
             // A head that shares the embedding's weights has no place of its own.
-            SlotRef::Embedding(table) if name == "lm_head" || slot_name == name => &table.weight,
-            _ if slot_name != name => return,
-            SlotRef::Linear(linear) => &linear.weight,
-            SlotRef::Embedding(_) | SlotRef::Norm(_) => return,
+            ModuleKind::Embedding => name == "lm_head" || module.name == name,
+            ModuleKind::Linear | ModuleKind::Head => module.name == name,
+            ModuleKind::Norm => false,
         };
-        let base = crate::methods::to_host(key, base.val()).unwrap_or_default();
-        let equal = base.len() == values.len();
-        let mut pairs = base.iter().zip(values);
-        same |= equal && pairs.all(|(b, s)| stored.rounded(*b) == *s);
-    });
-    same
+        may && is_base(&module.name, stored)
+    })
 }
 
-fn made_for(config: &AdapterConfig) -> String {
+pub(crate) fn made_for(config: &AdapterConfig) -> String {
     match config.base_model_name_or_path() {
         Some(base) => {
             format!("The adapter says it was made for {base}: is this the same base model?")

@@ -136,6 +136,9 @@ fn build<C: MethodConfig>(
     cfg: &C,
     purpose: Purpose,
 ) -> Result<AdapterPlan> {
+    if let Some(config) = cfg.xlora() {
+        return crate::xlora::plan(modules, config);
+    }
     let selection = cfg.selection();
     let mut matcher =
         Matcher::new(&selection).map_err(|problems| AdapterError::Plan { problems })?;
@@ -368,7 +371,7 @@ fn known(modules: &[ModuleShape]) -> String {
     names.into_iter().collect::<Vec<_>>().join(", ")
 }
 
-fn elements(module: &ModuleShape) -> usize {
+pub(crate) fn elements(module: &ModuleShape) -> usize {
     let bias = if module.bias {
         module.shape.first().copied().unwrap_or(0)
     } else {

@@ -57,6 +57,11 @@ impl Slot<'_> {
     pub(crate) fn remove(&mut self, name: Option<&str>) {
         each!(self, module => module.parts.retain(|part| name.is_some_and(|name| part.name != name)));
     }
+
+    /// Counts the base as frozen again, whatever was trained of it.
+    pub(crate) fn release_base(&mut self) {
+        each!(self, module => module.trains_base = false);
+    }
 }
 
 impl SlotRef<'_> {
@@ -108,9 +113,13 @@ pub trait Adaptable {
     fn gate(&self) -> Option<&XLora> {
         None
     }
-    /// The same, to change it.
-    fn gate_mut(&mut self) -> Option<&mut XLora> {
+    /// Where that classifier goes, in a model that has room for one.
+    fn gate_place(&mut self) -> Option<&mut Option<XLora>> {
         None
+    }
+    /// The classifier, to change it.
+    fn gate_mut(&mut self) -> Option<&mut XLora> {
+        self.gate_place().and_then(Option::as_mut)
     }
     /// Whether the linear layer called `name` yields the logits, so that `all-linear` leaves it out.
     /// Unless a model says otherwise, that is the one called `lm_head`.

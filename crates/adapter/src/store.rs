@@ -83,7 +83,8 @@ impl AdapterFile {
     }
 }
 
-/// Reads `adapter_config.json`; what is not supported is refused by name.
+/// Reads `adapter_config.json`; what is not supported is refused by name. Experts of an X-LoRA that lie
+/// beside it are named so that they are found from the working directory.
 pub fn load_config(dir: &Path) -> Result<AdapterConfig> {
     let path = dir.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, e))?;
@@ -91,7 +92,34 @@ pub fn load_config(dir: &Path) -> Result<AdapterConfig> {
         path: path.clone(),
         reason: format!("not JSON: {e}"),
     })?;
-    AdapterConfig::from_json(&value, &path.display().to_string())
+    let config = AdapterConfig::from_json(&value, &path.display().to_string())?;
+    Ok(match config {
+        AdapterConfig::XLora(config) => config.located(dir).into(),
+        config => config,
+    })
+}
+
+/// Writes tensors on the host as one safetensors file, whole or not at all.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn write_tensors(path: &Path, tensors: &[HostTensor]) -> Result<()> {
+    let bytes = serialize(tensors).map_err(|e| AdapterError::Format {
+        path: path.to_path_buf(),
+        reason: e.to_string(),
+    })?;
+    write(path, &bytes)
+}
+
+/// Reads what [`write_tensors`] wrote, sorted by name.
+///
+/// # Errors
+/// A file that is missing or damaged.
+pub fn read_tensor_file(path: &Path) -> Result<Vec<HostTensor>> {
+    let all = read_file(path)?.into_iter();
+    Ok(all
+        .filter_map(|(key, stored)| Some((key, stored.shape, stored.values?)))
+        .collect())
 }
 
 /// A name that may stand for an adapter: it becomes a folder's name and, in PEFT, part of a key.
@@ -128,8 +156,14 @@ impl Stored {
         format!("{key} is {:?}; only F32, F16 and BF16 are read", self.dtype)
     }
 
+    /// Whether the file's values are these, rounded as the file's type rounds them.
+    pub fn is_rounded(&self, base: &[f32], values: &[f32]) -> bool {
+        let mut pairs = base.iter().zip(values);
+        base.len() == values.len() && pairs.all(|(b, s)| self.rounded(*b) == *s)
+    }
+
     /// An f32 rounded as the file's type rounds it.
-    pub fn rounded(&self, value: f32) -> f32 {
+    fn rounded(&self, value: f32) -> f32 {
         match self.dtype {
             Dtype::F16 => f16::from_f32(value).to_f32(),
             Dtype::BF16 => bf16::from_f32(value).to_f32(),
@@ -148,15 +182,19 @@ pub(crate) fn read_tensors(dir: &Path) -> Result<BTreeMap<String, Stored>> {
     if !path.exists() && dir.join(PICKLE).exists() {
         return Err(AdapterError::Pickle(dir.to_path_buf()));
     }
+    read_file(&path)
+}
+
+fn read_file(path: &Path) -> Result<BTreeMap<String, Stored>> {
     let format = |reason: String| AdapterError::Format {
-        path: path.clone(),
+        path: path.to_path_buf(),
         reason,
     };
     let io = |source| AdapterError::Io {
-        path: path.clone(),
+        path: path.to_path_buf(),
         source,
     };
-    let file = File::open(&path).map_err(|e| unreadable(&path, e))?;
+    let file = File::open(path).map_err(|e| unreadable(path, e))?;
     if file.metadata().map_err(io)?.len() == 0 {
         return Err(format("the file is empty".into()));
     }

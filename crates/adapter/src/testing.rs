@@ -2,11 +2,13 @@
 //! simpler arithmetic, so that every layer has a say in the output.
 #![allow(clippy::unwrap_used)]
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 
 use crate::slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
-use crate::{Frozen, Linear};
+use crate::{Embedding, Frozen, Linear};
 
 pub const HIDDEN: usize = 64;
 pub const KV: usize = 32;
@@ -19,9 +21,16 @@ pub struct Block {
     linear: Vec<Linear>,
 }
 
+impl Block {
+    /// Its q_proj.
+    pub fn first(&self) -> &Linear {
+        &self.linear[0]
+    }
+}
+
 #[derive(Module, Debug)]
 pub struct Tiny {
-    embed: Frozen<2>,
+    embed: Embedding,
     pub layers: Vec<Block>,
     norm: Frozen<1>,
     pub head: Option<Linear>,
@@ -63,7 +72,7 @@ impl Tiny {
                 .collect(),
         };
         Self {
-            embed: Frozen::new(
+            embed: Embedding::new(
                 "model.embed_tokens.weight",
                 fill([VOCAB, HIDDEN], 70, device) * 5.0,
             ),
@@ -81,24 +90,39 @@ impl Tiny {
 
     /// `[batch, time]` to `[batch, time, vocabulary]`.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        let [b, t] = ids.dims();
-        let mut x: Tensor<3> = self
-            .embed
-            .val()
-            .select(0, ids.reshape([b * t]))
-            .reshape([b, t, HIDDEN]);
+        let x = self.embed.forward(ids);
+        let x = self.between(x, &|linear, x| linear.forward(x));
+        match &self.head {
+            Some(head) => head.forward(x),
+            None => x.matmul(self.embed.head_weight().transpose().unsqueeze()),
+        }
+    }
+
+    /// The same by the weights into which the adapter is folded, with a head of its own.
+    pub fn dense(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let product = |linear: &Linear, x: Tensor<3>| {
+            let y = x.matmul(linear.weight_in_use().transpose().unsqueeze());
+            y + linear.bias_in_use().unwrap().unsqueeze()
+        };
+        let table = self.embed.folded(&[crate::DEFAULT.to_string()]);
+        let x = burn::tensor::module::embedding(table, ids);
+        product(self.head.as_ref().unwrap(), self.between(x, &product))
+    }
+
+    /// From the embedding to the head.
+    fn between(
+        &self,
+        mut x: Tensor<3>,
+        layer: &dyn Fn(&Linear, Tensor<3>) -> Tensor<3>,
+    ) -> Tensor<3> {
         for block in &self.layers {
             let h = x.clone() * block.norm.val().unsqueeze();
             let [q, k, v, o, gate, up, down] = [0, 1, 2, 3, 4, 5, 6].map(|i| &block.linear[i]);
-            let kv = Tensor::cat(vec![k.forward(h.clone()), v.forward(h.clone())], 2);
-            let inner = activation::silu(gate.forward(h.clone())) * up.forward(h.clone());
-            x = x + o.forward((q.forward(h) * 0.5).tanh() + kv) + down.forward(inner);
+            let kv = Tensor::cat(vec![layer(k, h.clone()), layer(v, h.clone())], 2);
+            let inner = activation::silu(layer(gate, h.clone())) * layer(up, h.clone());
+            x = x + layer(o, (layer(q, h) * 0.5).tanh() + kv) + layer(down, inner);
         }
-        let x = x * self.norm.val().unsqueeze();
-        match &self.head {
-            Some(head) => head.forward(x),
-            None => x.matmul(self.embed.val().transpose().unsqueeze()),
-        }
+        x * self.norm.val().unsqueeze()
     }
 
     /// Its output on a fixed input.
@@ -234,11 +258,24 @@ pub fn difference(a: &[f32], b: &[f32]) -> f32 {
 
 /// Gives every parameter of the adapter values that are not its initial ones.
 pub fn perturb<M: Adaptable>(model: &mut M) {
-    let mut state = crate::export_trainable(model).unwrap();
-    for (i, (_, _, values)) in state.iter_mut().enumerate() {
+    perturb_as(model, crate::DEFAULT, 0);
+}
+
+/// The same for the adapter called `name`; other values for another `salt`.
+pub fn perturb_as<M: Adaptable>(model: &mut M, name: &str, salt: usize) {
+    let mut i = salt;
+    crate::for_each_param_of_mut(model, name, &mut |key, mut param| {
+        let mut values = param.as_ref().read(key).unwrap();
         for (j, value) in values.iter_mut().enumerate() {
             *value += ((i * 31 + j * 17) % 13) as f32 / 130.0 - 0.046;
         }
-    }
-    crate::import_trainable(model, state).unwrap();
+        param.write(values);
+        i += 1;
+    });
+}
+
+/// Held while a test seeds the backend or draws from it: all threads share its generator.
+pub fn generator() -> MutexGuard<'static, ()> {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -13,7 +13,8 @@ use crate::slot::{Adaptable, Slot, SlotRef};
 
 /// Calls `f` with every trained parameter of the adapter called `adapter` (copies, biases and single
 /// rows included) under its key in PEFT's file, in the model's order. Where the base itself is trained,
-/// these are its own parameters under their own names.
+/// these are its own parameters under their own names. The experts of an X-LoRA that are trained along
+/// come after its classifier, under their keys with their name and a slash before it.
 pub fn for_each_param_of<M: Adaptable>(
     model: &M,
     adapter: &str,
@@ -73,7 +74,12 @@ pub fn for_each_param_of<M: Adaptable>(
             }
         }
     });
-    model.gate().into_iter().for_each(|gate| gate.for_each_param(adapter, f));
+    if let Some(gate) = model.gate() {
+        gate.for_each_param(adapter, f);
+        for expert in gate.trained_along(adapter).iter() {
+            for_each_param_of(model, expert, &mut |key, param| f(&format!("{expert}/{key}"), param));
+        }
+    }
 }
 
 const TOKENS: &str = "token_adapter.trainable_tokens_delta";
@@ -142,8 +148,10 @@ pub fn for_each_param_of_mut<M: Adaptable>(
             }
         }
     });
-    if let Some(gate) = model.gate_mut() {
-        gate.for_each_param_mut(adapter, f);
+    let Some(gate) = model.gate_mut() else { return };
+    gate.for_each_param_mut(adapter, f);
+    for expert in gate.trained_along(adapter).iter() {
+        for_each_param_of_mut(model, expert, &mut |key, param| f(&format!("{expert}/{key}"), param));
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use enamel_train::bench::{BenchOptions, bench};
 use enamel_train::device;
 use enamel_train::loaded::OpenBase;
+use enamel_train::thousands;
 
 use crate::Outcome;
 use crate::pull_progress::Bars;
@@ -26,6 +27,9 @@ pub struct Args {
     /// Rank of the adapter on all linear layers
     #[arg(long, default_value_t = 16)]
     r: usize,
+    /// Methods to time, the first of which the others are compared with
+    #[arg(long, value_name = "METHOD", value_delimiter = ',', default_value = "lora")]
+    methods: Vec<String>,
     /// Tokens to decode; 0 leaves decoding out
     #[arg(long, value_name = "N", default_value_t = 64)]
     decode: usize,
@@ -54,13 +58,17 @@ impl Args {
         if !self.json {
             let model = &self.model;
             writeln!(out, "{model} on {choice}, r = {} on all linear layers", self.r)?;
-            let head = ["step", "seconds", "tokens/s", "peak memory"];
-            writeln!(out, "{:<12} {:>10} {:>10} {:>12}", head[0], head[1], head[2], head[3])?;
+            writeln!(
+                out,
+                "{:<8} {:<8} {:>10} {:>10} {:>9} {:>12} {:>12}",
+                "method", "step", "seconds", "tokens/s", "relative", "trained", "peak memory"
+            )?;
         }
         let options = BenchOptions {
             shapes: self.shapes,
             steps: self.steps.max(1),
             r: self.r,
+            methods: self.methods,
             decode: self.decode,
         };
         let mut failure = None;
@@ -71,13 +79,16 @@ impl Args {
                     .and_then(|()| writeln!(out))
             } else {
                 writeln!(
-                out,
-                "{:<12} {:>10.3} {:>10.1} {:>12}",
-                format!("{}×{}", step.rows, step.tokens),
-                step.seconds,
-                step.tokens_per_second,
-                gibibytes(step.peak_memory)
-            )
+                    out,
+                    "{:<8} {:<8} {:>10.3} {:>10.1} {:>9.2} {:>12} {:>12}",
+                    step.method,
+                    format!("{}×{}", step.rows, step.tokens),
+                    step.seconds,
+                    step.tokens_per_second,
+                    step.relative,
+                    thousands(step.trainable as u64),
+                    gibibytes(step.peak_memory)
+                )
             };
             if let Err(error) = line.and_then(|()| out.flush()) {
                 failure = Some(error);

@@ -7,6 +7,7 @@
     reason = "printing is this crate's task"
 )]
 
+mod adapter_text;
 mod failure;
 mod pull_progress;
 mod recipe_args;
@@ -76,6 +77,10 @@ verbs! {
     score => Score;
     /// Fold an adapter into its base and write a model of its own
     merge => Merge;
+    /// Train the variants of a recipe one after the other and put their figures side by side
+    compare => Compare;
+    /// List, inspect, combine, compare and convert adapters
+    adapter => Adapter;
     /// Measure the speed and memory of training and decoding on this machine
     bench => Bench;
 }

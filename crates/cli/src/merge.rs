@@ -1,4 +1,4 @@
-//! `enamel merge`: folds an adapter into its base and writes a model of its own.
+//! `enamel merge`: folds adapters into their base and writes a model of its own.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -13,18 +13,24 @@ use crate::pull_progress::Bars;
 /// Arguments of `enamel merge`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Base model; without it, the one that the adapter names
+    /// Base model; without it, the one that the (first) adapter names
     #[arg(long, value_name = "REF")]
     model: Option<String>,
-    /// Adapter directory in PEFT's format
-    #[arg(long, value_name = "DIR")]
-    adapter: PathBuf,
+    /// Adapter directory in PEFT's format; several are added up
+    #[arg(long, value_name = "DIR", required = true)]
+    adapter: Vec<PathBuf>,
+    /// A weight for each adapter; without it, 1 each
+    #[arg(long, value_name = "W,…", value_delimiter = ',', allow_hyphen_values = true)]
+    weights: Vec<f64>,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
     /// Element type of the weights; auto is the base's (f32 for a quantised one)
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     dtype: Choice,
+    /// Do not compare logits afterwards, which loads whole models: memory for one tensor will do
+    #[arg(long)]
+    no_check: bool,
     /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
@@ -49,9 +55,11 @@ fn name(dtype: SaveDtype) -> &'static str {
 impl Args {
     pub fn run(self) -> anyhow::Result<Outcome> {
         let (device, _) = device::open(self.device.parse()?)?;
+        let adapters = self.adapter.len();
         let options = MergeOptions {
             model: self.model,
-            adapter: self.adapter,
+            adapters: self.adapter,
+            weights: self.weights,
             output: self.output,
             dtype: match self.dtype {
                 Choice::Auto => None,
@@ -59,25 +67,43 @@ impl Args {
                 Choice::F16 => Some(SaveDtype::F16),
                 Choice::Bf16 => Some(SaveDtype::BF16),
             },
+            check: !self.no_check,
         };
         let report = merge(&options, &device, &mut Bars::default())?;
         let mut out = std::io::stdout().lock();
-        writeln!(out, "merged      {} modules", report.modules)?;
-        writeln!(
-            out,
-            "written     {} ({})",
-            report.output.display(),
-            name(report.dtype)
-        )?;
-        writeln!(
-            out,
-            "difference  logits of adapted and merged weights: at most {:.3e}; as written: {:.3e}",
-            report.max_abs_logit_diff, report.max_abs_logit_diff_written
-        )?;
+        let of = match adapters {
+            1 => String::new(),
+            many => format!(" of {many} adapters"),
+        };
+        writeln!(out, "merged      {} modules{of}", report.modules)?;
+        writeln!(out, "written     {} ({})", report.output.display(), name(report.dtype))?;
+        if report.untied {
+            writeln!(
+                out,
+                "head        lm_head has weights of its own now (tie_word_embeddings = false)"
+            )?;
+        }
+        let Some(check) = report.check else {
+            writeln!(out, "difference  not checked (--no-check)")?;
+            return Ok(Outcome::Done);
+        };
+        match check.max_abs_logit_diff {
+            Some(merged) => writeln!(
+                out,
+                "difference  logits of adapted and merged weights: at most {merged:.3e}; as written: {:.3e}",
+                check.max_abs_logit_diff_written
+            )?,
+            None => writeln!(
+                out,
+                "difference  logits of weights merged in f32 and as written: at most {:.3e}\n            (these \
+                 adapters cannot run beside their base with these weights, so that is not compared)",
+                check.max_abs_logit_diff_written
+            )?,
+        }
         writeln!(
             out,
             "            (over {} positions, logits up to {:.1})",
-            report.positions, report.max_abs_logit
+            check.positions, check.max_abs_logit
         )?;
         Ok(Outcome::Done)
     }

@@ -70,7 +70,7 @@ fn say(line: &str) {
 
 fn summary(run: &RunOutcome) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    let Some(adapter) = &run.adapter else {
+    let Some(result) = run.adapter.as_ref().or(run.model.as_ref()) else {
         writeln!(
             out,
             "\nstopped after step {} of {}",
@@ -108,9 +108,13 @@ fn summary(run: &RunOutcome) -> std::io::Result<()> {
         run.seconds,
         run.peak_memory as f64 / f64::from(1 << 30)
     )?;
-    writeln!(out, "adapter   {}", adapter.display())?;
+    let (kind, option) = match run.adapter {
+        Some(_) => ("adapter", "--adapter"),
+        None => ("model  ", "--model"),
+    };
+    writeln!(out, "{kind}   {}", result.display())?;
     writeln!(out, "report    {}", run.dir.join("report.html").display())?;
-    writeln!(out, "try it    enamel chat --adapter {}", adapter.display())
+    writeln!(out, "try it    enamel chat {option} {}", result.display())
 }
 
 /// Later lines under the first one.

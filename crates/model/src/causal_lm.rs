@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use enamel_adapter::frozen::param_id;
-use enamel_adapter::{Adaptable, Slot, SlotRef};
+use enamel_adapter::{Adaptable, Slot, SlotRef, XLora, xlora};
 use enamel_kernels::KeyMask;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -127,20 +127,8 @@ impl CausalLm {
         checkpoint: &dyn TensorSource,
         device: &Device,
     ) -> Result<Self, LoadError> {
-        let embedding = check_tensors(config, checkpoint)?;
-        let has = |name| checkpoint.tensors().iter().any(|t| t.name == name);
-        let untied;
-        let config = if config.tie_word_embeddings
-            && has(EMBEDDING)
-            && has(HEAD)
-            && checkpoint.read_f32(EMBEDDING)? != checkpoint.read_f32(HEAD)?
-        {
-            untied = config.untied();
-            &untied
-        } else {
-            config
-        };
-        let model = Llama::build(config, device, &mut |name, shape| {
+        let (config, embedding) = Self::fit(config, checkpoint)?;
+        let model = Llama::build(&config, device, &mut |name, shape| {
             let stored = if name == EMBEDDING { embedding } else { name };
             let values = checkpoint.read_f32(stored)?;
             let expected = shape.iter().product();
@@ -154,6 +142,26 @@ impl CausalLm {
             })
         })?;
         Ok(Self::Llama(model))
+    }
+
+    /// Compares a checkpoint's names and shapes with a configuration, without loading it: the
+    /// configuration as the files bear it out (untied, as [`Self::load`] has it), and the name under
+    /// which the embedding is stored.
+    ///
+    /// # Errors
+    /// Missing, unexpected and misshapen tensors, all at once.
+    pub fn fit(
+        config: &LlamaConfig,
+        checkpoint: &dyn TensorSource,
+    ) -> Result<(LlamaConfig, &'static str), LoadError> {
+        let embedding = check_tensors(config, checkpoint)?;
+        let has = |name| checkpoint.tensors().iter().any(|t| t.name == name);
+        let parted = config.tie_word_embeddings
+            && has(EMBEDDING)
+            && has(HEAD)
+            && checkpoint.read_f32(EMBEDDING)? != checkpoint.read_f32(HEAD)?;
+        let config = if parted { config.untied() } else { config.clone() };
+        Ok((config, embedding))
     }
 
     /// A model with random weights, as transformers initialises one: norms 1, biases 0, the rest
@@ -184,10 +192,42 @@ impl CausalLm {
     /// batch must be the input's, and it holds the new tokens afterwards. Rows of padding hold
     /// nothing of use.
     ///
+    /// With an X-LoRA in use these are two runs, the first without gradients; a cache then holds the
+    /// keys and values of both, and must not be carried from one choice of adapters to another.
+    ///
     /// # Shapes
     /// - input_ids: `[batch, tokens]`; attention_mask: `batch` rows of `cache + tokens` keys
     /// - result: `[batch, tokens, hidden]`
-    pub fn forward_hidden(&self, input: &ModelInput, cache: Option<&mut KvCache>) -> Tensor<3> {
+    pub fn forward_hidden(&self, input: &ModelInput, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+        let Some(gate) = xlora::in_use(self) else {
+            return self.run(input, cache);
+        };
+        let hidden = self.first_pass(gate, input, cache.as_deref_mut());
+        xlora::for_second_pass(self, gate.gates(hidden)).run(input, cache)
+    }
+
+    /// Each token's shares of an X-LoRA's experts, before any choice among them; `None` where none is
+    /// in use.
+    ///
+    /// # Shapes
+    /// - result: `[batch, tokens, layers, experts]`, with one layer unless `layerwise_scalings`
+    pub fn xlora_scalings(&self, input: &ModelInput) -> Option<Tensor<4>> {
+        let gate = xlora::in_use(self)?;
+        Some(gate.scalings(self.first_pass(gate, input, None)))
+    }
+
+    fn first_pass(
+        &self,
+        gate: &XLora,
+        input: &ModelInput,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        let [batch, tokens] = input.input_ids.dims();
+        let model = xlora::for_first_pass(self, gate, batch * tokens, &self.device());
+        model.run(input, cache.map(KvCache::first_pass)).detach()
+    }
+
+    fn run(&self, input: &ModelInput, cache: Option<&mut KvCache>) -> Tensor<3> {
         match self {
             Self::Llama(model) => model.forward_hidden(input, cache),
         }
@@ -245,6 +285,18 @@ impl Adaptable for CausalLm {
     fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
         match self {
             Self::Llama(model) => model.for_each_slot_ref(f),
+        }
+    }
+
+    fn gate(&self) -> Option<&XLora> {
+        match self {
+            Self::Llama(model) => model.gate(),
+        }
+    }
+
+    fn gate_place(&mut self) -> Option<&mut Option<XLora>> {
+        match self {
+            Self::Llama(model) => model.gate_place(),
         }
     }
 }
@@ -336,246 +388,4 @@ fn normal_values(seed: u64, count: usize, deviation: f64) -> Vec<f32> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use std::sync::Arc;
-
-    use super::*;
-    use crate::testing::{MemorySource, devices, distance, ids, tiny_config, values};
-    use burn::module::Param;
-    use serde_json::json;
-
-    fn random(changes: serde_json::Value) -> CausalLm {
-        CausalLm::random(&tiny_config(changes), 7, &Device::flex()).unwrap()
-    }
-
-    fn run(model: &CausalLm, rows: &[&[i64]], mask: Option<&[&[bool]]>) -> Vec<f32> {
-        let attention_mask = mask.map(|rows| KeyMask {
-            valid: Arc::new(rows.concat()),
-            batch: rows.len(),
-            keys: rows[0].len(),
-        });
-        let input = ModelInput {
-            input_ids: ids(rows, &model.device()),
-            attention_mask,
-        };
-        values(model.forward_hidden(&input, None))
-    }
-
-    #[test]
-    fn slots_are_the_modules_that_the_configuration_lists() {
-        for changes in [
-            json!({}),
-            json!({"tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true}),
-            json!({"model_type": "qwen2", "head_dim": 6}),
-        ] {
-            let mut model = random(changes);
-            let mut shapes = Vec::new();
-            model.for_each_slot_ref(&mut |name, slot| {
-                let (shape, bias) = match slot {
-                    SlotRef::Linear(l) => (l.weight.dims().to_vec(), l.bias.is_some()),
-                    SlotRef::Embedding(e) => (e.weight.dims().to_vec(), false),
-                    SlotRef::Norm(n) => (n.weight.dims().to_vec(), false),
-                };
-                shapes.push((name.to_owned(), shape, bias));
-            });
-            let listed: Vec<_> = model
-                .config()
-                .modules()
-                .into_iter()
-                .map(|module| (module.name, module.shape, module.bias))
-                .collect();
-            assert_eq!(shapes, listed);
-            let mut names = Vec::new();
-            model.for_each_slot(&mut |name, _| names.push(name.to_owned()));
-            assert!(names.iter().eq(listed.iter().map(|(name, ..)| name)));
-        }
-    }
-
-    #[test]
-    fn a_loaded_model_computes_the_same() {
-        let model = random(json!({"attention_bias": true, "mlp_bias": true}));
-        let source = MemorySource::of(&model);
-        for device in devices() {
-            let loaded = CausalLm::load(model.config(), &source, &device).unwrap();
-            let rows: &[&[i64]] = &[&[1, 5, 9, 3], &[2, 2, 39, 0]];
-            let (a, b) = (run(&model, rows, None), run(&loaded, rows, None));
-            // Two backends order their sums differently: a few units in the last place.
-            assert!(distance(&a, &b) < 1e-5, "{device:?}");
-        }
-    }
-
-    #[test]
-    fn all_mismatches_are_in_one_error_and_no_value_is_read() {
-        let model = random(json!({}));
-        let mut source = MemorySource::of(&model);
-        source.remove("model.norm.weight");
-        source.remove("model.layers.1.mlp.up_proj.weight");
-        source.put("score.weight", &[2, 16], Vec::new());
-        source.put(
-            "model.layers.0.self_attn.k_proj.weight",
-            &[16, 16],
-            Vec::new(),
-        );
-        source.put(
-            "model.layers.0.self_attn.rotary_emb.inv_freq",
-            &[2],
-            Vec::new(),
-        );
-        let source = source.without_values();
-        let error = CausalLm::load(model.config(), &source, &Device::flex()).unwrap_err();
-        let LoadError::Mismatch {
-            missing,
-            unexpected,
-            misshapen,
-        } = &error
-        else {
-            panic!("{error}");
-        };
-        assert_eq!(
-            *missing,
-            ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
-        );
-        assert_eq!(*unexpected, ["score.weight"]);
-        let name = "model.layers.0.self_attn.k_proj.weight".to_owned();
-        let expected = Misshapen {
-            name,
-            expected: vec![8, 16],
-            found: vec![16, 16],
-        };
-        assert_eq!(*misshapen, [expected]);
-        let text = error.to_string();
-        assert!(
-            text.contains("[16, 16] in the checkpoint, [8, 16] needed"),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn a_source_that_lies_about_a_shape_is_an_error() {
-        let model = random(json!({}));
-        let source = MemorySource::of(&model).without_values();
-        let error = CausalLm::load(model.config(), &source, &Device::flex()).unwrap_err();
-        assert!(matches!(error, LoadError::WrongLength { .. }), "{error}");
-    }
-
-    #[test]
-    fn a_tied_head_follows_the_file() {
-        let model = random(json!({"tie_word_embeddings": true}));
-        let config = model.config();
-        let load = |source: &MemorySource| CausalLm::load(config, source, &Device::flex()).unwrap();
-        let is_tied = |model: &CausalLm| {
-            let mut tied = true;
-            model.for_each_slot_ref(&mut |name, _| tied &= name != "lm_head");
-            assert_eq!(model.config().tie_word_embeddings, tied);
-            tied
-        };
-        let mut source = MemorySource::of(&model);
-        assert!(is_tied(&load(&source)));
-        let embedding = values(model.head_weight());
-        source.put(HEAD, &[40, 16], embedding.clone());
-        assert!(
-            is_tied(&load(&source)),
-            "an identical head is the embedding"
-        );
-        source.remove(EMBEDDING);
-        let swapped = load(&source);
-        assert!(
-            is_tied(&swapped),
-            "the head's name will do for the embedding"
-        );
-        assert_eq!(values(swapped.head_weight()), embedding);
-        source.put(HEAD, &[40, 16], vec![0.5; 640]);
-        source.put(EMBEDDING, &[40, 16], embedding);
-        let untied = load(&source);
-        assert!(!is_tied(&untied), "a differing head stays its own");
-        assert_eq!(values(untied.head_weight()), [0.5; 640]);
-        assert_eq!(
-            untied.config().to_json()["tie_word_embeddings"],
-            json!(false)
-        );
-    }
-
-    #[test]
-    fn random_weights_depend_on_seed_and_name_only() {
-        let weights = |seed, changes| {
-            let model = CausalLm::random(&tiny_config(changes), seed, &Device::flex()).unwrap();
-            let CausalLm::Llama(model) = model;
-            values(model.layers[0].mlp.up_proj.weight.val())
-        };
-        assert_eq!(
-            weights(1, json!({})),
-            weights(1, json!({"num_hidden_layers": 5}))
-        );
-        assert_ne!(weights(1, json!({})), weights(2, json!({})));
-        let all = weights(3, json!({"intermediate_size": 4000}));
-        let deviation = (all.iter().map(|x| x * x).sum::<f32>() / all.len() as f32).sqrt();
-        // 64,000 samples: the estimate's own deviation is 0.3 / sqrt(128,000), about 0.0008.
-        assert!((deviation - 0.3).abs() < 0.005, "{deviation}");
-    }
-
-    #[test]
-    fn padding_changes_nothing_for_the_real_tokens() {
-        for changes in [
-            json!({}),
-            json!({"model_type": "mistral", "sliding_window": 3}),
-            json!({"rope_scaling": {"type": "linear", "factor": 2.0}}),
-        ] {
-            let model = random(changes);
-            let alone = run(&model, &[&[4, 8, 15, 16]], None);
-            let full = [true; 6];
-            let right = [true, true, true, true, false, false];
-            let left = [false, false, true, true, true, true];
-            let both = run(
-                &model,
-                &[
-                    &[4, 8, 15, 16, 0, 0],
-                    &[0, 0, 4, 8, 15, 16],
-                    &[9, 9, 9, 9, 9, 9],
-                ],
-                Some(&[&right, &left, &full]),
-            );
-            // Left padding turns queries and keys by larger angles, which cancel up to rounding.
-            assert!(distance(&alone, &both[..64]) < 1e-5);
-            assert!(distance(&alone, &both[96 + 32..192]) < 1e-5);
-        }
-    }
-
-    #[test]
-    fn logits_are_the_head_product() {
-        for tied in [true, false] {
-            let model = random(json!({"tie_word_embeddings": tied}));
-            let hidden = Tensor::<2>::ones([3, 16], &Device::flex());
-            let product = hidden.clone().matmul(model.head_weight().transpose());
-            assert!(distance(&values(model.logits(hidden)), &values(product)) < 1e-6);
-        }
-    }
-
-    #[test]
-    fn gradients_reach_what_is_trained_and_nothing_else() {
-        for device in devices() {
-            let device = device.autodiff();
-            let config = tiny_config(json!({"tie_word_embeddings": true}));
-            let CausalLm::Llama(mut llama) = CausalLm::random(&config, 3, &device).unwrap();
-            let norm = &mut llama.layers[0].input_layernorm;
-            norm.saved = Some(Param::from_tensor(norm.weight.val().detach()));
-            let model = CausalLm::Llama(llama);
-            let input = ModelInput::new(ids(&[&[1, 2, 3]], &device));
-            let hidden = model.forward_hidden(&input, None).reshape([3, 16]);
-            let gradients = model.logits(hidden).powf_scalar(2.0).sum().backward();
-            let CausalLm::Llama(llama) = &model;
-            let norm = &llama.layers[0].input_layernorm;
-            let trained = norm.saved.as_ref().unwrap().val().grad(&gradients).unwrap();
-            let largest = values(trained)
-                .into_iter()
-                .fold(0.0, |a: f32, b| a.max(b.abs()));
-            assert!(largest.is_finite() && largest > 1e-6, "{largest}");
-            assert!(norm.weight.val().grad(&gradients).is_none());
-            assert!(llama.embed_tokens.weight.val().grad(&gradients).is_none());
-            let evaluated = model.valid();
-            assert!(!evaluated.device().is_autodiff());
-            let rows: &[&[i64]] = &[&[1, 2, 3]];
-            assert!(distance(&run(&evaluated, rows, None), &run(&model, rows, None)) < 1e-6);
-        }
-    }
-}
+mod tests;

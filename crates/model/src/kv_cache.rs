@@ -13,6 +13,8 @@ const BLOCK: usize = 256;
 pub struct KvCache {
     layers: Vec<Option<Entry>>,
     len: usize,
+    /// What X-LoRA's first pass has seen: other hidden states, so other keys and values.
+    first_pass: Option<Box<KvCache>>,
 }
 
 /// `[batch, room, kv_heads, head_dim]` each.
@@ -36,6 +38,11 @@ impl KvCache {
     /// Whether it holds none.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The cache of X-LoRA's first pass over the same tokens.
+    pub(crate) fn first_pass(&mut self) -> &mut Self {
+        self.first_pass.get_or_insert_default()
     }
 
     /// Writes one block's keys and values behind those it holds and returns all of them.

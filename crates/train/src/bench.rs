@@ -4,10 +4,10 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::optim::AdamWConfig;
+use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::Device;
 use burn::train::TrainStep;
-use enamel_adapter::{LoraConfig, Targets};
+use enamel_adapter::{AdapterConfig, RankAllocator};
 use enamel_data::Batch;
 use enamel_model::{CausalLm, Sampling, generate};
 use serde::Serialize;
@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
 use crate::memory::Memory;
+use crate::recipe::Recipe;
 use crate::trainee::{StepItem, Trainee};
 
 /// What to measure.
@@ -26,13 +27,20 @@ pub struct BenchOptions {
     pub steps: usize,
     /// Rank of the adapter, on all linear layers of the blocks.
     pub r: usize,
+    /// The methods, as a recipe names them. Several take turns step by step, so that a machine that
+    /// slows down slows all of them down.
+    pub methods: Vec<String>,
     /// Tokens to decode after a prompt of 128; 0 for none.
     pub decode: usize,
 }
 
-/// A training step of one shape.
-#[derive(Clone, Copy, Debug, Serialize)]
+/// A training step of one method and shape.
+#[derive(Clone, Debug, Serialize)]
 pub struct StepFigures {
+    /// The method.
+    pub method: String,
+    /// Trained parameters.
+    pub trainable: usize,
     /// Rows.
     pub rows: usize,
     /// Tokens a row.
@@ -42,8 +50,10 @@ pub struct StepFigures {
     /// Tokens a second, from the median.
     pub tokens_per_second: f64,
     /// Most resident memory while measuring this shape, in bytes; since the process began where the
-    /// system cannot reset its mark.
+    /// system cannot reset its mark. With several methods, what they need together.
     pub peak_memory: u64,
+    /// Tokens a second over those of the first method: the median over rounds of both.
+    pub relative: f64,
 }
 
 /// Decoding one token after the other.
@@ -62,6 +72,87 @@ pub struct DecodeFigures {
 /// Tokens of the prompt before decoding.
 const PROMPT: usize = 128;
 
+/// One method under measurement.
+struct Lane {
+    method: String,
+    trainable: usize,
+    trainee: Trainee,
+    optimizer: ModuleOptimizer,
+    allocator: Option<RankAllocator>,
+    seconds: Vec<f64>,
+}
+
+impl Lane {
+    fn new(
+        mut model: CausalLm,
+        method: &str,
+        options: &BenchOptions,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        let config = config(method, options)?;
+        let plan = enamel_adapter::attach(&mut model, &config, 42)?;
+        let allocator = match &config {
+            AdapterConfig::AdaLora(config) => Some(RankAllocator::new(config, &model)),
+            _ => None,
+        };
+        Ok(Self {
+            method: method.to_owned(),
+            trainable: plan.trainable,
+            trainee: Trainee { model }.fork(&device.clone().autodiff()).train(),
+            optimizer: AdamWConfig::new()
+                .with_epsilon(1e-8)
+                .with_weight_decay(0.0)
+                .init(),
+            allocator,
+            seconds: Vec::new(),
+        })
+    }
+
+    /// One optimizer step as training does it.
+    fn step(&mut self, item: StepItem, device: &Device) -> Result<f64, TrainError> {
+        let started = Instant::now();
+        let step = item.step;
+        let output = TrainStep::step(&self.trainee, item);
+        if let Some(allocator) = &mut self.allocator {
+            allocator.note_gradients(&self.trainee.model, &output.grads)?;
+        }
+        let trainee = self.trainee.clone();
+        self.trainee = trainee.optimize(&mut self.optimizer, 1e-4.into(), output.grads);
+        if let Some(allocator) = &mut self.allocator {
+            allocator.update(&mut self.trainee.model, step)?;
+        }
+        device
+            .sync()
+            .map_err(|e| TrainError::Framework(format!("waiting for the device: {e}")))?;
+        Ok(started.elapsed().as_secs_f64())
+    }
+}
+
+/// The adapter of a method at the rank asked for, on all linear layers.
+fn config(method: &str, options: &BenchOptions) -> Result<AdapterConfig, TrainError> {
+    let ranked = !["adalora", "ia3", "full", "head"].contains(&method);
+    let mut set = vec![format!("adapter.method={method}")];
+    if ranked {
+        set.push(format!("adapter.r={}", options.r));
+        set.push("adapter.target_modules=all-linear".to_owned());
+    }
+    match method {
+        "adalora" => {
+            set.push(format!("adapter.init_r={}", options.r));
+            set.push(format!("adapter.target_r={}", options.r.div_ceil(2)));
+            set.push("adapter.target_modules=all-linear".to_owned());
+        }
+        "head" => set.push("adapter.modules_to_save=['norm']".to_owned()),
+        _ => {}
+    }
+    if ranked && method != "vera" {
+        set.push(format!("adapter.lora_alpha={}", 2 * options.r));
+    }
+    // Long enough for a budget to be under way in every step that is timed.
+    const STEPS: usize = 1000;
+    Ok(Recipe::for_model("none", &set)?.adapter.config(STEPS))
+}
+
 /// Measures; each figure is handed on as soon as it is there.
 pub fn bench(
     base: OpenBase,
@@ -70,55 +161,57 @@ pub fn bench(
     on_step: &mut dyn FnMut(&StepFigures),
 ) -> Result<Option<DecodeFigures>, TrainError> {
     let vocabulary = base.config.vocab_size;
-    let mut model = base.weights(device)?;
+    let model = base.weights(device)?;
     drop(base);
-    let lora = LoraConfig {
-        r: options.r,
-        lora_alpha: 2.0 * options.r as f64,
-        target_modules: Some(Targets::AllLinear),
-        ..LoraConfig::default()
+    let lanes = options
+        .methods
+        .iter()
+        .map(|method| Lane::new(model.clone(), method, options, device));
+    let mut lanes = lanes.collect::<Result<Vec<_>, _>>()?;
+    let decode = match (options.decode, lanes.first()) {
+        (0, _) | (_, None) => None,
+        (tokens, Some(lane)) => Some(decode(&lane.trainee.model.valid(), vocabulary, tokens)?),
     };
-    enamel_adapter::attach(&mut model, &lora, 42)?;
-    let decode = match options.decode {
-        0 => None,
-        tokens => Some(decode(&model, vocabulary, tokens)?),
-    };
-    let mut trainee = Trainee { model }.fork(&device.clone().autodiff()).train();
-    let mut optimizer = AdamWConfig::new()
-        .with_epsilon(1e-8)
-        .with_weight_decay(0.0)
-        .init();
+    drop(model);
     for &(rows, tokens) in &options.shapes {
         reset_peak();
-        let mut seconds = Vec::with_capacity(options.steps);
+        lanes.iter_mut().for_each(|lane| lane.seconds.clear());
         for step in 0..=options.steps {
-            let started = Instant::now();
-            let item = StepItem {
-                step: step + 1,
-                seed: 42,
-                micro: vec![batch(rows, tokens, vocabulary)],
-                max_grad_norm: 1.0,
-            };
-            let output = TrainStep::step(&trainee, item);
-            trainee = trainee.optimize(&mut optimizer, 1e-4.into(), output.grads);
-            device
-                .sync()
-                .map_err(|e| TrainError::Framework(format!("waiting for the device: {e}")))?;
-            if step > 0 {
-                seconds.push(started.elapsed().as_secs_f64());
+            for lane in &mut lanes {
+                let item = StepItem {
+                    step: step + 1,
+                    seed: 42,
+                    micro: vec![batch(rows, tokens, vocabulary)],
+                    max_grad_norm: 1.0,
+                };
+                let seconds = lane.step(item, device)?;
+                if step > 0 {
+                    lane.seconds.push(seconds);
+                }
             }
         }
-        seconds.sort_by(f64::total_cmp);
-        let seconds = seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN);
-        on_step(&StepFigures {
-            rows,
-            tokens,
-            seconds,
-            tokens_per_second: (rows * tokens) as f64 / seconds,
-            peak_memory: Memory::new().peak(),
-        });
+        let first = lanes.first().map(|lane| lane.seconds.clone()).unwrap_or_default();
+        for lane in &lanes {
+            let seconds = median(lane.seconds.clone());
+            let ratios = first.iter().zip(&lane.seconds).map(|(first, own)| first / own);
+            on_step(&StepFigures {
+                method: lane.method.clone(),
+                trainable: lane.trainable,
+                rows,
+                tokens,
+                seconds,
+                tokens_per_second: (rows * tokens) as f64 / seconds,
+                peak_memory: Memory::new().peak(),
+                relative: median(ratios.collect()),
+            });
+        }
     }
     Ok(decode)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Full rows, every token trained: nothing is padding, so tokens a second means all of them.

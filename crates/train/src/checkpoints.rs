@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 
 use burn::optim::{ModuleOptimizer, OptimizerRecord};
 use burn::tensor::Bytes;
+use enamel_adapter::RankAllocator;
+use enamel_adapter::store::{read_tensor_file, write_tensors};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -61,6 +63,8 @@ pub struct Checkpoints {
 
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.bpk";
+/// AdaLoRA's importance and ranks.
+const BUDGET: &str = "budget.safetensors";
 /// The adapter's folder within a checkpoint.
 pub const ADAPTER: &str = "adapter";
 
@@ -113,6 +117,7 @@ impl Checkpoints {
         &self,
         state: &RunState,
         optimizer: &ModuleOptimizer,
+        allocator: Option<&RankAllocator>,
         write_adapter: impl FnOnce(&Path) -> Result<(), TrainError>,
     ) -> Result<PathBuf, TrainError> {
         fs::create_dir_all(&self.dir).map_err(TrainError::io(&self.dir, "creating the folder"))?;
@@ -125,6 +130,9 @@ impl Checkpoints {
             .into_bytes()
             .map_err(|e| TrainError::Framework(e.to_string()))?;
         write_synced(&staging.path().join(OPTIMIZER), &bytes)?;
+        if let Some(allocator) = allocator {
+            write_tensors(&staging.path().join(BUDGET), &allocator.state())?;
+        }
         let json = serde_json::to_vec_pretty(state)
             .map_err(|e| TrainError::Framework(format!("writing the run's state: {e}")))?;
         write_synced(&staging.path().join(STATE), &json)?;
@@ -198,6 +206,15 @@ pub fn load_optimizer(
     Ok(optimizer.load_record(record))
 }
 
+/// Puts the importance and ranks of the checkpoint in `dir` into `allocator`.
+///
+/// # Errors
+/// When the file is missing or damaged.
+pub fn load_budget(dir: &Path, allocator: &mut RankAllocator) -> Result<(), TrainError> {
+    allocator.restore(read_tensor_file(&dir.join(BUDGET))?);
+    Ok(())
+}
+
 /// Writes a file and waits until it is on the disk.
 pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
     let mut file = File::create(path).map_err(TrainError::io(path, "creating"))?;
@@ -253,7 +270,7 @@ mod tests {
             best,
             ..RunState::default()
         };
-        c.save(&state, &AdamWConfig::new().init(), |dir| {
+        c.save(&state, &AdamWConfig::new().init(), None, |dir| {
             fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating"))
         })
         .unwrap();
@@ -280,7 +297,7 @@ mod tests {
             step: 1,
             ..RunState::default()
         };
-        let failed = c.save(&state, &AdamWConfig::new().init(), |_| {
+        let failed = c.save(&state, &AdamWConfig::new().init(), None, |_| {
             Err(TrainError::Framework("disk full".into()))
         });
         assert!(failed.is_err());

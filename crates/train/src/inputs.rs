@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::device;
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
+use crate::plan::step_counts;
 use crate::recipe::{FileHash, LockInfo, Recipe};
 
 /// The inputs of a run.
@@ -54,7 +55,8 @@ impl Inputs {
         }
         let adapter = match &recipe.adapter.init_from {
             Some(dir) => enamel_adapter::load_config(dir)?,
-            None => recipe.adapter.config(),
+            // How many steps there are is known once the data are; no other setting depends on it.
+            None => recipe.adapter.config(usize::MAX),
         };
         // An adapter from elsewhere may name modules that this model lacks; PEFT loads it all the same.
         let plan = match &recipe.adapter.init_from {
@@ -71,6 +73,14 @@ impl Inputs {
                 valid.rows
             }
         };
+        let (_, steps) = step_counts(recipe, train.rows.len());
+        let adapter = match &recipe.adapter.init_from {
+            Some(_) => adapter,
+            None => recipe.adapter.config(steps),
+        };
+        if recipe.adapter.init_from.is_none() {
+            enamel_adapter::plan(&base.config.modules(), &adapter)?;
+        }
         let lock = LockInfo {
             enamel: env!("CARGO_PKG_VERSION").to_string(),
             burn: "0.22.1".to_string(),
@@ -110,7 +120,8 @@ impl Inputs {
     }
 
     /// The base with the adapter attached, on the plain device: from `checkpoint` when resuming, else
-    /// from `adapter.init_from`, else with its first values.
+    /// from `adapter.init_from`, else with its first values; and the adapter's configuration, which the
+    /// first values may have a say in.
     ///
     /// # Errors
     /// Anything wrong with the weights or the adapter's files.
@@ -118,17 +129,16 @@ impl Inputs {
         &self,
         recipe: &Recipe,
         checkpoint: Option<&Path>,
-    ) -> Result<CausalLm, TrainError> {
+    ) -> Result<(CausalLm, AdapterConfig), TrainError> {
         let mut model = self.base.weights(&self.device)?;
-        match checkpoint.or(recipe.adapter.init_from.as_deref()) {
-            Some(dir) => {
-                enamel_adapter::load_pretrained(&mut model, dir, true)?;
-            }
+        let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
+            Some(dir) => enamel_adapter::load_pretrained(&mut model, dir, true)?.config,
             None => {
                 enamel_adapter::attach(&mut model, &self.adapter, recipe.seed)?;
+                self.adapter.clone()
             }
-        }
-        Ok(model)
+        };
+        Ok((model, config))
     }
 }
 

@@ -34,6 +34,15 @@ pub enum Entry {
         /// Resident memory in bytes.
         memory_bytes: u64,
     },
+    /// A new choice of AdaLoRA's ranks.
+    Budget {
+        /// Steps done.
+        step: usize,
+        /// Ranks that the budget pays for.
+        budget: usize,
+        /// Ranks in use, a number for each adapted module in the model's order.
+        ranks: Vec<usize>,
+    },
     /// One validation.
     Valid {
         /// Steps done before it; 0 is the model before training.
@@ -54,7 +63,7 @@ pub enum Entry {
 impl Entry {
     fn step(&self) -> usize {
         match self {
-            Self::Train { step, .. } | Self::Valid { step, .. } => *step,
+            Self::Train { step, .. } | Self::Valid { step, .. } | Self::Budget { step, .. } => *step,
         }
     }
 }

@@ -3,17 +3,21 @@
 //! [`run::train`] is the way in: it reads from top to bottom what happens. This is the only crate
 //! that knows burn-train.
 
+pub mod adapters;
 pub mod bench;
 pub mod chat;
 pub mod checkpoints;
+pub mod compare;
 pub mod device;
 mod error;
+pub mod eva;
 pub mod eval;
 pub mod gradients;
 pub mod inputs;
 pub mod inspect;
 pub mod journal;
 pub mod loaded;
+mod lora_plus;
 pub mod measures;
 pub mod memory;
 pub mod merge;
@@ -31,6 +35,7 @@ pub mod signals;
 pub mod steps;
 pub mod strategy;
 pub mod trainee;
+mod whole;
 
 pub use error::TrainError;
 pub use run::{RunOutcome, TrainOptions, train};

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use enamel_adapter::{AdapterConfig, AdapterPlan};
+use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
 use enamel_data::Note;
 use enamel_model::LlamaConfig;
+use enamel_model::config::vit_modules;
 use enamel_model::source::PullProgress;
+use serde_json::Value;
 
 use crate::error::TrainError;
 use crate::inputs::Inputs;
@@ -71,6 +73,10 @@ pub fn step_counts(recipe: &Recipe, rows: usize) -> (usize, usize) {
     (per_epoch, total)
 }
 
+/// Steps of a run of which only the model is known: AdaLoRA wants a number, and counts do not depend on
+/// it.
+const PLAN_STEPS: usize = usize::MAX;
+
 /// Opens everything that the recipe names and counts. The base is fetched if it is not there.
 pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanReport, TrainError> {
     let inputs = Inputs::open(recipe, None, progress)?;
@@ -85,31 +91,43 @@ pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanRepo
 }
 
 /// Counts for a model alone. A directory that holds nothing but `config.json`, or such a file, is
-/// enough.
+/// enough; so is that of a model that can be planned for and not run.
 pub fn plan_model(
     recipe: &Recipe,
     progress: &mut dyn PullProgress,
 ) -> Result<PlanReport, TrainError> {
-    let (config, source) = match config_only(Path::new(&recipe.model.base))? {
-        Some(config) => (config, String::new()),
-        None => {
-            let base = OpenBase::open(&recipe.model.base, None, progress)?;
-            (base.config, base.local.source_note)
-        }
-    };
-    let adapter = recipe.adapter.config();
+    let (shape, modules, source) = modules(recipe, progress)?;
+    let config = recipe.adapter.config(PLAN_STEPS);
     Ok(PlanReport {
         model: recipe.model.base.clone(),
         source,
-        shape: shape(&config),
-        method: method(&adapter),
-        adapter: enamel_adapter::plan(&config.modules(), &adapter)?,
+        shape,
+        method: method(&config),
+        adapter: enamel_adapter::plan(&modules, &config)?,
         data: None,
     })
 }
 
+/// The model's shape in words, its modules, and where it came from.
+fn modules(
+    recipe: &Recipe,
+    progress: &mut dyn PullProgress,
+) -> Result<(String, Vec<ModuleShape>, String), TrainError> {
+    let Some(json) = config_only(Path::new(&recipe.model.base))? else {
+        let base = OpenBase::open(&recipe.model.base, None, progress)?;
+        return Ok((shape(&base.config), base.config.modules(), base.local.source_note));
+    };
+    if json.get("model_type").and_then(Value::as_str) == Some("vit") {
+        let modules = vit_modules(&json)?;
+        let words = format!("vit, {} modules; to plan for, not to run", modules.len());
+        return Ok((words, modules, String::new()));
+    }
+    let config = LlamaConfig::from_json(&json)?;
+    Ok((shape(&config), config.modules(), String::new()))
+}
+
 /// The configuration at `path`, if there is one without weights beside it.
-fn config_only(path: &Path) -> Result<Option<LlamaConfig>, TrainError> {
+fn config_only(path: &Path) -> Result<Option<Value>, TrainError> {
     let file = match path.extension() {
         Some(extension) if extension == "json" => path.to_owned(),
         _ => path.join("config.json"),
@@ -127,7 +145,7 @@ fn config_only(path: &Path) -> Result<Option<LlamaConfig>, TrainError> {
         reason: format!("is not JSON: {error}"),
         help: "give a directory with the model's config.json".to_owned(),
     })?;
-    Ok(Some(LlamaConfig::from_json(&json)?))
+    Ok(Some(json))
 }
 
 fn data_plan(recipe: &Recipe, inputs: &Inputs) -> DataPlan {
@@ -175,6 +193,7 @@ fn method(config: &AdapterConfig) -> String {
         AdapterConfig::AdaLora(_) => ("AdaLoRA", &["init_r", "target_r", "lora_alpha", "lora_dropout"]),
         AdapterConfig::Vera(_) => ("VeRA", &["r", "d_initial", "vera_dropout"]),
         AdapterConfig::Ia3(_) => ("(IA)³", &[]),
+        AdapterConfig::XLora(_) => ("X-LoRA", &["xlora_depth", "xlora_size", "layerwise_scalings"]),
         AdapterConfig::Full(_) => ("full fine-tuning", &[]),
     };
     let mut text = name.to_owned();
@@ -326,6 +345,21 @@ impl fmt::Display for PlanReport {
         for saved in &self.adapter.saved {
             let (name, params) = (&saved.name, thousands(saved.params));
             writeln!(f, "           {name:width$}  trained whole  {params:>26}")?;
+        }
+        let line = |f: &mut fmt::Formatter<'_>, what: String, params: usize| {
+            writeln!(f, "           {what:width$}  {:>41}", thousands(params))
+        };
+        let biases = &self.adapter.biases;
+        if !biases.is_empty() {
+            let params = biases.iter().map(|b| b.len).sum();
+            line(f, format!("{} biases of the base", biases.len()), params)?;
+        }
+        for tokens in &self.adapter.tokens {
+            let rows = format!("{} rows of {}", tokens.indices.len(), tokens.name);
+            line(f, rows, tokens.indices.len() * tokens.width)?;
+        }
+        for (key, [rows, columns]) in &self.adapter.shared {
+            writeln!(f, "           {key:width$}  [{rows}, {columns}], shared and not trained")?;
         }
         writeln!(
             f,

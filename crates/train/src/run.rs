@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::optim::AdamWConfig;
 use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
-use enamel_adapter::SaveMeta;
+use enamel_adapter::{AdapterConfig, RankAllocator, SaveMeta};
 use enamel_model::source::PullProgress;
 use serde::{Deserialize, Serialize};
 
@@ -26,7 +26,10 @@ use crate::signals::StopFlag;
 use crate::steps::{EvalLoader, StepLoader, StepPlan, StepSettings};
 use crate::strategy::{LoopEnd, Rhythm, Say, StepStrategy};
 use crate::trainee::Trainee;
-use crate::{report, run_notes};
+use crate::{lora_plus, report, run_notes, whole};
+
+/// The folder of a model that was trained whole.
+const MODEL: &str = "model";
 
 /// How to run, besides what the recipe says.
 pub struct TrainOptions<'a> {
@@ -49,8 +52,11 @@ pub struct TrainOptions<'a> {
 pub struct RunOutcome {
     /// The run directory.
     pub dir: PathBuf,
-    /// The finished adapter; none when the run was interrupted.
+    /// The finished adapter; none when the run was interrupted, or trained the base itself.
     pub adapter: Option<PathBuf>,
+    /// The finished model of a run that trained the base itself.
+    #[serde(default)]
+    pub model: Option<PathBuf>,
     /// Newest checkpoint.
     pub checkpoint: Option<PathBuf>,
     /// The signal that interrupted it.
@@ -102,7 +108,7 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     run.prepare(recipe, &lock)?;
 
     let resumed = run.checkpoint.as_deref();
-    let model = inputs.model(recipe, resumed.map(|c| c.join(ADAPTER)).as_deref())?;
+    let (model, adapter) = inputs.model(recipe, resumed.map(|c| c.join(ADAPTER)).as_deref())?;
     let rows = if inputs.valid.is_empty() {
         &inputs.train.rows
     } else {
@@ -111,7 +117,8 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     let prompts = samples::prompts(&recipe.train, rows, &inputs.base.tokenizer)?;
     let before = answers_before(recipe, &run, &inputs, &model, &prompts, &options.say)?;
 
-    let (model, mut end) = launch(recipe, &inputs, &run, plan, rhythm, model, &options)?;
+    let start = (model, adapter.clone());
+    let (model, mut end) = launch(recipe, &inputs, &run, plan, rhythm, start, &options)?;
     if let Some(error) = end.error.take() {
         return Err(error);
     }
@@ -119,7 +126,7 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
         recipe,
         &inputs,
         &run,
-        model,
+        (model, adapter),
         end,
         (&prompts, before),
         &options.say,
@@ -217,7 +224,7 @@ fn launch(
     run: &RunDir,
     plan: Arc<StepPlan>,
     rhythm: Rhythm,
-    model: enamel_model::CausalLm,
+    (model, adapter): (enamel_model::CausalLm, AdapterConfig),
     options: &TrainOptions<'_>,
 ) -> Result<(Trainee, LoopEnd), TrainError> {
     let t = &recipe.train;
@@ -231,8 +238,14 @@ fn launch(
         optimizer = checkpoints::load_optimizer(checkpoint, optimizer)?;
     }
     let total = rhythm.total;
-    let schedule = Schedule::new(t.lr_scheduler_type, t.learning_rate, t.warmup(total), total)
-        .starting_at(run.state.step);
+    let at_rate = |rate: f64| {
+        Schedule::new(t.lr_scheduler_type, rate, t.warmup(total), total).starting_at(run.state.step)
+    };
+    let scheduler = match t.loraplus_lr_ratio {
+        Some(ratio) => lora_plus::scheduler(&model, t, ratio, &at_rate),
+        None => at_rate(t.learning_rate).into(),
+    };
+    let allocator = allocator(&model, &adapter, run.checkpoint.as_deref())?;
     let valid: &[_] = if rhythm.eval.is_some() {
         &inputs.valid
     } else {
@@ -249,7 +262,7 @@ fn launch(
     let strategy = StepStrategy {
         device: inputs.device.clone().autodiff(),
         optimizer: optimizer.clone(),
-        scheduler: schedule.clone().into(),
+        scheduler: scheduler.clone(),
         start: RunState {
             total_steps: total,
             ..run.state.clone()
@@ -257,7 +270,8 @@ fn launch(
         rhythm,
         plan,
         checkpoints: Checkpoints::new(&run.path, t.save_total_limit),
-        adapter: inputs.adapter.clone(),
+        adapter,
+        allocator,
         meta: save_meta(inputs, None),
         stop: options.stop.clone(),
         say: if options.dashboard {
@@ -292,7 +306,7 @@ fn launch(
         .with_interrupter(interrupter)
         .renderer(renderer)
         .label(&run.path.display().to_string());
-    let learner = Learner::new(Trainee { model }, optimizer, schedule);
+    let learner = Learner::new(Trainee { model }, optimizer, scheduler);
     // burn-train answers "stop immediately" on the dashboard with a panic.
     let result =
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| training.launch(learner)))
@@ -301,6 +315,22 @@ fn launch(
             })?;
     let end = std::mem::take(&mut *end.lock().unwrap_or_else(PoisonError::into_inner));
     Ok((result.model, end))
+}
+
+/// AdaLoRA's budget, as it stands in the checkpoint or before the first step; none for other methods.
+fn allocator(
+    model: &enamel_model::CausalLm,
+    adapter: &AdapterConfig,
+    checkpoint: Option<&Path>,
+) -> Result<Option<RankAllocator>, TrainError> {
+    let AdapterConfig::AdaLora(config) = adapter else {
+        return Ok(None);
+    };
+    let mut allocator = RankAllocator::new(config, model);
+    if let Some(checkpoint) = checkpoint {
+        checkpoints::load_budget(checkpoint, &mut allocator)?;
+    }
+    Ok(Some(allocator))
 }
 
 fn save_meta(inputs: &Inputs, extra_readme: Option<String>) -> SaveMeta {
@@ -312,12 +342,26 @@ fn save_meta(inputs: &Inputs, extra_readme: Option<String>) -> SaveMeta {
     }
 }
 
+/// AdaLoRA's adapter cut down to the ranks that the checkpoint beside it has left; others as they are.
+fn trimmed(
+    model: &mut enamel_model::CausalLm,
+    adapter: AdapterConfig,
+    checkpoint: &Path,
+) -> Result<AdapterConfig, TrainError> {
+    let AdapterConfig::AdaLora(config) = &adapter else {
+        return Ok(adapter);
+    };
+    let mut allocator = RankAllocator::new(config, model);
+    checkpoints::load_budget(checkpoint, &mut allocator)?;
+    Ok(enamel_adapter::allocator::trim(model, config, allocator.kept())?.into())
+}
+
 /// Writes the adapter, the samples, the summary and the report.
 fn finish(
     recipe: &Recipe,
     inputs: &Inputs,
     run: &RunDir,
-    trainee: Trainee,
+    (trainee, adapter): (Trainee, AdapterConfig),
     end: LoopEnd,
     (prompts, before): (&[Prompt], Vec<String>),
     say: &Say,
@@ -327,6 +371,7 @@ fn finish(
     let mut outcome = RunOutcome {
         dir: run.path.clone(),
         adapter: None,
+        model: None,
         checkpoint: end
             .checkpoint
             .or_else(|| Checkpoints::new(&run.path, 1).latest()),
@@ -354,27 +399,34 @@ fn finish(
     if interrupted {
         return Ok(outcome);
     }
+    // Whose ranks count, if the method chooses some: those of the adapter that is kept.
+    let mut kept = end.state.step;
     if let (true, Some(best)) = (recipe.train.load_best_model_at_end, end.state.best)
         && best.step != end.state.step
     {
         let dir = Checkpoints::new(&run.path, 1).path(best.step).join(ADAPTER);
         enamel_adapter::detach(&mut model);
         enamel_adapter::load_pretrained(&mut model, &dir, false)?;
+        kept = best.step;
         outcome.valid_loss = Some(best.loss);
         say(&format!(
             "keeping the adapter of step {}, whose validation loss is lowest",
             best.step
         ));
     }
-    let adapter = run.path.join(ADAPTER);
-    let card = run_notes::card(recipe, inputs, &outcome);
-    enamel_adapter::save_pretrained(
-        &model,
-        &inputs.adapter,
-        &save_meta(inputs, Some(card)),
-        &adapter,
-    )?;
-    outcome.adapter = Some(adapter);
+    if let AdapterConfig::Full(_) = adapter {
+        let dir = run.path.join(MODEL);
+        whole::write(&model, &inputs.base.checkpoint, &dir)?;
+        outcome.model = Some(dir);
+    } else {
+        let checkpoint = Checkpoints::new(&run.path, 1).path(kept);
+        let adapter = trimmed(&mut model, adapter, &checkpoint)?;
+        let dir = run.path.join(ADAPTER);
+        let card = run_notes::card(recipe, inputs, &outcome);
+        let meta = save_meta(inputs, Some(card));
+        enamel_adapter::save_pretrained(&model, &adapter, &meta, &dir)?;
+        outcome.adapter = Some(dir);
+    }
     let after = samples::answers(&model, &inputs.base, prompts, recipe.train.max_new_tokens)?;
     outcome.samples = pair(prompts, before, after);
     write_samples(&run.path.join("samples.json"), &outcome.samples)?;

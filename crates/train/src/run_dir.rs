@@ -96,7 +96,7 @@ impl RunDir {
         fs::create_dir_all(&self.path)
             .map_err(TrainError::io(&self.path, "creating the run directory"))?;
         if self.checkpoint.is_none() {
-            for name in ["adapter", "checkpoints"] {
+            for name in ["adapter", "checkpoints", "model"] {
                 let old = self.path.join(name);
                 if old.exists() {
                     fs::remove_dir_all(&old)

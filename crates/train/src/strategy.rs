@@ -18,7 +18,7 @@ use burn::train::{
     SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainStep,
     TrainingComponents, TrainingItem, ValidLoader,
 };
-use enamel_adapter::{AdapterConfig, SaveMeta};
+use enamel_adapter::{AdapterConfig, DEFAULT, RankAllocator, SaveForm, SaveMeta};
 
 use crate::checkpoints::{Best, Checkpoints, RunState};
 use crate::error::TrainError;
@@ -99,6 +99,8 @@ pub struct StepStrategy {
     pub adapter: AdapterConfig,
     /// What is written beside them.
     pub meta: SaveMeta,
+    /// AdaLoRA's budget, as it stands at the first step to do.
+    pub allocator: Option<RankAllocator>,
     /// Set by signals.
     pub stop: StopFlag,
     /// Says lines when there is no dashboard.
@@ -126,6 +128,7 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
             model: learner.model().fork(&self.device).train(),
             optimizer: self.optimizer.clone(),
             scheduler: self.scheduler.clone(),
+            allocator: self.allocator.clone(),
             state: self.start.clone(),
             end: LoopEnd::default(),
             events: components.event_processor,
@@ -167,6 +170,7 @@ struct Run<'a> {
     model: Trainee,
     optimizer: ModuleOptimizer,
     scheduler: ModuleLrScheduler,
+    allocator: Option<RankAllocator>,
     state: RunState,
     end: LoopEnd,
     events: Events,
@@ -198,10 +202,14 @@ impl Run<'_> {
             self.check_finite(&measured)?;
             let rate = self.scheduler.step();
             measured.learning_rate = rate.base();
+            if let Some(allocator) = &mut self.allocator {
+                allocator.note_gradients(&self.model.model, &out.grads)?;
+            }
             self.model = self
                 .model
                 .clone()
                 .optimize(&mut self.optimizer, rate.clone(), out.grads);
+            self.allocate(total)?;
             self.state.step += 1;
 
             measured.total_steps = total;
@@ -221,6 +229,27 @@ impl Run<'_> {
             }
         }
         Ok(())
+    }
+
+    /// AdaLoRA's part of a step: which ranks the budget still pays for.
+    fn allocate(&mut self, total: usize) -> Result<(), TrainError> {
+        let Some(allocator) = &mut self.allocator else {
+            return Ok(());
+        };
+        let step = self.state.step;
+        let done = allocator.update(&mut self.model.model, step)?;
+        if step + 1 == total {
+            allocator.mask(&mut self.model.model);
+        }
+        let Some(kept) = done.kept else {
+            return Ok(());
+        };
+        let ranks = kept.iter().map(|(_, kept)| kept.iter().filter(|k| **k).count());
+        self.write(&Entry::Budget {
+            step: step + 1,
+            budget: done.budget,
+            ranks: ranks.collect(),
+        })
     }
 
     /// Validation, saving and reasons to stop after a step; whether to stop.
@@ -451,9 +480,17 @@ impl Run<'_> {
         let path = self
             .s
             .checkpoints
-            .save(&self.state, &self.optimizer, |dir| {
-                enamel_adapter::save_pretrained(&model.model, &self.s.adapter, &self.s.meta, dir)?;
-                Ok(())
+            .save(&self.state, &self.optimizer, self.allocator.as_ref(), |dir| {
+                let (config, meta) = (&self.s.adapter, &self.s.meta);
+                let form = SaveForm::Resume;
+                Ok(enamel_adapter::save_pretrained_as(
+                    &model.model,
+                    DEFAULT,
+                    config,
+                    meta,
+                    dir,
+                    form,
+                )?)
             })?;
         self.end.checkpoint = Some(path);
         Ok(())

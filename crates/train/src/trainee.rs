@@ -8,6 +8,7 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor, TensorData};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
+use enamel_adapter::allocator;
 use enamel_data::Batch;
 use enamel_model::causal_lm::{CausalLm, ModelInput};
 
@@ -41,7 +42,8 @@ pub struct StepOutput {
     pub step: usize,
     /// Steps of the whole run.
     pub total_steps: usize,
-    /// Mean negative log-likelihood over the step's trained tokens, in nats.
+    /// Mean negative log-likelihood over the step's trained tokens, in nats; what a method adds to it
+    /// (AdaLoRA's orthogonality) is left out.
     pub loss: f64,
     /// Tokens with a label.
     pub trained_tokens: usize,
@@ -108,8 +110,27 @@ impl Trainee {
         let [rows, len, width] = hidden.dims();
         let labels = shifted_labels(batch);
         let hidden = hidden.reshape([rows * len, width]);
-        let head = self.model.head_weight();
-        enamel_kernels::linear_cross_entropy(hidden, head, &labels)
+        if self.model.head_is_one_product() {
+            let head = self.model.head_weight();
+            return enamel_kernels::linear_cross_entropy(hidden, head, &labels);
+        }
+        self.loss_through_head(hidden, &labels)
+    }
+}
+
+impl Trainee {
+    /// The same where the head does more than multiply (an adapter with a bias or with dropout is on it):
+    /// logits of all labelled rows at once.
+    fn loss_through_head(&self, hidden: Tensor<2>, labels: &[i64]) -> Tensor<1> {
+        let device = hidden.device();
+        let trained = labels.iter().enumerate().filter(|(_, label)| **label >= 0);
+        let (places, labels): (Vec<i64>, Vec<i64>) =
+            trained.map(|(place, label)| (place as i64, *label)).unzip();
+        let count = places.len();
+        let int = |values: Vec<i64>| Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device);
+        let logits = self.model.logits(hidden.select(0, int(places)));
+        let log_probs = burn::tensor::activation::log_softmax(logits, 1);
+        -log_probs.gather(1, int(labels).unsqueeze_dim(1)).sum()
     }
 }
 
@@ -147,7 +168,12 @@ impl TrainStep for Trainee {
             let loss = self.loss_sum(batch);
             sum += scalar(loss.clone().inner());
             tokens += batch.tokens;
-            let grads = loss.div_scalar(total.max(1) as f64).backward();
+            let mut loss = loss.div_scalar(total.max(1) as f64);
+            // What the method adds to the loss counts once a step, however it is split.
+            if let (0, Some(own)) = (index, allocator::regularization(&self.model)) {
+                loss = loss + own;
+            }
+            let grads = loss.backward();
             accumulator.accumulate(self, GradientsParams::from_grads(grads, self));
         }
         let (grads, grad_norm) =

@@ -212,6 +212,14 @@ impl LoraConfig {
         if self.use_dora && self.lora_bias {
             problems.push("lora_bias = true: DoRA has no place for it; use one of the two".into());
         }
+        let plain = matches!(self.init_lora_weights, InitLora::Default | InitLora::Random);
+        if self.lora_bias && !plain {
+            problems.push(
+                "lora_bias = true: PEFT takes it with init_lora_weights true or false alone, and would not load \
+                 the adapter"
+                    .into(),
+            );
+        }
         problems.extend(self.refused());
         problems.extend(self.init_problem(purpose));
         problems

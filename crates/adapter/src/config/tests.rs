@@ -96,18 +96,16 @@ fn single_values_stand_for_lists() {
 #[test]
 fn what_is_not_supported_is_refused_by_name_all_at_once() {
     let found = problems(json!({
-        "peft_type": "LORA", "use_dora": true, "bias": "all", "lora_bias": true, "fan_in_fan_out": true,
-        "alora_invocation_tokens": [1], "trainable_token_indices": [1], "target_parameters": ["w"],
-        "layer_replication": [[0, 1]], "megatron_config": {"a": 1}, "init_lora_weights": "pissa", "lora_dropout": 1.0,
-        "kasa_config": {"beta": 0.1}, "ensure_weight_tying": true, "rank_pattern": {"q": 0},
+        "peft_type": "LORA", "use_dora": true, "lora_bias": true, "alora_invocation_tokens": [1],
+        "target_parameters": ["w"], "layer_replication": [[0, 1]], "megatron_config": {"a": 1},
+        "init_lora_weights": "loftq", "lora_dropout": 1.0, "kasa_config": {"beta": 0.1},
+        "ensure_weight_tying": true, "rank_pattern": {"q": 0}, "use_qalora": true, "arrow_config": {"top_k": 1},
+        "task_type": "POETRY",
     }));
     for name in [
-        "use_dora",
-        "bias",
-        "lora_bias",
-        "fan_in_fan_out",
+        "lora_bias = true: DoRA",
+        "lora_bias = true: PEFT",
         "alora_invocation_tokens",
-        "trainable_token_indices",
         "target_parameters",
         "layer_replication",
         "megatron_config",
@@ -116,13 +114,16 @@ fn what_is_not_supported_is_refused_by_name_all_at_once() {
         "kasa_config",
         "ensure_weight_tying",
         "rank_pattern",
+        "use_qalora",
+        "arrow_config",
+        "task_type",
     ] {
         assert!(
             found.iter().any(|p| p.starts_with(name)),
             "{name} not in {found:#?}"
         );
     }
-    assert_eq!(found.len(), 14);
+    assert_eq!(found.len(), 14, "{found:#?}");
     assert!(problems(json!({"peft_type": "LOHA"}))[0].contains("LOHA"));
     assert!(problems(json!({"r": 8}))[0].contains("peft_type"));
     assert!(problems(json!([1]))[0].contains("not a JSON object"));
@@ -149,8 +150,51 @@ fn layer_options_need_a_list() {
 }
 
 #[test]
-fn an_initialisation_that_leaves_the_base_alone_may_be_read_but_not_started() {
-    let config = read(json!({"peft_type": "LORA", "init_lora_weights": "orthogonal"})).unwrap();
+fn every_option_that_has_a_field_is_read_into_it() {
+    let config = read(json!({
+        "peft_type": "LORA", "use_dora": true, "bias": "lora_only", "fan_in_fan_out": true,
+        "trainable_token_indices": [1, 7], "init_lora_weights": "PiSSA_niter_16",
+    }))
+    .unwrap();
+    assert!(config.use_dora);
+    assert_eq!(config.bias, Bias::LoraOnly);
+    assert_eq!(config.init_lora_weights, InitLora::PissaNiter(16));
+    let tokens = config.trainable_token_indices.as_ref().unwrap();
+    assert_eq!(tokens.for_module("model.embed_tokens"), Some(&[1, 7][..]));
+    assert_eq!(tokens.for_module("my_embed_tokens"), None);
+    // It is about how the base is stored, so it is kept and means nothing.
+    assert_eq!(config.to_json()["fan_in_fan_out"], json!(true));
+    assert!(config.unknown_keys().is_empty());
+    let config = read(json!({
+        "peft_type": "LORA", "bias": "all", "lora_bias": true, "trainable_token_indices": {"wte": [2]},
+    }))
+    .unwrap();
+    assert_eq!((config.bias, config.lora_bias), (Bias::All, true));
+    let tokens = config.trainable_token_indices.unwrap();
+    assert_eq!(tokens.for_module("transformer.wte"), Some(&[2][..]));
+    assert_eq!(tokens.for_module("model.embed_tokens"), None);
+}
+
+#[test]
+fn an_initialisation_that_cannot_be_started_may_be_read_if_it_left_the_base_alone() {
+    let config = read(json!({"peft_type": "LORA", "init_lora_weights": "orthogonal", "r": 3})).unwrap();
     assert!(config.unsupported(Purpose::Load).is_empty());
-    assert!(config.unsupported(Purpose::Initialise)[0].contains("orthogonal"));
+    assert!(config.unsupported(Purpose::Initialise)[0].contains("even ranks, not 3"));
+    for known in [
+        "orthogonal",
+        "pissa",
+        "pissa_niter_2",
+        "olora",
+        "gaussian",
+        "eva",
+    ] {
+        let config = read(json!({"peft_type": "LORA", "init_lora_weights": known})).unwrap();
+        assert!(config.unsupported(Purpose::Load).is_empty(), "{known}");
+        assert!(config.unsupported(Purpose::Initialise).is_empty(), "{known}");
+        assert_eq!(config.to_json()["init_lora_weights"], json!(known));
+    }
+    for other in ["loftq", "corda", "pissa_niter_many"] {
+        let found = problems(json!({"peft_type": "LORA", "init_lora_weights": other}));
+        assert!(found[0].contains(other) && found[0].contains("base weights"), "{found:?}");
+    }
 }

@@ -114,6 +114,9 @@ pub struct AdaLora {
     pub dropout: Dropout,
     #[module(skip)]
     scale: f64,
+    /// Weight of the term that keeps A and B orthogonal.
+    #[module(skip)]
+    pub(crate) orth_reg_weight: f64,
 }
 
 impl AdaLora {
@@ -312,6 +315,7 @@ impl MethodConfig for AdaLoraConfig {
             lora_e: param(E, [r, 1]),
             dropout: DropoutConfig::new(self.lora_dropout).init(),
             scale: target.scale,
+            orth_reg_weight: self.orth_reg_weight,
         })
     }
 }

@@ -80,6 +80,10 @@ impl Method for Ia3 {
         Base { weight, bias }
     }
 
+    fn adds_up(&self) -> bool {
+        false
+    }
+
     fn scale(&self) -> f64 {
         1.0
     }
@@ -172,7 +176,7 @@ impl MethodConfig for Ia3Config {
 }
 
 /// An adapter of ones.
-pub(super) fn neutral(target: &TargetPlan, place: &Placement<'_>) -> Adapter {
+pub(crate) fn neutral(target: &TargetPlan, place: &Placement<'_>) -> Adapter {
     let shape = [target.out_features, 1];
     Adapter::Ia3(Ia3 {
         l: place.param(&target.key(L), vec![1.0; target.out_features], shape),

@@ -190,6 +190,10 @@ impl Method for Lora {
         Base { weight, bias }
     }
 
+    fn adds_up(&self) -> bool {
+        self.magnitude.is_none()
+    }
+
     fn scale(&self) -> f64 {
         self.scale
     }
@@ -336,7 +340,7 @@ mod tests {
 
     use crate::config::{LoraConfig, Targets};
     use crate::slot::{Adaptable, SlotRef};
-    use crate::testing::{Tiny, difference, fill, perturb};
+    use crate::testing::{Tiny, difference, fill, generator, perturb};
     use crate::{Linear, attach};
 
     fn adapted(cfg: LoraConfig) -> Tiny {
@@ -410,6 +414,7 @@ mod tests {
             lora_dropout: 0.5,
             ..LoraConfig::default()
         });
+        let _alone = generator();
         // Not in training: the same bits.
         assert_eq!(plain.logits(), dropping.logits());
         let training = dropping.train();
@@ -452,6 +457,7 @@ mod tests {
 
     #[test]
     fn dropped_everything_leaves_the_base() {
+        let _alone = generator();
         // With nearly everything dropped most runs are the base to the bit: it never sees the mask.
         let model = adapted(LoraConfig {
             lora_dropout: 0.999,

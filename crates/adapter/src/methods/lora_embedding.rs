@@ -59,18 +59,22 @@ impl LoraEmbedding {
     /// # Shapes
     /// - ids: `[batch, tokens]`, y and result: `[batch, tokens, hidden]`, table: `[vocabulary, hidden]`
     pub fn forward(&self, ids: Tensor<2, Int>, y: Tensor<3>, table: &Tensor<2>) -> Tensor<3> {
-        let [batch, tokens, width] = y.dims();
-        let r = self.a.dims()[0];
-        let low: Tensor<3> = embedding(self.a.val().transpose(), ids);
-        let own = low
-            .reshape([batch * tokens, r])
-            .matmul(self.b.val().transpose())
-            .mul_scalar(self.scale)
-            .reshape([batch, tokens, width]);
+        let own = self.part(ids);
         match self.factor(table) {
             Some(factor) => (y + own) * factor.unsqueeze(),
             None => y + own,
         }
+    }
+
+    /// What the factors add without DoRA, `[batch, tokens, hidden]`.
+    pub(crate) fn part(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let [batch, tokens] = ids.dims();
+        let [width, r] = self.b.dims();
+        let low: Tensor<3> = embedding(self.a.val().transpose(), ids);
+        low.reshape([batch * tokens, r])
+            .matmul(self.b.val().transpose())
+            .mul_scalar(self.scale)
+            .reshape([batch, tokens, width])
     }
 
     /// The table with the factors folded in, `[vocabulary, hidden]`.

@@ -27,6 +27,7 @@ use crate::error::{AdapterError, Result};
 use crate::linear::Base;
 use crate::plan::TargetPlan;
 use crate::target::Selection;
+use crate::xlora::XLoraConfig;
 
 /// What a method's parameters do, once they are attached to a linear layer.
 pub trait Method: Module {
@@ -41,6 +42,10 @@ pub trait Method: Module {
     /// What the adapter adds to the layer's output, `[rows, out]`, for sums over several adapters.
     fn part(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
         self.forward(x.clone(), base) - base.forward(x)
+    }
+    /// Whether [`Method::part`] is the same whatever other adapters are in use, so that parts add up.
+    fn adds_up(&self) -> bool {
+        true
     }
     /// The factor in front of the adapter's product.
     fn scale(&self) -> f64;
@@ -124,6 +129,10 @@ pub trait MethodConfig {
     /// Whether the parameters begin with what the base is understood to have given up.
     fn takes_from_base(&self) -> bool {
         false
+    }
+    /// The configuration, where it is of a mixture of adapters and not of one.
+    fn xlora(&self) -> Option<&XLoraConfig> {
+        None
     }
 }
 
@@ -325,6 +334,11 @@ macro_rules! methods {
                 match self { $(Self::$variant(m) => m.merged(base),)+ }
             }
 
+            /// Whether its part is the same whatever others do; see [`Method::adds_up`].
+            pub fn adds_up(&self) -> bool {
+                match self { $(Self::$variant(m) => m.adds_up(),)+ }
+            }
+
             /// The factor in front of the adapter's product.
             pub fn scale(&self) -> f64 {
                 match self { $(Self::$variant(m) => m.scale(),)+ }
@@ -360,7 +374,7 @@ macro_rules! methods {
 
 /// Makes one enum of the configurations and passes every call on.
 macro_rules! configs {
-    ($($variant:ident($config:ty)),+ $(,)?) => {
+    ($($variant:ident($config:ty) $($untargeted:ident)?),+ $(,)?) => {
         /// The configuration of any method.
         #[derive(Clone, Debug, PartialEq)]
         #[allow(clippy::large_enum_variant)]
@@ -447,9 +461,9 @@ macro_rules! configs {
                 })+ }
             }
 
-            /// Replaces `target_modules`.
+            /// Replaces `target_modules`, where the method has that.
             pub fn set_targets(&mut self, targets: Targets) {
-                match self { $(Self::$variant(c) => c.target_modules = Some(targets),)+ }
+                match self { $(Self::$variant(c) => configs!(@targets c targets $($untargeted)?),)+ }
             }
 
             fn inner(&self) -> &dyn MethodConfig {
@@ -457,6 +471,10 @@ macro_rules! configs {
             }
         }
     };
+    (@targets $config:ident $targets:ident) => { $config.target_modules = Some($targets) };
+    (@targets $config:ident $targets:ident untargeted) => {{
+        let _ = ($config, $targets);
+    }};
 }
 
 impl MethodConfig for AdapterConfig {
@@ -513,6 +531,9 @@ impl MethodConfig for AdapterConfig {
     fn takes_from_base(&self) -> bool {
         self.inner().takes_from_base()
     }
+    fn xlora(&self) -> Option<&XLoraConfig> {
+        self.inner().xlora()
+    }
 }
 
 // The lists: a new method is a file beside this one and a line in each.
@@ -533,4 +554,5 @@ configs! {
     Vera(vera::VeraConfig),
     Ia3(ia3::Ia3Config),
     Full(full::FullConfig),
+    XLora(XLoraConfig) untargeted,
 }

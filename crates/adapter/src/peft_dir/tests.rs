@@ -4,8 +4,11 @@
 use super::*;
 use crate::attach::{attach, detach};
 use crate::testing::{Tiny, perturb};
-use crate::trainable::trainable;
+use crate::trainable::{export_trainable, trainable};
 use burn::tensor::Device;
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::Value;
 use std::fs;
 use tempfile::TempDir;
 
@@ -85,7 +88,10 @@ fn what_is_saved_loads_to_the_bit() {
     );
     assert_eq!(trainable(&other), trainable(&model));
     assert_eq!(other.logits(), model.logits());
-    assert_eq!(loaded.config.r, 4);
+    let AdapterConfig::Lora(lora) = &loaded.config else {
+        panic!()
+    };
+    assert_eq!(lora.r, 4);
     assert_eq!(loaded.plan.saved.len(), 2);
     // Written again it is the same bytes, so nothing of it depends on time or hash order.
     let again = TempDir::new().unwrap();
@@ -170,7 +176,7 @@ fn every_difference_is_in_one_error_and_the_model_is_left_alone() {
         .to_string();
     for part in [
         "q_proj.lora_B.weight [64, 4] is missing",
-        "up_proj.lora_A.weight is [64, 3] where the model and r need [3, 64]",
+        "up_proj.lora_A.weight is [64, 3] where the model and the configuration need [3, 64]",
         "norm.weight is I32",
         "1.mlp.up_proj.lora_A.weight holds a value that is not finite",
         "../../etc/passwd does not belong",
@@ -313,7 +319,7 @@ fn broken_files_are_errors() {
 #[test]
 fn a_pickle_is_not_opened() {
     let (_, dir) = saved();
-    fs::rename(dir.path().join(WEIGHTS), dir.path().join(PICKLE)).unwrap();
+    fs::rename(dir.path().join(WEIGHTS), dir.path().join("adapter_model.bin")).unwrap();
     let message = load(dir.path()).unwrap_err().to_string();
     assert!(message.contains("safe_serialization=True"), "{message}");
 }

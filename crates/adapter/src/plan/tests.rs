@@ -1,6 +1,7 @@
 //! What a configuration matches and counts, and what it is refused for.
 
 use super::*;
+use crate::AdapterConfig;
 use crate::config::LoraConfig;
 use crate::testing::LlamaSizes;
 
@@ -323,7 +324,50 @@ fn an_empty_name_is_not_every_module() {
 }
 
 #[test]
-fn embeddings_and_norms_are_not_targets() {
-    assert!(problems(&config(&["embed_tokens"]), &SMALL)[0].contains("an embedding"));
+fn norms_are_no_targets_and_embeddings_are_lora_s_alone() {
     assert!(problems(&config(&["model.norm"]), &SMALL)[0].contains("not a linear layer"));
+    let plan = plan(&SMALL.modules(), &config(&["embed_tokens"])).unwrap();
+    assert!(plan.targets[0].embedding);
+    // A is `[8, 256]`, B `[64, 8]`.
+    assert_eq!(plan.trainable, 8 * 256 + 64 * 8);
+    let embedding = || list(&["embed_tokens"]);
+    let others: [AdapterConfig; 4] = [
+        crate::LohaConfig { target_modules: embedding(), ..Default::default() }.into(),
+        crate::LokrConfig { target_modules: embedding(), ..Default::default() }.into(),
+        crate::VeraConfig { target_modules: embedding(), ..Default::default() }.into(),
+        crate::Ia3Config { target_modules: embedding(), ..Default::default() }.into(),
+    ];
+    for other in others {
+        let found = super::plan(&SMALL.modules(), &other).unwrap_err().to_string();
+        assert!(found.contains("an embedding, which this method"), "{found}");
+    }
+}
+
+#[test]
+fn token_rows_that_cannot_be_are_refused() {
+    let rows = |rows: &[usize]| LoraConfig {
+        trainable_token_indices: Some(crate::TokenIndices::Input(rows.to_vec())),
+        ..config(&["q_proj"])
+    };
+    for (wrong, part) in [
+        (rows(&[0, 256]), "no row 256"),
+        (rows(&[3, 3]), "3 is there twice"),
+        (rows(&[]), "no rows of model.embed_tokens"),
+        (
+            LoraConfig {
+                modules_to_save: Some(vec!["embed_tokens".into()]),
+                ..rows(&[1])
+            },
+            "saved whole as well",
+        ),
+    ] {
+        let found = problems(&wrong, &SMALL);
+        assert!(found[0].contains(part), "{found:?}");
+    }
+    let elsewhere = crate::TokenIndices::Named([("wte".to_string(), vec![1])].into());
+    let wrong = LoraConfig {
+        trainable_token_indices: Some(elsewhere),
+        ..config(&["q_proj"])
+    };
+    assert!(problems(&wrong, &SMALL)[0].contains("matches no embedding"));
 }

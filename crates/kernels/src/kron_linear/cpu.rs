@@ -199,12 +199,7 @@ impl<'a> Factors<'a> {
     fn forward(&self, x: &[f32], y: &mut [f32], between: &mut [f32]) {
         let Self { l, m, k, n, .. } = *self;
         let (rows, level, s) = (x.len() / self.input(), self.level, self.scale);
-        let right = |count| Sizes {
-            count: 1,
-            rows: rows * count,
-            depth: n,
-            cols: k,
-        };
+        let right = |count| Sizes::one(rows * count, n, k);
         let w2 = Operand::rows(&self.w2t, k);
         if self.second_first() {
             let (dst, x) = (Target::rows(between, k), Operand::rows(x, n));
@@ -254,34 +249,19 @@ impl Factors<'_> {
             self.left_transposed(rows, dst.step(m * k), Into::Set, s, g.step(l * k));
             let dt = Operand::rows(dt, k);
             if !dx.is_empty() {
-                let sizes = Sizes {
-                    count: 1,
-                    rows: rows * m,
-                    depth: k,
-                    cols: n,
-                };
+                let sizes = Sizes::one(rows * m, k, n);
                 let (dst, w2) = (Target::rows(dx, n), Operand::rows(self.w2, n));
                 products(level, sizes, dst, Into::Add, 1.0, dt, w2);
             }
             if !dw2.is_empty() {
-                let sizes = Sizes {
-                    count: 1,
-                    rows: k,
-                    depth: rows * m,
-                    cols: n,
-                };
+                let sizes = Sizes::one(k, rows * m, n);
                 let (dst, x) = (Target::rows(dw2, n), Operand::rows(x, n));
                 products(level, sizes, dst, Into::Add, 1.0, dt.t(), x);
             }
         }
         if !dw1.is_empty() {
             let t = &mut scratch.forward[..rows * m * k];
-            let sizes = Sizes {
-                count: 1,
-                rows: rows * m,
-                depth: n,
-                cols: k,
-            };
+            let sizes = Sizes::one(rows * m, n, k);
             let (dst, x) = (Target::rows(t, k), Operand::rows(x, n));
             let w2 = Operand::rows(&self.w2t, k);
             products(level, sizes, dst, Into::Set, 1.0, x, w2);
@@ -307,12 +287,7 @@ impl Factors<'_> {
         let (dw1, dw2) = sums;
         if !dx.is_empty() || !dw1.is_empty() {
             let u = &mut scratch.backward[..rows * l * n];
-            let sizes = Sizes {
-                count: 1,
-                rows: rows * l,
-                depth: k,
-                cols: n,
-            };
+            let sizes = Sizes::one(rows * l, k, n);
             let (dst, g) = (Target::rows(u, n), Operand::rows(g, k));
             let w2 = Operand::rows(self.w2, n);
             products(level, sizes, dst, Into::Set, s, g, w2);
@@ -330,12 +305,7 @@ impl Factors<'_> {
             let v = &mut scratch.forward[..rows * l * n];
             let (dst, x) = (Target::rows(v, n), Operand::rows(x, n));
             self.left(rows, dst.step(l * n), Into::Set, 1.0, x.step(m * n));
-            let sizes = Sizes {
-                count: 1,
-                rows: k,
-                depth: rows * l,
-                cols: n,
-            };
+            let sizes = Sizes::one(k, rows * l, n);
             let (dst, g) = (Target::rows(dw2, n), Operand::rows(g, k));
             products(level, sizes, dst, Into::Add, s, g.t(), Operand::rows(v, n));
         }

@@ -3,6 +3,8 @@
 mod cpu;
 mod reference;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

@@ -3,7 +3,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef};
+use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
 use enamel_kernels::{AttentionSpec, KeyMask, attention, rms_norm, rope, silu_mul};
 
 use crate::causal_lm::{LoadError, ModelInput};
@@ -24,6 +24,8 @@ pub struct Llama {
     pub norm: Frozen<1>,
     /// `lm_head`; absent when the head is the embedding.
     pub lm_head: Option<Linear>,
+    /// The classifier of an X-LoRA, where the model carries one.
+    pub gate: Option<XLora>,
     #[module(skip)]
     config: LlamaConfig,
 }
@@ -151,6 +153,7 @@ impl Llama {
             layers,
             norm,
             lm_head,
+            gate: None,
             config: config.clone(),
         })
     }
@@ -340,6 +343,14 @@ impl Adaptable for Llama {
         if let Some(head) = &self.lm_head {
             f("lm_head", SlotRef::Linear(head));
         }
+    }
+
+    fn gate(&self) -> Option<&XLora> {
+        self.gate.as_ref()
+    }
+
+    fn gate_place(&mut self) -> Option<&mut Option<XLora>> {
+        Some(&mut self.gate)
     }
 }
 

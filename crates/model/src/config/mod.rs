@@ -9,8 +9,10 @@ use serde_json::{Map, Value};
 use crate::rope::RopeConfig;
 
 mod reader;
+mod vit;
 
 pub(crate) use reader::Reader;
+pub use vit::vit_modules;
 
 /// The `model_type`s that can be read.
 pub const SUPPORTED_MODEL_TYPES: [&str; 3] = ["llama", "mistral", "qwen2"];

@@ -2,39 +2,174 @@
 
 use std::path::PathBuf;
 
-use enamel_adapter::{AdapterConfig, InitLora, LoraConfig, Targets};
+use enamel_adapter::{
+    AdaLoraConfig, AdapterConfig, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig, LokrConfig,
+    LoraConfig, Targets, VeraConfig,
+};
 use enamel_data::DataSpec;
+use serde_json::json;
 
-use super::settings::{AdapterSettings, DataSettings, InitWeights, Modules, NamedInit};
+use super::adapter::{AdapterSettings, InitWeights, Modules};
+use super::settings::DataSettings;
+
+const TASK: &str = "CAUSAL_LM";
 
 impl AdapterSettings {
-    /// PEFT's configuration of a new adapter.
-    pub fn config(&self) -> AdapterConfig {
-        self.lora_config().into()
-    }
-
-    fn lora_config(&self) -> LoraConfig {
-        LoraConfig {
-            r: self.r,
-            lora_alpha: self.lora_alpha,
-            lora_dropout: self.lora_dropout,
-            target_modules: Some(targets(&self.target_modules)),
-            exclude_modules: self.exclude_modules.as_ref().map(targets),
-            modules_to_save: filled(&self.modules_to_save),
-            layers_to_transform: filled(&self.layers_to_transform),
-            layers_pattern: self.layers_pattern.clone().map(|pattern| vec![pattern]),
-            use_rslora: self.use_rslora,
-            init_lora_weights: match self.init_lora_weights {
-                InitWeights::Default(true) => InitLora::Default,
-                InitWeights::Default(false) => InitLora::Random,
-                InitWeights::Named(NamedInit::Gaussian) => InitLora::Gaussian,
-            },
-            rank_pattern: self.rank_pattern.clone().into_iter().collect(),
-            alpha_pattern: self.alpha_pattern.clone().into_iter().collect(),
-            task_type: Some("CAUSAL_LM".to_owned()),
-            ..LoraConfig::default()
+    /// PEFT's configuration of a new adapter. `total_steps` are the optimizer steps of the run, which
+    /// AdaLoRA spreads its budget over.
+    pub fn config(&self, total_steps: usize) -> AdapterConfig {
+        let target_modules = self.target_modules.as_ref().map(targets);
+        let exclude_modules = self.exclude_modules.as_ref().map(targets);
+        let modules_to_save = filled(&self.modules_to_save);
+        let layers_to_transform = filled(&self.layers_to_transform);
+        let layers_pattern = self.layers_pattern.clone().map(|pattern| vec![pattern]);
+        let rank_pattern = self.rank_pattern.0.clone();
+        let alpha_pattern = self.alpha_pattern.0.clone();
+        let task_type = Some(TASK.to_owned());
+        let r = self.rank();
+        match self.method.as_str() {
+            "loha" => LohaConfig {
+                r,
+                alpha: self.lora_alpha,
+                rank_dropout: self.rank_dropout,
+                module_dropout: self.module_dropout,
+                target_modules,
+                exclude_modules,
+                init_weights: self.init_weights == InitWeights::Flag(true),
+                layers_to_transform,
+                layers_pattern,
+                rank_pattern,
+                alpha_pattern,
+                modules_to_save,
+                task_type,
+                ..LohaConfig::default()
+            }
+            .into(),
+            "lokr" => LokrConfig {
+                r,
+                alpha: self.lora_alpha,
+                rank_dropout: self.rank_dropout,
+                module_dropout: self.module_dropout,
+                decompose_both: self.decompose_both,
+                decompose_factor: self.decompose_factor,
+                rank_dropout_scale: self.rank_dropout_scale,
+                target_modules,
+                exclude_modules,
+                init_weights: match &self.init_weights {
+                    InitWeights::Flag(true) => InitLokr::Default,
+                    InitWeights::Flag(false) => InitLokr::Random,
+                    InitWeights::Named(_) => InitLokr::Lycoris,
+                },
+                layers_to_transform,
+                layers_pattern,
+                rank_pattern,
+                alpha_pattern,
+                modules_to_save,
+                task_type,
+                ..LokrConfig::default()
+            }
+            .into(),
+            "adalora" => AdaLoraConfig {
+                target_r: self.target_r,
+                init_r: self.init_r,
+                tinit: self.tinit,
+                tfinal: self.tfinal,
+                delta_t: self.deltaT,
+                beta1: self.beta1,
+                beta2: self.beta2,
+                orth_reg_weight: self.orth_reg_weight,
+                total_step: Some(total_steps),
+                lora_alpha: self.lora_alpha,
+                lora_dropout: self.lora_dropout,
+                target_modules,
+                exclude_modules,
+                modules_to_save,
+                layers_to_transform,
+                layers_pattern,
+                task_type,
+                ..AdaLoraConfig::default()
+            }
+            .into(),
+            "vera" => VeraConfig {
+                r,
+                target_modules,
+                modules_to_save,
+                layers_to_transform,
+                layers_pattern,
+                projection_prng_key: self.projection_prng_key,
+                save_projection: self.save_projection,
+                vera_dropout: self.vera_dropout,
+                d_initial: self.d_initial,
+                init_weights: self.init_weights == InitWeights::Flag(true),
+                task_type,
+                ..VeraConfig::default()
+            }
+            .into(),
+            "ia3" => Ia3Config {
+                target_modules,
+                exclude_modules,
+                feedforward_modules: self.feedforward_modules.as_ref().map(targets),
+                modules_to_save,
+                init_ia3_weights: self.init_ia3_weights,
+                task_type,
+                ..Ia3Config::default()
+            }
+            .into(),
+            "full" => FullConfig {
+                task_type,
+                ..FullConfig::default()
+            }
+            .into(),
+            "head" => LoraConfig {
+                target_modules: Some(Targets::Nothing),
+                modules_to_save,
+                task_type,
+                ..LoraConfig::default()
+            }
+            .into(),
+            method => {
+                let mut config = LoraConfig {
+                    r,
+                    lora_alpha: self.lora_alpha,
+                    lora_dropout: self.lora_dropout,
+                    target_modules,
+                    exclude_modules,
+                    modules_to_save,
+                    layers_to_transform,
+                    layers_pattern,
+                    use_rslora: self.use_rslora,
+                    use_dora: self.use_dora || method == "dora",
+                    init_lora_weights: init_lora(&self.init_lora_weights),
+                    rank_pattern,
+                    alpha_pattern,
+                    bias: self.bias,
+                    lora_bias: self.lora_bias,
+                    trainable_token_indices: self.trainable_token_indices.clone(),
+                    task_type,
+                    ..LoraConfig::default()
+                };
+                if config.init_lora_weights == InitLora::Eva {
+                    let eva = json!({ "rho": self.eva_rho });
+                    config.other.insert("eva_config".to_owned(), eva);
+                }
+                config.into()
+            }
         }
     }
+
+    /// Rank of the update, by the method's default if it was left out.
+    pub fn rank(&self) -> usize {
+        self.r.unwrap_or(if self.method == "vera" { 256 } else { 8 })
+    }
+}
+
+fn init_lora(init: &InitWeights) -> InitLora {
+    let value = match init {
+        InitWeights::Flag(flag) => json!(flag),
+        InitWeights::Named(name) => json!(name),
+    };
+    // The setting's check has let through only what this reads.
+    serde_json::from_value(value).unwrap_or_default()
 }
 
 impl DataSettings {

@@ -4,12 +4,14 @@
 //! in. `settings.rs` declares each setting once; code past [`RecipeFile::resolve`] never sees an
 //! unchecked one.
 
+mod adapter;
 mod convert;
 mod error;
 mod lock;
 mod read;
 mod reference;
 mod resolve;
+mod section;
 mod settings;
 #[cfg(test)]
 mod tests;
@@ -20,11 +22,12 @@ use serde::{Deserialize, Serialize};
 
 pub use error::{Origin, Problem, Problems, RecipeError};
 pub use lock::{FileHash, LockInfo, write_lock};
-pub use read::RecipeFile;
+pub use read::{RecipeFile, Variant};
 pub use reference::reference;
+pub use adapter::{AdapterSettings, InitWeights, Modules, Ordered};
+pub use section::Setting;
 pub use settings::{
-    AdapterSettings, DataSettings, InitWeights, ModelSettings, Modules, NamedInit, OutputSettings,
-    Paths, Schedule, Setting, Strategy, TrainSettings,
+    DataSettings, ModelSettings, OutputSettings, Paths, Schedule, Strategy, TrainSettings,
 };
 
 /// A recipe with nothing left open. Paths of models and data are absolute; the output directory is

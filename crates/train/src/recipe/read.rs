@@ -9,10 +9,9 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::error::{Origin, Problem, Problems, RecipeError};
 use super::lock::LockInfo;
-use super::settings::{
-    AdapterSettings, DataSettings, General, ModelSettings, OutputSettings, Section, Setting,
-    TrainSettings,
-};
+use super::adapter::AdapterSettings;
+use super::section::{Section, Setting};
+use super::settings::{DataSettings, General, ModelSettings, OutputSettings, TrainSettings};
 use super::{Recipe, resolve};
 
 /// A recipe as written, with the overrides of the command line; nothing in it is checked yet.
@@ -62,12 +61,25 @@ impl RecipeFile {
         self.read_settings().map(|(recipe, _)| recipe)
     }
 
-    /// What a lock file says about the run that wrote it; `None` for an ordinary recipe.
-    pub fn lock_info(&self) -> Result<Option<LockInfo>, RecipeError> {
-        self.read_settings().map(|(_, lock)| lock)
+    /// What `enamel compare` trains beside each other: the `[[compare]]` tables of the file.
+    ///
+    /// # Errors
+    /// Anything wrong with the recipe or with one of the variants, each under its name.
+    pub fn variants(&self) -> Result<Vec<(Variant, Recipe)>, RecipeError> {
+        let (_, extras) = self.read_settings()?;
+        let resolved = extras.compare.into_iter().map(|variant| {
+            let file = self.clone().with_overrides(&variant.set);
+            Ok((variant, file.resolve()?))
+        });
+        resolved.collect()
     }
 
-    fn read_settings(&self) -> Result<(Recipe, Option<LockInfo>), RecipeError> {
+    /// What a lock file says about the run that wrote it; `None` for an ordinary recipe.
+    pub fn lock_info(&self) -> Result<Option<LockInfo>, RecipeError> {
+        self.read_settings().map(|(_, extras)| extras.lock)
+    }
+
+    fn read_settings(&self) -> Result<(Recipe, Extras), RecipeError> {
         let snippets: Vec<_> = self
             .overrides
             .iter()
@@ -125,10 +137,20 @@ impl RecipeFile {
                 }
             }
         });
+        let compare = written.compare.take().map_or(Vec::new(), |(origin, value)| {
+            read_value::<Vec<Variant>>(value).unwrap_or_else(|message| {
+                problems.push(Problem {
+                    origin,
+                    message: format!("[[compare]]: {message}"),
+                    help: Some("each has a name, and a list `set` of section.name=value".into()),
+                });
+                Vec::new()
+            })
+        });
         written.report_rest(&mut problems);
         let recipe = resolve::resolve(recipe, &self.path, &origins, &mut problems);
         if problems.is_empty() {
-            Ok((recipe, lock))
+            Ok((recipe, Extras { lock, compare }))
         } else {
             Err(self.invalid(problems))
         }
@@ -150,6 +172,23 @@ impl RecipeFile {
             list,
         })
     }
+}
+
+/// What a recipe file may hold besides settings.
+struct Extras {
+    lock: Option<LockInfo>,
+    compare: Vec<Variant>,
+}
+
+/// One of the runs that `enamel compare` makes from a recipe.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Variant {
+    /// What the table calls it.
+    pub name: String,
+    /// Overrides, as after `--set`.
+    #[serde(default)]
+    pub set: Vec<String>,
 }
 
 /// Turns `a.b=value` into a TOML line, quoting the value if it is a bare word.
@@ -197,6 +236,7 @@ struct Written<'a> {
     general: Entries<'a>,
     tables: BTreeMap<String, (Origin, Entries<'a>)>,
     sections: BTreeMap<String, (Origin, DeTable<'a>)>,
+    compare: Option<(Origin, Spanned<DeValue<'a>>)>,
 }
 
 impl<'a> Written<'a> {
@@ -218,6 +258,9 @@ impl<'a> Written<'a> {
                         };
                         merge(entries, key.into_inner().into_owned(), entry);
                     }
+                }
+                value if name == "compare" => {
+                    self.compare = Some((at, Spanned::new(span, value)));
                 }
                 value => {
                     let entry = Entry {
@@ -373,8 +416,10 @@ pub(super) fn all_settings() -> Vec<(&'static str, Vec<Setting>)> {
 }
 
 /// Names other trainers use for the same thing.
-const OTHER_NAMES: [(&str, &str, &str); 16] = [
+const OTHER_NAMES: [(&str, &str, &str); 18] = [
     ("alpha", "adapter", "lora_alpha"),
+    ("dropout_p", "adapter", "lora_dropout"),
+    ("init", "adapter", "init_lora_weights"),
     ("rank", "adapter", "r"),
     ("dropout", "adapter", "lora_dropout"),
     ("lora_r", "adapter", "r"),

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::Recipe;
+use super::adapter::misplaced;
 use super::error::{Origin, Problem};
 use super::read::Origins;
 use super::settings::{Schedule, Strategy};
@@ -21,6 +22,7 @@ pub(super) fn resolve(
         origins,
         list: Vec::new(),
     };
+    check_adapter(&mut recipe, &mut found);
     check_data(&mut recipe, &mut found);
     check_length(&mut recipe, &mut found);
     check_rhythm(&mut recipe, &mut found);
@@ -101,6 +103,9 @@ fn resolve_paths(recipe: &mut Recipe, path: &Path, origins: &Origins) {
     if let Some(dir) = &mut recipe.adapter.init_from {
         *dir = resolved("adapter.init_from", dir);
     }
+    for (_, dir) in &mut recipe.adapter.adapters.0 {
+        *dir = resolved("adapter.adapters", dir);
+    }
     if let Some(template) = &mut recipe.model.chat_template
         && !is_inline_template(template)
     {
@@ -139,6 +144,59 @@ fn default_output(path: &Path) -> PathBuf {
     let folder = name(absolute.parent().and_then(Path::file_name));
     let stem = name(path.file_stem()).unwrap_or_else(|| "run".to_owned());
     Path::new("runs").join(folder.map_or(stem.clone(), |folder| format!("{folder}-{stem}")))
+}
+
+fn check_adapter(recipe: &mut Recipe, found: &mut Findings<'_>) {
+    let adapter = &mut recipe.adapter;
+    for (name, owners) in misplaced(adapter) {
+        let full = format!("adapter.{name}");
+        if found.gives_way(&full, "adapter.method") {
+            adapter.forget(name);
+            continue;
+        }
+        found.add(
+            &full,
+            &format!(
+                "adapter.{name} means nothing to method = {:?}; it is for {}",
+                adapter.method,
+                owners.join(", ")
+            ),
+            "remove it, or choose another method",
+        );
+    }
+    match adapter.method.as_str() {
+        "lora" | "dora" | "loha" | "lokr" | "vera" => adapter.r = Some(adapter.rank()),
+        "head" if adapter.modules_to_save.is_empty() => found.add(
+            "adapter.method",
+            "adapter.method = \"head\" trains what adapter.modules_to_save names, and it names nothing",
+            "set adapter.modules_to_save = [\"lm_head\"]",
+        ),
+        "xlora" if adapter.adapters.0.is_empty() => found.add(
+            "adapter.method",
+            "adapter.method = \"xlora\" mixes the experts that adapter.adapters names, and it names none",
+            "set [adapter.adapters] to names and adapter directories",
+        ),
+        _ => {}
+    }
+    if adapter.init_from.is_some() && ["full", "head", "xlora"].contains(&adapter.method.as_str()) {
+        found.add(
+            "adapter.init_from",
+            &format!("adapter.init_from does not go with method = {:?}", adapter.method),
+            "remove it",
+        );
+    }
+    let lora = ["lora", "dora"].contains(&adapter.method.as_str());
+    if recipe.train.loraplus_lr_ratio.is_some() && !lora {
+        if found.gives_way("train.loraplus_lr_ratio", "adapter.method") {
+            recipe.train.loraplus_lr_ratio = None;
+            return;
+        }
+        found.add(
+            "train.loraplus_lr_ratio",
+            "train.loraplus_lr_ratio is about LoRA's B",
+            "remove it, or use method = \"lora\"",
+        );
+    }
 }
 
 fn check_data(recipe: &mut Recipe, found: &mut Findings<'_>) {

@@ -1,81 +1,13 @@
 //! Every setting of a recipe, declared once: name, type, default, what it does, what it accepts.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use enamel_data::{OnBadRow, RecordFormat, TrainOn, Truncation};
 use serde::{Deserialize, Serialize};
 
-use super::read::SectionReader;
-
-/// A setting as the reference in `docs/recipe.md` shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Setting {
-    /// Name within its section.
-    pub name: &'static str,
-    /// What it does.
-    pub doc: String,
-    /// The default as TOML; empty where leaving it out means something of its own.
-    pub default: String,
-}
-
-/// A table of a recipe.
-pub(super) trait Section: Sized {
-    /// The table's name; empty for the settings above the first table.
-    const NAME: &'static str;
-    /// Its settings, in the order in which they are documented.
-    fn settings() -> Vec<Setting>;
-    /// Takes its settings from what was written, defaults for the rest.
-    fn read(reader: &mut SectionReader<'_, '_>) -> Self;
-}
-
-macro_rules! section {
-    (
-        $(#[$meta:meta])*
-        pub struct $name:ident in $table:literal {
-            $( $(#[doc = $doc:literal])+ $field:ident : $ty:ty = $default:expr, $check:expr; )*
-        }
-    ) => {
-        $(#[$meta])*
-        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-        #[serde(deny_unknown_fields, default)]
-        pub struct $name { $( $(#[doc = $doc])+ pub $field: $ty, )* }
-
-        impl Default for $name {
-            fn default() -> Self {
-                Self { $( $field: $default, )* }
-            }
-        }
-
-        impl Section for $name {
-            const NAME: &'static str = $table;
-
-            fn settings() -> Vec<Setting> {
-                let default = Self::default();
-                vec![ $( Setting {
-                    name: stringify!($field),
-                    doc: [$($doc),+].map(str::trim).join(" "),
-                    default: default_text(&default.$field),
-                }, )* ]
-            }
-
-            fn read(reader: &mut SectionReader<'_, '_>) -> Self {
-                let mut section = Self::default();
-                $( if let Some(value) = reader.take(stringify!($field), $check) {
-                    section.$field = value;
-                } )*
-                section
-            }
-        }
-    };
-}
-
-/// A value as it would be written after `name = `, empty for an absent one.
-fn default_text<T: Serialize>(value: &T) -> String {
-    toml::Value::try_from(value)
-        .map(|v| v.to_string())
-        .unwrap_or_default()
-}
+use super::section::{
+    any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive, positive_number, section,
+};
 
 section! {
     /// Settings above the first table.
@@ -97,45 +29,6 @@ section! {
         base: String = "smollm2-135m-instruct".to_owned(), not_empty;
         /// A chat template to use instead of the model's own: a path, or the Jinja text itself.
         chat_template: Option<String> = None, given(not_empty);
-    }
-}
-
-section! {
-    /// `[adapter]`: what is trained. Names and meanings are PEFT's.
-    pub struct AdapterSettings in "adapter" {
-        /// The method; `lora`.
-        method: String = "lora".to_owned(), supported_method;
-        /// Rank of the update.
-        r: usize = 8, positive;
-        /// The update is scaled by `lora_alpha / r`.
-        lora_alpha: f64 = 8.0, positive_number;
-        /// Probability with which an input of the adapter is dropped while training.
-        lora_dropout: f64 = 0.0, below_one;
-        /// Which linear layers to adapt: `"all-linear"`, a regular expression that must match the
-        /// whole module name, or a list of name endings.
-        target_modules: Modules =
-            Modules::List(vec!["q_proj".to_owned(), "v_proj".to_owned()]), modules;
-        /// Modules to leave out, in the same notation.
-        exclude_modules: Option<Modules> = None, given(modules);
-        /// Modules to train whole and save with the adapter (`lm_head`, `embed_tokens`).
-        modules_to_save: Vec<String> = Vec::new(), any;
-        /// Adapt only these layers, counted from 0; empty for all.
-        layers_to_transform: Vec<usize> = Vec::new(), any;
-        /// Name of the list of layers, when `layers_to_transform` is used on an unusual model.
-        layers_pattern: Option<String> = None, given(not_empty);
-        /// Ranks of single modules: name ending or regular expression to rank. Where two match, the
-        /// first in alphabetical order counts.
-        rank_pattern: BTreeMap<String, usize> = BTreeMap::new(), all_positive;
-        /// The same for `lora_alpha`.
-        alpha_pattern: BTreeMap<String, f64> = BTreeMap::new(), any;
-        /// Scale by `lora_alpha / sqrt(r)` instead of `lora_alpha / r`.
-        use_rslora: bool = false, any;
-        /// First values: `true` for Kaiming-uniform A and zero B, `"gaussian"` for normal A and
-        /// zero B, `false` for a B that is not zero.
-        init_lora_weights: InitWeights = InitWeights::Default(true), any;
-        /// Start from the adapter in this directory instead of from new values; its own `r`,
-        /// `lora_alpha` and targets then hold.
-        init_from: Option<PathBuf> = None, any;
     }
 }
 
@@ -182,6 +75,10 @@ section! {
         gradient_accumulation_steps: usize = 1, positive;
         /// Highest learning rate.
         learning_rate: f64 = 2e-4, positive_number;
+        /// LoRA+: how many times the rate B (and what has one axis) learns at. Left out: as all else.
+        loraplus_lr_ratio: Option<f64> = None, given(positive_number);
+        /// LoRA+: the rate of an embedding's factors.
+        loraplus_lr_embedding: f64 = 1e-6, positive_number;
         /// How the rate falls after warm-up: `linear`, `cosine`, `constant` or
         /// `constant_with_warmup`.
         lr_scheduler_type: Schedule = Schedule::Linear, any;
@@ -239,37 +136,6 @@ section! {
     }
 }
 
-/// `"all-linear"`, a regular expression, or a list of name endings.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(
-    untagged,
-    expecting = "expected \"all-linear\", a regular expression or a list of names"
-)]
-pub enum Modules {
-    /// `"all-linear"` or a regular expression that must match a whole module name.
-    Pattern(String),
-    /// Names or ends of names.
-    List(Vec<String>),
-}
-
-/// `init_lora_weights` as PEFT writes it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected true, false or \"gaussian\"")]
-pub enum InitWeights {
-    /// `true`: Kaiming-uniform A, zero B. `false`: a B that is not zero.
-    Default(bool),
-    /// A named scheme.
-    Named(NamedInit),
-}
-
-/// Named first values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum NamedInit {
-    /// Normal A with deviation `1 / r`, zero B.
-    Gaussian,
-}
-
 /// One path or several.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
@@ -314,84 +180,4 @@ pub enum Strategy {
     Steps,
     /// At the end of each epoch.
     Epoch,
-}
-
-const LATER_METHODS: [&str; 14] = [
-    "adalora", "adapter", "dora", "full", "ia3", "loha", "lokr", "lora_fa", "oft", "p_tuning",
-    "prefix", "prompt", "qlora", "vera",
-];
-
-type Verdict = Result<(), String>;
-
-fn any<T>(_: &T) -> Verdict {
-    Ok(())
-}
-
-fn given<T>(check: impl Fn(&T) -> Verdict) -> impl Fn(&Option<T>) -> Verdict {
-    move |value| value.as_ref().map_or(Ok(()), &check)
-}
-
-fn verdict(ok: bool, must: &str) -> Verdict {
-    if ok { Ok(()) } else { Err(must.to_owned()) }
-}
-
-fn positive(value: &usize) -> Verdict {
-    verdict(*value > 0, "must be at least 1")
-}
-
-fn at_least_two(value: &usize) -> Verdict {
-    verdict(*value >= 2, "must be at least 2")
-}
-
-fn at_most(limit: u64) -> impl Fn(&u64) -> Verdict {
-    move |value| verdict(*value <= limit, &format!("must be at most {limit}"))
-}
-
-fn positive_number(value: &f64) -> Verdict {
-    verdict(value.is_finite() && *value > 0.0, "must be greater than 0")
-}
-
-fn not_negative(value: &f64) -> Verdict {
-    verdict(value.is_finite() && *value >= 0.0, "must be 0 or more")
-}
-
-fn below_one(value: &f64) -> Verdict {
-    verdict((0.0..1.0).contains(value), "must be at least 0 and below 1")
-}
-
-fn not_empty<S: AsRef<str>>(value: &S) -> Verdict {
-    verdict(!value.as_ref().trim().is_empty(), "must not be empty")
-}
-
-fn modules(value: &Modules) -> Verdict {
-    verdict(
-        match value {
-            Modules::Pattern(pattern) => !pattern.is_empty(),
-            Modules::List(names) => !names.is_empty() && names.iter().all(|n| !n.is_empty()),
-        },
-        "must name at least one module",
-    )
-}
-
-fn all_positive(value: &BTreeMap<String, usize>) -> Verdict {
-    verdict(
-        value.values().all(|r| *r > 0),
-        "every rank must be at least 1",
-    )
-}
-
-fn supported_method<S: AsRef<str>>(value: &S) -> Verdict {
-    let value = value.as_ref();
-    let name = value.to_lowercase().replace('-', "_");
-    if name == "lora" && value == "lora" {
-        Ok(())
-    } else if LATER_METHODS.contains(&name.as_str()) {
-        Err(format!(
-            "`{value}` is not supported yet; the method there is: lora"
-        ))
-    } else {
-        Err(format!(
-            "there is no method `{value}`; the method there is: lora"
-        ))
-    }
 }

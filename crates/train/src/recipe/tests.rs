@@ -32,12 +32,9 @@ fn refuses(text: &str, parts: &[&str]) {
 fn what_is_left_out_has_peft_and_transformers_defaults() {
     let recipe = resolve(SMALL, &[]).unwrap();
     assert_eq!(recipe.seed, 42);
-    assert_eq!(recipe.adapter.r, 8);
+    assert_eq!(recipe.adapter.r, Some(8));
     assert_eq!(recipe.adapter.lora_alpha, 8.0);
-    assert_eq!(
-        recipe.adapter.target_modules,
-        Modules::List(vec!["q_proj".into(), "v_proj".into()])
-    );
+    assert_eq!(recipe.adapter.target_modules, None);
     assert_eq!(recipe.train.length(), Length::Epochs(3.0));
     assert_eq!(recipe.train.eval_cadence(), Cadence::Never);
     assert_eq!(recipe.train.save_cadence(), Cadence::Epoch);
@@ -220,10 +217,12 @@ fn overrides_take_toml_values_and_bare_words() {
     assert_eq!(recipe.seed, 7);
     assert_eq!(
         recipe.adapter.target_modules,
-        Modules::Pattern("all-linear".into())
+        Some(Modules::Pattern("all-linear".into()))
     );
     assert_eq!(recipe.adapter.modules_to_save, ["lm_head"]);
-    assert_eq!(recipe.adapter.rank_pattern.len(), 2);
+    // In the order in which they were given: of two that match, the first counts.
+    let ranks: Vec<_> = recipe.adapter.rank_pattern.0.iter().map(|(k, r)| (k.as_str(), *r)).collect();
+    assert_eq!(ranks, [("q_proj", 4), ("v_proj", 2)]);
     assert!(!recipe.data.shuffle);
     assert_eq!(recipe.device, "cuda:0");
 }

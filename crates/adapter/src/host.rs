@@ -1,0 +1,590 @@
+//! An adapter without its model: what its two files say, and what it makes of one module at a time.
+//!
+//! Every number comes from the methods' own definitions: a module is built alone, the adapter is attached
+//! to it, and it is folded.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::combine::LoraFactors;
+use crate::config::Targets;
+use crate::embedding::Embedding;
+use crate::error::{AdapterError, Result};
+use crate::frozen::Frozen;
+use crate::linalg::{LinalgError, Matrix};
+use crate::linear::Linear;
+use crate::methods::{AdapterConfig, to_host};
+use crate::peft_dir::{Checked, install_checked, read_checked};
+use crate::plan::{AdapterPlan, PREFIX};
+use crate::routing::DEFAULT;
+use crate::slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
+use crate::store::load_config;
+use crate::trainable::HostTensor;
+
+/// Methods of which each module can be taken by itself.
+const BY_MODULE: [&str; 7] = ["LORA", "LOHA", "LOKR", "ADALORA", "VERA", "IA3", "ENAMEL_FULL"];
+
+/// An adapter in memory, checked against the modules of a model that need not be loaded.
+#[derive(Clone, Debug)]
+pub struct HostAdapter {
+    config: AdapterConfig,
+    checked: Checked,
+}
+
+/// Weight and bias of one module on the host, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostModule {
+    /// `[out, in]`, `[vocabulary, hidden]` or `[hidden]`.
+    pub weight: Vec<f32>,
+    /// `[out]`
+    pub bias: Option<Vec<f32>>,
+}
+
+impl HostAdapter {
+    /// Reads a directory for a model of these modules; everything that does not fit comes in one error.
+    /// `base` reads the base's weight of the named module: PEFT stores some weights of the base along,
+    /// and they have to be this base's. Without it they are taken for granted.
+    ///
+    /// # Errors
+    /// As [`load_pretrained`](crate::load_pretrained); a method that has no weights of its own for a module (X-LoRA).
+    pub fn read(
+        dir: &Path,
+        modules: &[ModuleShape],
+        base: Option<&dyn Fn(&str) -> Option<Vec<f32>>>,
+    ) -> Result<Self> {
+        let config = load_config(dir)?;
+        if !BY_MODULE.contains(&config.peft_type()) {
+            return Err(AdapterError::Choice {
+                problems: vec![format!(
+                    "{}: {} mixes adapters anew for each token, so no weights stand for it; use it with \
+                     generate, chat or score as it is",
+                    dir.display(),
+                    config.peft_type()
+                )],
+            });
+        }
+        let is_base = |module: &str, stored: &crate::store::Stored| match base {
+            None => true,
+            Some(base) => match (base(module), &stored.values) {
+                (Some(base), Some(values)) => stored.is_rounded(&base, values),
+                _ => false,
+            },
+        };
+        let checked = read_checked(modules, &is_base, &config, dir)?;
+        Ok(Self { config, checked })
+    }
+
+    /// Its configuration, as in the file.
+    pub fn config(&self) -> &AdapterConfig {
+        &self.config
+    }
+
+    /// What it would be on the model.
+    pub fn plan(&self) -> &AdapterPlan {
+        &self.checked.plan
+    }
+
+    /// Whether it changes anything of the module.
+    pub fn touches(&self, module: &str) -> bool {
+        let plan = &self.checked.plan;
+        self.trains_everything()
+            || plan.targets.iter().any(|t| t.name == module)
+            || plan.saved.iter().any(|s| s.name == module)
+            || plan.biases.iter().any(|b| b.name == module)
+            || plan.tokens.iter().any(|t| t.name == module)
+    }
+
+    /// Whether it is a whole base of its own.
+    pub fn trains_everything(&self) -> bool {
+        crate::methods::MethodConfig::trains_everything(&self.config)
+    }
+
+    /// Keys, shapes and values of what it trains besides its deltas: copies, biases, single rows.
+    pub fn rest(&self) -> Vec<HostTensor> {
+        let plan = &self.checked.plan;
+        let mut shapes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for saved in &plan.saved {
+            shapes.insert(format!("{PREFIX}{}.weight", saved.name), saved.shape.clone());
+            if saved.bias {
+                shapes.insert(format!("{PREFIX}{}.bias", saved.name), saved.shape[..1].to_vec());
+            }
+        }
+        shapes.extend(plan.biases.iter().map(|b| (b.key.clone(), vec![b.len])));
+        shapes.extend(plan.tokens.iter().map(|t| (t.key.clone(), vec![t.indices.len(), t.width])));
+        let values = |key: &str| self.checked.values.get(key).cloned().unwrap_or_default();
+        shapes.into_iter().map(|(key, shape)| (key.clone(), shape, values(&key))).collect()
+    }
+
+    /// Targets to which it gives a bias of their own (`lora_bias`).
+    pub fn own_biases(&self) -> Vec<&str> {
+        let targets = self.checked.plan.targets.iter();
+        let own = targets.filter(|t| self.checked.values.contains_key(&t.key("lora_B.bias")));
+        own.map(|t| t.name.as_str()).collect()
+    }
+
+    /// Attaches it as `name` to a model that has all its modules, or some of them.
+    ///
+    /// # Errors
+    /// An adapter of that name that is there already.
+    pub fn attach<M: Adaptable>(&self, model: &mut M, name: &str) -> Result<()> {
+        let mut modules = Vec::new();
+        model.for_each_slot_ref(&mut |module, _| modules.push(module.to_string()));
+        let here = |name: &str| modules.iter().any(|m| m == name);
+        let all = &self.checked.plan;
+        let plan = AdapterPlan {
+            targets: all.targets.iter().filter(|t| here(&t.name)).cloned().collect(),
+            saved: all.saved.iter().filter(|s| here(&s.name)).cloned().collect(),
+            biases: all.biases.iter().filter(|b| here(&b.name)).cloned().collect(),
+            tokens: all.tokens.iter().filter(|t| here(&t.name)).cloned().collect(),
+            ..all.clone()
+        };
+        let part = |values: &HashMap<String, Vec<f32>>| {
+            let own = values.iter().filter(|(key, _)| module_of(key).is_some_and(&here));
+            own.map(|(k, v)| (k.clone(), v.clone())).collect()
+        };
+        let checked = Checked {
+            plan,
+            values: part(&self.checked.values),
+            shared: self.checked.shared.clone(),
+            origin: self.checked.origin.as_ref().map(part),
+        };
+        install_checked(model, name, &self.config, checked, false)
+    }
+
+    /// The module with this adapter folded in.
+    ///
+    /// # Errors
+    /// A device that does not give the values back.
+    pub fn folded(&self, shape: &ModuleShape, base: &HostModule, device: &Device) -> Result<HostModule> {
+        if !self.touches(&shape.name) {
+            return Ok(base.clone());
+        }
+        let mut module = OneModule::new(shape, base, device);
+        self.attach(&mut module, DEFAULT)?;
+        module.folded()
+    }
+
+    /// The matrix of a head that shares this embedding, which follows single trained rows alone.
+    ///
+    /// # Errors
+    /// A module that is not an embedding; as [`Self::folded`].
+    pub fn folded_head(
+        &self,
+        shape: &ModuleShape,
+        base: &HostModule,
+        device: &Device,
+    ) -> Result<Vec<f32>> {
+        let mut module = OneModule::new(shape, base, device);
+        self.attach(&mut module, DEFAULT)?;
+        match module.module {
+            Module::Embedding(table) if !table.trains_base => to_host(&shape.name, table.head_weight()),
+            Module::Embedding(table) => to_host(&shape.name, table.weight.val()),
+            _ => Err(AdapterError::NoAdapter),
+        }
+    }
+
+    /// Makes the adapter's part `weight` times as large, where one of its parameters is a factor of all
+    /// of it. False, and nothing is changed, where none is.
+    pub fn weigh(&mut self, weight: f64) -> bool {
+        if weight == 1.0 {
+            return true;
+        }
+        let plan = &self.checked.plan;
+        let dora = matches!(&self.config, AdapterConfig::Lora(lora) if lora.use_dora);
+        let whole = !plan.saved.is_empty() || !plan.biases.is_empty() || !plan.tokens.is_empty();
+        let takes = crate::methods::MethodConfig::takes_from_base(&self.config);
+        if dora || whole || takes || self.trains_everything() {
+            return false;
+        }
+        const FACTORS: [&str; 9] = [
+            ".lora_B.weight",
+            ".lora_B.bias",
+            ".lora_embedding_B",
+            ".lora_E",
+            ".hada_w1_a",
+            ".lokr_w1",
+            ".lokr_w1_a",
+            ".vera_lambda_b",
+            ".ia3_l",
+        ];
+        for (key, values) in &mut self.checked.values {
+            if !FACTORS.iter().any(|end| key.ends_with(end)) {
+                continue;
+            }
+            // (IA)³ multiplies the output, where one changes nothing.
+            let neutral = if key.ends_with(".ia3_l") { 1.0 } else { 0.0 };
+            for value in values {
+                *value = (neutral + weight * (f64::from(*value) - neutral)) as f32;
+            }
+        }
+        true
+    }
+
+    /// What the adapter adds to one target's weight, or why the base is needed to say. Of an embedding,
+    /// the transpose, `[hidden, vocabulary]`.
+    ///
+    /// # Errors
+    /// A module that is not a target; a method for which the base decides ([`Self::needs_base`]).
+    pub fn delta(&self, module: &str, device: &Device) -> Result<Delta> {
+        let Some(target) = self.checked.plan.targets.iter().find(|t| t.name == module) else {
+            return Err(no_delta(module, "it is no target of the adapter"));
+        };
+        if let Some(reason) = self.needs_base() {
+            return Err(no_delta(module, reason));
+        }
+        if matches!(self.config, AdapterConfig::Lora(_)) {
+            return self.factors(target);
+        }
+        let shape = ModuleShape {
+            name: module.to_string(),
+            kind: ModuleKind::Linear,
+            shape: vec![target.out_features, target.in_features],
+            bias: false,
+        };
+        let zero = HostModule {
+            weight: vec![0.0; target.out_features * target.in_features],
+            bias: None,
+        };
+        let delta = self.folded(&shape, &zero, device)?.weight;
+        let delta = Matrix::new(target.out_features, target.in_features, delta);
+        Ok(Delta::Dense(delta.map_err(|e| no_delta(module, &e.to_string()))?))
+    }
+
+    /// The factors of a LoRA, together with what it started from where it took that from the base:
+    /// `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`.
+    fn factors(&self, target: &crate::plan::TargetPlan) -> Result<Delta> {
+        let names = match target.embedding {
+            true => ["lora_embedding_A", "lora_embedding_B"],
+            false => ["lora_A.weight", "lora_B.weight"],
+        };
+        let pair = |from: &HashMap<String, Vec<f32>>| -> std::result::Result<[Matrix; 2], LinalgError> {
+            let get = |name: &str| from.get(&target.key(name)).cloned().unwrap_or_default();
+            Ok([
+                Matrix::new(target.r, target.in_features, get(names[0]))?,
+                Matrix::new(target.out_features, target.r, get(names[1]))?,
+            ])
+        };
+        let both = || -> std::result::Result<[Matrix; 2], LinalgError> {
+            let [a, b] = pair(&self.checked.values)?;
+            let Some(origin) = &self.checked.origin else {
+                return Ok([a, b]);
+            };
+            let [a0, b0] = pair(origin)?;
+            Ok([
+                Matrix::stack_rows(&[&a, &a0])?,
+                Matrix::stack_cols(&[&b, &b0.scaled(-1.0)])?,
+            ])
+        };
+        let [a, b] = both().map_err(|e| no_delta(&target.name, &e.to_string()))?;
+        Ok(Delta::Factors(LoraFactors {
+            a,
+            b,
+            scale: target.scale,
+        }))
+    }
+
+    /// Why the base is needed to say what the adapter adds to a weight; nothing where it is not.
+    pub fn needs_base(&self) -> Option<&'static str> {
+        match &self.config {
+            AdapterConfig::Lora(lora) if lora.use_dora => {
+                Some("DoRA sets the length of the base's rows, so what it adds depends on the base")
+            }
+            AdapterConfig::Lora(lora)
+                if lora.init_lora_weights.takes_from_base() && self.checked.origin.is_none() =>
+            {
+                Some(
+                    "it began with a part of the base's weights (init_lora_weights), and initial_adapter/ \
+                     with that part is not there",
+                )
+            }
+            AdapterConfig::Ia3(_) => {
+                Some("(IA)³ multiplies the base's weights, so what it adds depends on the base")
+            }
+            AdapterConfig::Full(_) => Some("full fine-tuning holds whole weights, not what was added"),
+            _ => None,
+        }
+    }
+}
+
+/// What an adapter adds to a weight.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Delta {
+    /// `scale · b · a`
+    Factors(LoraFactors),
+    /// All of it, `[out, in]`.
+    Dense(Matrix),
+}
+
+impl Delta {
+    /// Rows and columns.
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Factors(f) => (f.b.rows(), f.a.cols()),
+            Self::Dense(m) => (m.rows(), m.cols()),
+        }
+    }
+
+    /// The Frobenius norm.
+    ///
+    /// # Errors
+    /// Values that are not finite.
+    pub fn norm(&self) -> std::result::Result<f64, LinalgError> {
+        match self {
+            Self::Factors(f) => crate::combine::norm(f),
+            Self::Dense(m) => m.check_finite().map(|()| m.frobenius()),
+        }
+    }
+
+    /// All of it.
+    ///
+    /// # Errors
+    /// Factors that do not go together.
+    pub fn dense(&self) -> std::result::Result<Matrix, LinalgError> {
+        match self {
+            Self::Factors(f) => f.delta(),
+            Self::Dense(m) => Ok(m.clone()),
+        }
+    }
+}
+
+fn no_delta(module: &str, reason: &str) -> AdapterError {
+    AdapterError::Start {
+        module: module.to_string(),
+        reason: reason.to_string(),
+    }
+}
+
+/// The module that a key of an adapter's file belongs to.
+pub fn module_of(key: &str) -> Option<&str> {
+    split(key).map(|(module, _)| module)
+}
+
+/// Names that parameters have after the module's, in PEFT's files.
+const OWN: [&str; 24] = [
+    ".lora_A.weight",
+    ".lora_B.weight",
+    ".lora_B.bias",
+    ".lora_embedding_A",
+    ".lora_embedding_B",
+    ".lora_magnitude_vector",
+    ".lora_A",
+    ".lora_B",
+    ".lora_E",
+    ".hada_w1_a",
+    ".hada_w1_b",
+    ".hada_w2_a",
+    ".hada_w2_b",
+    ".lokr_w1_a",
+    ".lokr_w1_b",
+    ".lokr_w2_a",
+    ".lokr_w2_b",
+    ".lokr_w1",
+    ".lokr_w2",
+    ".vera_lambda_b",
+    ".vera_lambda_d",
+    ".ia3_l",
+    ".token_adapter.trainable_tokens_delta",
+    ".base_layer.bias",
+];
+
+/// Module and own name of a key.
+fn split(key: &str) -> Option<(&str, &str)> {
+    let key = key.strip_prefix(PREFIX).unwrap_or(key);
+    let ends = OWN.iter().chain(&[".base_layer.weight", ".weight", ".bias"]);
+    let mut found = ends.filter_map(|own| key.strip_suffix(own).map(|module| (module, &own[1..])));
+    found.next()
+}
+
+/// The modules that an adapter's tensors (key and shape) are for, with the shapes of the base's weights
+/// as far as they follow from them: one side of (IA)³ and the rows of an embedding of which single rows
+/// are trained do not, and stand at the least they can be. With VeRA the input's width is the shared
+/// matrix's, which is each module's own only where all are of one kind.
+pub fn modules_of(config: &AdapterConfig, tensors: &[(&str, &[usize])]) -> Vec<ModuleShape> {
+    let mut by_module: BTreeMap<&str, BTreeMap<&str, &[usize]>> = BTreeMap::new();
+    for (key, shape) in tensors {
+        if let Some((module, own)) = split(key) {
+            by_module.entry(module).or_default().insert(own, shape);
+        }
+    }
+    let wide = tensors.iter().find(|(key, _)| *key == "base_model.vera_A");
+    let wide = wide.and_then(|(_, shape)| shape.get(1).copied());
+    let modules = by_module.into_iter().filter_map(|(name, own)| module(config, name, &own, wide));
+    modules.collect()
+}
+
+fn module(
+    config: &AdapterConfig,
+    name: &str,
+    own: &BTreeMap<&str, &[usize]>,
+    wide: Option<usize>,
+) -> Option<ModuleShape> {
+    let side = |key: &str, axis: usize| own.get(key).and_then(|shape| shape.get(axis)).copied();
+    let head = name.rsplit('.').next() == Some("lm_head");
+    let linear = if head { ModuleKind::Head } else { ModuleKind::Linear };
+    // Where one of two is missing, what it would have said stands at the least.
+    let pair = |b: &str, a: &str| {
+        let known = own.contains_key(b) || own.contains_key(a);
+        known.then(|| (side(b, 0).unwrap_or(1), side(a, 1).unwrap_or(1)))
+    };
+    let product = |x: Option<(usize, usize)>, y: Option<(usize, usize)>| {
+        let ((a, b), (c, d)) = (x?, y?);
+        Some((a * c, b * d))
+    };
+    let lokr = |whole: &str, left: &str, right: &str| pair(whole, whole).or_else(|| pair(left, right));
+    let shape = pair("lora_B.weight", "lora_A.weight")
+        .or_else(|| pair("lora_B", "lora_A"))
+        .or_else(|| pair("hada_w1_a", "hada_w1_b"))
+        .or_else(|| {
+            product(
+                lokr("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
+                lokr("lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+            )
+        })
+        .or_else(|| Some((side("vera_lambda_b", 0)?, wide.unwrap_or(1))))
+        .or_else(|| pair("ia3_l", "ia3_l"));
+    let found = |kind, shape: Vec<usize>| {
+        Some(ModuleShape {
+            name: name.to_string(),
+            kind,
+            shape,
+            bias: own.contains_key("bias") || own.contains_key("base_layer.bias"),
+        })
+    };
+    if let Some((out, width)) = shape {
+        return found(linear, vec![out, width]);
+    }
+    if let Some((width, rows)) = pair("lora_embedding_B", "lora_embedding_A") {
+        return found(ModuleKind::Embedding, vec![rows, width]);
+    }
+    if let Some(width) = side("token_adapter.trainable_tokens_delta", 1) {
+        let rows = crate::methods::MethodConfig::token_indices(config)
+            .and_then(|t| t.for_module(name))
+            .and_then(|indices| indices.iter().max())
+            .map_or(1, |largest| largest + 1);
+        return found(ModuleKind::Embedding, vec![rows, width]);
+    }
+    match own.get("weight").map(|shape| shape.to_vec()) {
+        Some(shape) if shape.len() == 1 => found(ModuleKind::Norm, shape),
+        Some(shape) if name.rsplit('.').next().is_some_and(|n| n.contains("embed")) => {
+            found(ModuleKind::Embedding, shape)
+        }
+        Some(shape) => found(linear, shape),
+        // A bias trained by itself: nothing else is known of the layer.
+        None => found(linear, vec![side("bias", 0)?, 1]),
+    }
+}
+
+/// Names of the last parts of an adapter's targets, for messages: `q_proj`, `v_proj`.
+pub fn kind_of(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
+}
+
+/// The targets of several configurations as one (PEFT's `_check_add_weighted_adapter`).
+///
+/// # Errors
+/// Lists of names and patterns together.
+pub fn joined_targets(all: &[(&str, Option<&Targets>)]) -> std::result::Result<Targets, String> {
+    let mut names: Vec<String> = Vec::new();
+    let mut patterns: Vec<String> = Vec::new();
+    for (_, targets) in all {
+        match targets {
+            Some(Targets::List(list)) => names.extend(list.iter().cloned()),
+            None => names.extend(crate::target::DEFAULT_TARGETS.iter().map(|n| (*n).to_string())),
+            Some(Targets::Regex(pattern)) => patterns.push(format!("({pattern})")),
+            Some(Targets::AllLinear) => return Ok(Targets::AllLinear),
+            Some(Targets::Nothing) => {}
+        }
+    }
+    match (names.is_empty(), patterns.is_empty()) {
+        (false, false) => Err(
+            "target_modules is a list of names in some adapters and a pattern in others, which PEFT does not \
+             combine; write the pattern as a list of names"
+                .to_string(),
+        ),
+        (true, false) => Ok(Targets::Regex(patterns.join("|"))),
+        _ => {
+            names.sort();
+            names.dedup();
+            Ok(Targets::List(names))
+        }
+    }
+}
+
+/// A model of one module.
+struct OneModule {
+    name: String,
+    module: Module,
+}
+
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
+enum Module {
+    Linear(Linear),
+    Embedding(Embedding),
+    Norm(Frozen<1>),
+}
+
+impl OneModule {
+    fn new(shape: &ModuleShape, base: &HostModule, device: &Device) -> Self {
+        let name = &shape.name;
+        let sides = |i: usize| shape.shape.get(i).copied().unwrap_or(1);
+        let matrix = || {
+            let data = TensorData::new(base.weight.clone(), [sides(0), sides(1)]);
+            Tensor::<2>::from_data(data, device)
+        };
+        let vector = |values: &Vec<f32>| {
+            let data = TensorData::new(values.clone(), [values.len()]);
+            Tensor::<1>::from_data(data, device)
+        };
+        let module = match shape.kind {
+            ModuleKind::Linear | ModuleKind::Head => {
+                Module::Linear(Linear::new(name, matrix(), base.bias.as_ref().map(vector)))
+            }
+            ModuleKind::Embedding => {
+                Module::Embedding(Embedding::new(&format!("{name}.weight"), matrix()))
+            }
+            ModuleKind::Norm => {
+                Module::Norm(Frozen::new(&format!("{name}.weight"), vector(&base.weight)))
+            }
+        };
+        Self {
+            name: name.clone(),
+            module,
+        }
+    }
+
+    fn folded(self) -> Result<HostModule> {
+        let names = [DEFAULT.to_string()];
+        let name = &self.name;
+        let (weight, bias) = match &self.module {
+            Module::Linear(linear) => {
+                let folded = linear.folded(&names);
+                let bias = folded.bias.map(|b| to_host(name, b)).transpose()?;
+                (to_host(name, folded.weight)?, bias)
+            }
+            Module::Embedding(table) => (to_host(name, table.folded(&names))?, None),
+            Module::Norm(norm) => (to_host(name, norm.folded(&names))?, None),
+        };
+        Ok(HostModule { weight, bias })
+    }
+}
+
+impl Adaptable for OneModule {
+    fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>)) {
+        match &mut self.module {
+            Module::Linear(linear) => f(&self.name, Slot::Linear(linear)),
+            Module::Embedding(table) => f(&self.name, Slot::Embedding(table)),
+            Module::Norm(norm) => f(&self.name, Slot::Norm(norm)),
+        }
+    }
+
+    fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
+        match &self.module {
+            Module::Linear(linear) => f(&self.name, SlotRef::Linear(linear)),
+            Module::Embedding(table) => f(&self.name, SlotRef::Embedding(table)),
+            Module::Norm(norm) => f(&self.name, SlotRef::Norm(norm)),
+        }
+    }
+}
+

@@ -1,0 +1,108 @@
+//! A Vision Transformer by its shape alone (Dosovitskiy et al. 2020): the modules that a `config.json` of
+//! transformers' ViT stands for, under the names of its checkpoint files. Enough to plan an adapter; the
+//! model itself cannot be run.
+
+use enamel_adapter::{ModuleKind, ModuleShape};
+use serde_json::Value;
+
+use super::ConfigError;
+
+/// Every module with parameters, if `config` is a ViT's with an image classifier's head.
+///
+/// # Errors
+/// Sizes that are missing or make no sense, all at once.
+pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
+    let mut problems = Vec::new();
+    let mut size = |key: &str, default: Option<u64>| {
+        let found = config.get(key).map_or(default, Value::as_u64);
+        match found.and_then(|n| usize::try_from(n).ok()) {
+            Some(n @ 1..) => n,
+            _ => {
+                problems.push(format!("{key} must be a whole number above 0"));
+                1
+            }
+        }
+    };
+    let hidden = size("hidden_size", Some(768));
+    let layers = size("num_hidden_layers", Some(12));
+    let inner = size("intermediate_size", Some(3072));
+    let image = size("image_size", Some(224));
+    let patch = size("patch_size", Some(16));
+    let channels = size("num_channels", Some(3));
+    if !problems.is_empty() {
+        return Err(ConfigError::Invalid { problems });
+    }
+    let bias = config.get("qkv_bias").and_then(Value::as_bool).unwrap_or(true);
+    let labels = config.get("id2label").and_then(Value::as_object);
+    let labels = labels.map_or(2, |labels| labels.len());
+    let module = |name: &str, kind, shape: &[usize], bias| ModuleShape {
+        name: name.to_owned(),
+        kind,
+        shape: shape.to_vec(),
+        bias,
+    };
+    let patches = (image / patch) * (image / patch);
+    let whole = ModuleKind::Norm;
+    let mut all = vec![
+        module("vit.embeddings.cls_token", whole, &[1, 1, hidden], false),
+        module(
+            "vit.embeddings.position_embeddings",
+            whole,
+            &[1, patches + 1, hidden],
+            false,
+        ),
+        module(
+            "vit.embeddings.patch_embeddings.projection",
+            whole,
+            &[hidden, channels, patch, patch],
+            true,
+        ),
+    ];
+    for i in 0..layers {
+        let name = |rest: &str| format!("vit.encoder.layer.{i}.{rest}");
+        let linear = |rest: &str, shape: [usize; 2], bias| {
+            module(&name(rest), ModuleKind::Linear, &shape, bias)
+        };
+        let norm = |rest: &str| module(&name(rest), whole, &[hidden], true);
+        all.extend([
+            linear("attention.attention.query", [hidden, hidden], bias),
+            linear("attention.attention.key", [hidden, hidden], bias),
+            linear("attention.attention.value", [hidden, hidden], bias),
+            linear("attention.output.dense", [hidden, hidden], true),
+            linear("intermediate.dense", [inner, hidden], true),
+            linear("output.dense", [hidden, inner], true),
+            norm("layernorm_before"),
+            norm("layernorm_after"),
+        ]);
+    }
+    all.push(module("vit.layernorm", whole, &[hidden], true));
+    // As PEFT takes it: the classifier is a linear layer like others, and yields the logits.
+    all.push(module("classifier", ModuleKind::Head, &[labels, hidden], true));
+    Ok(all)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use serde_json::{Map, json};
+
+    #[test]
+    fn vit_base_has_its_published_size() {
+        let labels: Map<String, Value> = (0..101).map(|i| (i.to_string(), json!("x"))).collect();
+        let modules = vit_modules(&json!({"model_type": "vit", "id2label": labels})).unwrap();
+        let count: usize = modules
+            .iter()
+            .map(|m| m.shape.iter().product::<usize>() + if m.bias { m.shape[0] } else { 0 })
+            .sum();
+        // 85,798,656 without a head (Dosovitskiy et al. give 86 M), and 768 · 101 + 101.
+        assert_eq!(count, 85_798_656 + 77_669);
+    }
+
+    #[test]
+    fn senseless_sizes_are_reported_together() {
+        let error = vit_modules(&json!({"hidden_size": 0, "patch_size": "x"})).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("hidden_size") && text.contains("patch_size"), "{text}");
+    }
+}

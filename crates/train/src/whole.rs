@@ -1,0 +1,68 @@
+//! A model whose own weights were trained, as a directory in Hugging Face layout.
+
+use std::path::Path;
+
+use enamel_adapter::{Adaptable, SlotRef};
+use enamel_model::CausalLm;
+use enamel_model::checkpoint::Checkpoint;
+use enamel_model::save::{self, SaveDtype, SaveOptions};
+
+use crate::error::TrainError;
+
+/// Writes it in f32, which loses nothing; tokenizer and settings come from `source`. A former run's is
+/// replaced.
+///
+/// # Errors
+/// When a weight cannot be read back or the disk refuses.
+pub fn write(model: &CausalLm, source: &Checkpoint, dir: &Path) -> Result<(), TrainError> {
+    let options = SaveOptions {
+        overwrite: true,
+        ..SaveOptions::new(SaveDtype::F32)
+    };
+    let read = &mut |name: &str| values(model, name);
+    save::write_hf(dir, &tensors(model), read, source, &options)?;
+    Ok(())
+}
+
+/// Names and shapes of all weights, in the model's order.
+pub fn tensors(model: &CausalLm) -> Vec<(String, Vec<usize>)> {
+    let mut tensors = Vec::new();
+    for module in enamel_adapter::shapes(model) {
+        if module.bias {
+            tensors.push((format!("{}.bias", module.name), module.shape[..1].to_vec()));
+        }
+        tensors.push((format!("{}.weight", module.name), module.shape));
+    }
+    tensors
+}
+
+/// The values of one of [`tensors`].
+///
+/// # Errors
+/// No such tensor.
+pub fn values(
+    model: &CausalLm,
+    tensor: &str,
+) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
+    let mut data = None;
+    model.for_each_slot_ref(&mut |name, slot| {
+        let parameter = tensor
+            .strip_prefix(name)
+            .and_then(|rest| rest.strip_prefix('.'));
+        match (parameter, slot) {
+            (Some("weight"), SlotRef::Linear(linear)) => {
+                data = Some(linear.weight.val().into_data())
+            }
+            (Some("bias"), SlotRef::Linear(linear)) => {
+                data = linear.bias.as_ref().map(|bias| bias.val().into_data());
+            }
+            (Some("weight"), SlotRef::Embedding(table)) => {
+                data = Some(table.weight.val().into_data())
+            }
+            (Some("weight"), SlotRef::Norm(norm)) => data = Some(norm.weight.val().into_data()),
+            _ => {}
+        }
+    });
+    let data = data.ok_or("the model has no such tensor")?;
+    Ok(data.iter::<f32>().collect())
+}
