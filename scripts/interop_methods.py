@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,9 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 # Logits of order one, sums over 32 to 64 terms in another order: some units in the last place.
 BOUND = 2e-5
+# PEFT's own PiSSA adapter holds none of what it took from the base: both sides decompose the weight again, PEFT in
+# f32, which leaves 1e-5 of the singular values.
+DECOMPOSED = 1e-4
 ALL = "adapter.target_modules=all-linear"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -102,7 +106,7 @@ def ours_in_peft(name, base, settings):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(load(base), adapter).eval()
-    complaints = [str(w.message) for w in said if "key" in str(w.message).lower() or "unexpected" in str(w.message).lower()]
+    complaints = [str(w.message) for w in said if re.search("(missing|unexpected).*key|key.*(missing|unexpected)", str(w.message), re.I)]
     file, state = load_file(adapter / "adapter_model.safetensors"), get_peft_model_state_dict(model, save_embedding_layers=False)
     keys = set(file) == set(state) and all(torch.equal(file[k], state[k]) for k in file)
     changed = worst(load(base), ours)
@@ -141,8 +145,8 @@ def row(name, base, settings, kind, options):
         print(f"{name}: {error}", file=sys.stderr)
         lines.append(f"| {name} | FAILED | | | |")
         return
-    numbers = [found["adapter"], found["merged"], *([back] if kind else [])]
-    if not (found["keys"] and found["changed"] and all(v <= BOUND for v in numbers)):
+    close = max(found["adapter"], found["merged"]) <= BOUND and (not kind or back <= (DECOMPOSED if name == "PiSSA" else BOUND))
+    if not (found["keys"] and found["changed"] and close):
         failures.append(name)
     keys = "yes" if found["keys"] else "NO"
     lines.append(f"| {name} | {keys} | {shown(found['adapter'])} | {shown(found['merged'])} | {shown(back) if kind else '–'} |")
@@ -156,7 +160,7 @@ def main():
     print("# Every method between Enamel and PEFT\n")
     packages = ", ".join(f"{p} {version(p).split('+')[0]}" for p in ["torch", "transformers", "peft"])
     print(f"`scripts/interop_methods.py`, {packages}, on {platform.machine()}. Tiny Llamas of `tests/fixtures/llama`; eight optimizer steps.")
-    print(f"Figures are the largest difference of a logit over {sum(map(len, TOKENS))} tokens; the bound is {BOUND:.0e}.\n")
+    print(f"Figures are the largest difference of a logit over {sum(map(len, TOKENS))} tokens; the bound is {BOUND:.0e}, {DECOMPOSED:.0e} for PEFT's PiSSA here.\n")
     print("| method | PEFT finds each key, no other, every value | PEFT with our adapter | transformers with our merged model | PEFT's adapter here |\n|---|---|---|---|---|")
     print("\n".join(lines))
     print(f"\nNot as it should be: {'; '.join(failures)}." if failures else "\nAll of it holds.")

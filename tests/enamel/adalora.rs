@@ -148,9 +148,9 @@ fn forty_steps_agree_and_so_does_the_trimmed_adapter(device: &Device) {
     let trimmed = trim(&mut model, &config, allocator.kept()).unwrap_or_else(|e| panic!("{e}"));
     let after = logits(&model, &batch.input);
     assert_logits("cut down", &after, &before, &batch.mask, 1e-5);
-    // Forty steps from the same start, each to rounding.
+    // Forty steps from the same start: as the losses.
     let theirs = batch.golden.floats("right.logits").values;
-    assert_logits("after the run", &after, &theirs, &batch.mask, 1e-3);
+    assert_logits("after the run", &after, &theirs, &batch.mask, 1e-4);
 
     let out = TempDir::new().expect("a temporary directory");
     save_pretrained(&model, &trimmed, &save_meta(), out.path()).unwrap_or_else(|e| panic!("{e}"));

@@ -121,11 +121,6 @@ impl Curve {
 
     pub fn compare(&self, key: &str, step: usize, ours: f64, tolerance: f64) {
         let theirs = self.at(key, step);
-        println!(
-            "MEASURE {:e} {key} {}",
-            (ours - theirs).abs() / tolerance,
-            self.what
-        );
         assert!(
             (ours - theirs).abs() <= tolerance,
             "{}: {key} of step {}: {ours} for {theirs}",

@@ -120,11 +120,19 @@ fn directions_ranks_and_alphas_agree(device: &Device) {
         let state = export_trainable(&model).unwrap_or_else(|e| panic!("{case}: {e}"));
         let names: Vec<_> = state.iter().map(|(name, ..)| name.clone()).collect();
         assert_eq!(sorted(names), file.names(), "{case}");
-        for (name, shape, values) in state {
+        for (name, shape, mut values) in state {
             let theirs = file.floats(&name);
             assert_eq!(shape, theirs.shape, "{case}: {name}");
-            // Directions whose shares are a few percent apart; signs agree as well. After some tens of
-            // decompositions in f32 here and in f64 there.
+            let shared = name.contains("q_proj.lora_A") || name.contains("k_proj.lora_A");
+            if case == "eva_whiten" && shared {
+                // PEFT whitens in place what two layers with one input share, and so does it twice: by
+                // the singular value, not by its root. Here every layer's is done once.
+                for row in values.chunks_mut(shape[1]) {
+                    let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+                    row.iter_mut().for_each(|v| *v *= length);
+                }
+            }
+            // Signs agree as well. Some tens of decompositions lie behind it, in f32 here and in f64 there.
             assert_close(&format!("{case}: {name}"), &values, &theirs.values, 1e-4);
         }
     }

@@ -138,7 +138,7 @@ fn pretrained(device: &Device) -> Plain {
     for _ in 0..600 {
         let loss = (model.forward(points.x.clone()) - points.y.clone()).powi_scalar(2).mean();
         let grads = GradientsParams::from_grads(loss.backward(), &model);
-        model = optimizer.step(3e-3.into(), model, grads);
+        model = optimizer.step(3e-3, model, grads);
     }
     model.valid()
 }

@@ -4,7 +4,8 @@ use std::path::Path;
 
 use crate::config::{Pattern, Targets};
 use crate::error::{AdapterError, Result};
-use crate::host::{HostAdapter, kind_of, modules_of};
+use crate::host::{HostAdapter, ReadBase};
+use crate::infer::{kind_of, modules_of};
 use crate::methods::AdapterConfig;
 use crate::model_card::{SaveMeta, model_card};
 use crate::peft_dir::expected;
@@ -52,12 +53,17 @@ impl AdapterFacts {
     pub fn read(dir: &Path) -> Result<Self> {
         let config = load_config(dir)?;
         let stored = read_tensors(dir)?;
-        let shapes: Vec<_> = stored.iter().map(|(k, s)| (k.as_str(), s.shape.as_slice())).collect();
+        let shapes: Vec<_> = stored
+            .iter()
+            .map(|(k, s)| (k.as_str(), s.shape.as_slice()))
+            .collect();
         let modules = modules_of(&config, &shapes);
         let mut problems = Vec::new();
         let plan = match plan_for_load(&modules, &config) {
             Ok(plan) => Some(plan),
-            Err(AdapterError::Plan { problems: all } | AdapterError::Config { problems: all, .. }) => {
+            Err(
+                AdapterError::Plan { problems: all } | AdapterError::Config { problems: all, .. },
+            ) => {
                 problems.extend(all);
                 None
             }
@@ -85,7 +91,8 @@ impl AdapterFacts {
                     .map(|key| format!("{key} is not called for by the configuration")),
             );
         }
-        let tensors: Vec<TensorFacts> = stored.iter().map(|(key, s)| tensor_facts(key, s)).collect();
+        let tensors: Vec<TensorFacts> =
+            stored.iter().map(|(key, s)| tensor_facts(key, s)).collect();
         for tensor in &tensors {
             if tensor.not_finite > 0 {
                 problems.push(format!(
@@ -134,7 +141,8 @@ impl AdapterFacts {
             };
             !same && !ABOUT.contains(&key.as_str())
         });
-        let lines = differs.map(|(key, value)| (key.clone(), value.clone(), default[key.as_str()].clone()));
+        let lines =
+            differs.map(|(key, value)| (key.clone(), value.clone(), default[key.as_str()].clone()));
         lines.collect()
     }
 }
@@ -152,10 +160,13 @@ fn tensor_facts(key: &str, stored: &Stored) -> TensorFacts {
 
 /// PEFT stores weights of the base along where embeddings or heads are targets.
 fn may_be_base(key: &str, modules: &[ModuleShape]) -> bool {
-    let name = key.strip_prefix(PREFIX).and_then(|k| k.strip_suffix(".weight"));
+    let name = key
+        .strip_prefix(PREFIX)
+        .and_then(|k| k.strip_suffix(".weight"));
     name.is_some_and(|name| {
         let name = name.strip_suffix(".base_layer").unwrap_or(name);
-        modules.iter().any(|m| m.name == name) && ["embed_tokens", "lm_head"].contains(&kind_of(name))
+        modules.iter().any(|m| m.name == name)
+            && ["embed_tokens", "lm_head"].contains(&kind_of(name))
     })
 }
 
@@ -167,7 +178,7 @@ fn may_be_base(key: &str, modules: &[ModuleShape]) -> bool {
 pub fn open(
     dir: &Path,
     modules: Option<&[ModuleShape]>,
-    base: Option<&dyn Fn(&str) -> Option<Vec<f32>>>,
+    base: Option<&ReadBase<'_>>,
 ) -> Result<HostAdapter> {
     if let Some(modules) = modules {
         return HostAdapter::read(dir, modules, base);
@@ -191,6 +202,41 @@ pub fn open(
     HostAdapter::read(dir, &facts.modules, None)
 }
 
+/// The targets of several configurations as one (PEFT's `_check_add_weighted_adapter`).
+///
+/// # Errors
+/// Lists of names and patterns together.
+pub fn joined_targets(all: &[(&str, Option<&Targets>)]) -> std::result::Result<Targets, String> {
+    let mut names: Vec<String> = Vec::new();
+    let mut patterns: Vec<String> = Vec::new();
+    for (_, targets) in all {
+        match targets {
+            Some(Targets::List(list)) => names.extend(list.iter().cloned()),
+            None => names.extend(
+                crate::target::DEFAULT_TARGETS
+                    .iter()
+                    .map(|n| (*n).to_string()),
+            ),
+            Some(Targets::Regex(pattern)) => patterns.push(format!("({pattern})")),
+            Some(Targets::AllLinear) => return Ok(Targets::AllLinear),
+            Some(Targets::Nothing) => {}
+        }
+    }
+    match (names.is_empty(), patterns.is_empty()) {
+        (false, false) => Err(
+            "target_modules is a list of names in some adapters and a pattern in others, which PEFT does not \
+             combine; write the pattern as a list of names"
+                .to_string(),
+        ),
+        (true, false) => Ok(Targets::Regex(patterns.join("|"))),
+        _ => {
+            names.sort();
+            names.dedup();
+            Ok(Targets::List(names))
+        }
+    }
+}
+
 /// Names the modules of a LoRA configuration so that it means exactly `targets`, among `modules`: as they
 /// are named, or by their full names where that would match others, too.
 pub fn name_targets(
@@ -199,14 +245,20 @@ pub fn name_targets(
     targets: &[&str],
 ) {
     let meant = |config: &crate::config::LoraConfig| match plan_for_load(modules, config) {
-        Ok(plan) => plan.targets.iter().map(|t| t.name.as_str()).eq(targets.iter().copied()),
+        Ok(plan) => plan
+            .targets
+            .iter()
+            .map(|t| t.name.as_str())
+            .eq(targets.iter().copied()),
         Err(_) => false,
     };
     // `all-linear` would mean other modules on another base.
     if config.target_modules != Some(Targets::AllLinear) && meant(config) {
         return;
     }
-    config.target_modules = Some(Targets::List(targets.iter().map(|t| (*t).to_string()).collect()));
+    config.target_modules = Some(Targets::List(
+        targets.iter().map(|t| (*t).to_string()).collect(),
+    ));
     config.exclude_modules = None;
     config.layers_to_transform = None;
     config.layers_pattern = None;
@@ -220,7 +272,9 @@ pub fn patterned<T: Copy + Ord>(of_modules: &[(&str, T)]) -> Option<(T, Pattern<
     }
     let (rule, _) = counts.into_iter().max_by_key(|(_, count)| *count)?;
     let differ = of_modules.iter().filter(|(_, value)| *value != rule);
-    let pattern = differ.map(|(name, value)| ((*name).to_string(), *value)).collect();
+    let pattern = differ
+        .map(|(name, value)| ((*name).to_string(), *value))
+        .collect();
     Some((rule, pattern))
 }
 
@@ -230,15 +284,26 @@ pub fn patterned<T: Copy + Ord>(of_modules: &[(&str, T)]) -> Option<(T, Pattern<
 /// # Errors
 /// Tensors that are not those of the configuration; values that are not finite; a directory that is there
 /// already; a disk that refuses.
-pub fn write_new(file: &AdapterFile, modules: &[ModuleShape], extra: String, dir: &Path) -> Result<()> {
+pub fn write_new(
+    file: &AdapterFile,
+    modules: &[ModuleShape],
+    extra: String,
+    dir: &Path,
+) -> Result<()> {
     let plan = plan_for_load(modules, &file.config)?;
     let want = expected(modules, &file.config, &plan);
     let have = file.tensors.iter().map(|(key, shape, _)| (key, shape));
     if !want.iter().eq(have) {
-        let differs = file.tensors.iter().filter(|(key, shape, _)| want.get(key) != Some(shape));
-        let mut problems: Vec<String> =
-            differs.map(|(key, shape, _)| format!("{key} {shape:?} is not called for")).collect();
-        let missing = want.keys().filter(|key| !file.tensors.iter().any(|(k, ..)| k == *key));
+        let differs = file
+            .tensors
+            .iter()
+            .filter(|(key, shape, _)| want.get(key) != Some(shape));
+        let mut problems: Vec<String> = differs
+            .map(|(key, shape, _)| format!("{key} {shape:?} is not called for"))
+            .collect();
+        let missing = want
+            .keys()
+            .filter(|key| !file.tensors.iter().any(|(k, ..)| k == *key));
         problems.extend(missing.map(|key| format!("{key} is missing")));
         return Err(AdapterError::Mismatch {
             path: dir.to_path_buf(),

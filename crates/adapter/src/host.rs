@@ -9,10 +9,10 @@ use std::path::Path;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::combine::LoraFactors;
-use crate::config::Targets;
 use crate::embedding::Embedding;
 use crate::error::{AdapterError, Result};
 use crate::frozen::Frozen;
+use crate::infer::module_of;
 use crate::linalg::{LinalgError, Matrix};
 use crate::linear::Linear;
 use crate::methods::{AdapterConfig, to_host};
@@ -24,7 +24,18 @@ use crate::store::load_config;
 use crate::trainable::HostTensor;
 
 /// Methods of which each module can be taken by itself.
-const BY_MODULE: [&str; 7] = ["LORA", "LOHA", "LOKR", "ADALORA", "VERA", "IA3", "ENAMEL_FULL"];
+const BY_MODULE: [&str; 7] = [
+    "LORA",
+    "LOHA",
+    "LOKR",
+    "ADALORA",
+    "VERA",
+    "IA3",
+    "ENAMEL_FULL",
+];
+
+/// Reads the base's weight of the named module, row-major.
+pub type ReadBase<'a> = dyn Fn(&str) -> Option<Vec<f32>> + 'a;
 
 /// An adapter in memory, checked against the modules of a model that need not be loaded.
 #[derive(Clone, Debug)]
@@ -49,11 +60,7 @@ impl HostAdapter {
     ///
     /// # Errors
     /// As [`load_pretrained`](crate::load_pretrained); a method that has no weights of its own for a module (X-LoRA).
-    pub fn read(
-        dir: &Path,
-        modules: &[ModuleShape],
-        base: Option<&dyn Fn(&str) -> Option<Vec<f32>>>,
-    ) -> Result<Self> {
+    pub fn read(dir: &Path, modules: &[ModuleShape], base: Option<&ReadBase<'_>>) -> Result<Self> {
         let config = load_config(dir)?;
         if !BY_MODULE.contains(&config.peft_type()) {
             return Err(AdapterError::Choice {
@@ -106,15 +113,28 @@ impl HostAdapter {
         let plan = &self.checked.plan;
         let mut shapes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for saved in &plan.saved {
-            shapes.insert(format!("{PREFIX}{}.weight", saved.name), saved.shape.clone());
+            shapes.insert(
+                format!("{PREFIX}{}.weight", saved.name),
+                saved.shape.clone(),
+            );
             if saved.bias {
-                shapes.insert(format!("{PREFIX}{}.bias", saved.name), saved.shape[..1].to_vec());
+                shapes.insert(
+                    format!("{PREFIX}{}.bias", saved.name),
+                    saved.shape[..1].to_vec(),
+                );
             }
         }
         shapes.extend(plan.biases.iter().map(|b| (b.key.clone(), vec![b.len])));
-        shapes.extend(plan.tokens.iter().map(|t| (t.key.clone(), vec![t.indices.len(), t.width])));
+        shapes.extend(
+            plan.tokens
+                .iter()
+                .map(|t| (t.key.clone(), vec![t.indices.len(), t.width])),
+        );
         let values = |key: &str| self.checked.values.get(key).cloned().unwrap_or_default();
-        shapes.into_iter().map(|(key, shape)| (key.clone(), shape, values(&key))).collect()
+        shapes
+            .into_iter()
+            .map(|(key, shape)| (key.clone(), shape, values(&key)))
+            .collect()
     }
 
     /// Targets to which it gives a bias of their own (`lora_bias`).
@@ -134,14 +154,36 @@ impl HostAdapter {
         let here = |name: &str| modules.iter().any(|m| m == name);
         let all = &self.checked.plan;
         let plan = AdapterPlan {
-            targets: all.targets.iter().filter(|t| here(&t.name)).cloned().collect(),
-            saved: all.saved.iter().filter(|s| here(&s.name)).cloned().collect(),
-            biases: all.biases.iter().filter(|b| here(&b.name)).cloned().collect(),
-            tokens: all.tokens.iter().filter(|t| here(&t.name)).cloned().collect(),
+            targets: all
+                .targets
+                .iter()
+                .filter(|t| here(&t.name))
+                .cloned()
+                .collect(),
+            saved: all
+                .saved
+                .iter()
+                .filter(|s| here(&s.name))
+                .cloned()
+                .collect(),
+            biases: all
+                .biases
+                .iter()
+                .filter(|b| here(&b.name))
+                .cloned()
+                .collect(),
+            tokens: all
+                .tokens
+                .iter()
+                .filter(|t| here(&t.name))
+                .cloned()
+                .collect(),
             ..all.clone()
         };
         let part = |values: &HashMap<String, Vec<f32>>| {
-            let own = values.iter().filter(|(key, _)| module_of(key).is_some_and(&here));
+            let own = values
+                .iter()
+                .filter(|(key, _)| module_of(key).is_some_and(&here));
             own.map(|(k, v)| (k.clone(), v.clone())).collect()
         };
         let checked = Checked {
@@ -153,17 +195,38 @@ impl HostAdapter {
         install_checked(model, name, &self.config, checked, false)
     }
 
-    /// The module with this adapter folded in.
+    /// `onto` with this adapter folded in: the base's module, or that with other adapters in it already.
     ///
     /// # Errors
     /// A device that does not give the values back.
-    pub fn folded(&self, shape: &ModuleShape, base: &HostModule, device: &Device) -> Result<HostModule> {
+    pub fn folded(
+        &self,
+        shape: &ModuleShape,
+        base: &HostModule,
+        onto: &HostModule,
+        device: &Device,
+    ) -> Result<HostModule> {
         if !self.touches(&shape.name) {
-            return Ok(base.clone());
+            return Ok(onto.clone());
         }
+        self.on_one(shape, base, onto, device)?.folded()
+    }
+
+    /// A model of one module with this adapter. What began with a part of the base is worked out on the base,
+    /// so that comes first.
+    fn on_one(
+        &self,
+        shape: &ModuleShape,
+        base: &HostModule,
+        onto: &HostModule,
+        device: &Device,
+    ) -> Result<OneModule> {
         let mut module = OneModule::new(shape, base, device);
         self.attach(&mut module, DEFAULT)?;
-        module.folded()
+        if !self.trains_everything() && !std::ptr::eq(base, onto) {
+            module.rebase(OneModule::new(shape, onto, device));
+        }
+        Ok(module)
     }
 
     /// The matrix of a head that shares this embedding, which follows single trained rows alone.
@@ -174,12 +237,14 @@ impl HostAdapter {
         &self,
         shape: &ModuleShape,
         base: &HostModule,
+        onto: &HostModule,
         device: &Device,
     ) -> Result<Vec<f32>> {
-        let mut module = OneModule::new(shape, base, device);
-        self.attach(&mut module, DEFAULT)?;
+        let module = self.on_one(shape, base, onto, device)?;
         match module.module {
-            Module::Embedding(table) if !table.trains_base => to_host(&shape.name, table.head_weight()),
+            Module::Embedding(table) if !table.trains_base => {
+                to_host(&shape.name, table.head_weight())
+            }
             Module::Embedding(table) => to_host(&shape.name, table.weight.val()),
             _ => Err(AdapterError::NoAdapter),
         }
@@ -247,9 +312,11 @@ impl HostAdapter {
             weight: vec![0.0; target.out_features * target.in_features],
             bias: None,
         };
-        let delta = self.folded(&shape, &zero, device)?.weight;
+        let delta = self.folded(&shape, &zero, &zero, device)?.weight;
         let delta = Matrix::new(target.out_features, target.in_features, delta);
-        Ok(Delta::Dense(delta.map_err(|e| no_delta(module, &e.to_string()))?))
+        Ok(Delta::Dense(
+            delta.map_err(|e| no_delta(module, &e.to_string()))?,
+        ))
     }
 
     /// The factors of a LoRA, together with what it started from where it took that from the base:
@@ -259,13 +326,14 @@ impl HostAdapter {
             true => ["lora_embedding_A", "lora_embedding_B"],
             false => ["lora_A.weight", "lora_B.weight"],
         };
-        let pair = |from: &HashMap<String, Vec<f32>>| -> std::result::Result<[Matrix; 2], LinalgError> {
-            let get = |name: &str| from.get(&target.key(name)).cloned().unwrap_or_default();
-            Ok([
-                Matrix::new(target.r, target.in_features, get(names[0]))?,
-                Matrix::new(target.out_features, target.r, get(names[1]))?,
-            ])
-        };
+        let pair =
+            |from: &HashMap<String, Vec<f32>>| -> std::result::Result<[Matrix; 2], LinalgError> {
+                let get = |name: &str| from.get(&target.key(name)).cloned().unwrap_or_default();
+                Ok([
+                    Matrix::new(target.r, target.in_features, get(names[0]))?,
+                    Matrix::new(target.out_features, target.r, get(names[1]))?,
+                ])
+            };
         let both = || -> std::result::Result<[Matrix; 2], LinalgError> {
             let [a, b] = pair(&self.checked.values)?;
             let Some(origin) = &self.checked.origin else {
@@ -302,7 +370,9 @@ impl HostAdapter {
             AdapterConfig::Ia3(_) => {
                 Some("(IA)³ multiplies the base's weights, so what it adds depends on the base")
             }
-            AdapterConfig::Full(_) => Some("full fine-tuning holds whole weights, not what was added"),
+            AdapterConfig::Full(_) => {
+                Some("full fine-tuning holds whole weights, not what was added")
+            }
             _ => None,
         }
     }
@@ -356,162 +426,6 @@ fn no_delta(module: &str, reason: &str) -> AdapterError {
     }
 }
 
-/// The module that a key of an adapter's file belongs to.
-pub fn module_of(key: &str) -> Option<&str> {
-    split(key).map(|(module, _)| module)
-}
-
-/// Names that parameters have after the module's, in PEFT's files.
-const OWN: [&str; 24] = [
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora_B.bias",
-    ".lora_embedding_A",
-    ".lora_embedding_B",
-    ".lora_magnitude_vector",
-    ".lora_A",
-    ".lora_B",
-    ".lora_E",
-    ".hada_w1_a",
-    ".hada_w1_b",
-    ".hada_w2_a",
-    ".hada_w2_b",
-    ".lokr_w1_a",
-    ".lokr_w1_b",
-    ".lokr_w2_a",
-    ".lokr_w2_b",
-    ".lokr_w1",
-    ".lokr_w2",
-    ".vera_lambda_b",
-    ".vera_lambda_d",
-    ".ia3_l",
-    ".token_adapter.trainable_tokens_delta",
-    ".base_layer.bias",
-];
-
-/// Module and own name of a key.
-fn split(key: &str) -> Option<(&str, &str)> {
-    let key = key.strip_prefix(PREFIX).unwrap_or(key);
-    let ends = OWN.iter().chain(&[".base_layer.weight", ".weight", ".bias"]);
-    let mut found = ends.filter_map(|own| key.strip_suffix(own).map(|module| (module, &own[1..])));
-    found.next()
-}
-
-/// The modules that an adapter's tensors (key and shape) are for, with the shapes of the base's weights
-/// as far as they follow from them: one side of (IA)³ and the rows of an embedding of which single rows
-/// are trained do not, and stand at the least they can be. With VeRA the input's width is the shared
-/// matrix's, which is each module's own only where all are of one kind.
-pub fn modules_of(config: &AdapterConfig, tensors: &[(&str, &[usize])]) -> Vec<ModuleShape> {
-    let mut by_module: BTreeMap<&str, BTreeMap<&str, &[usize]>> = BTreeMap::new();
-    for (key, shape) in tensors {
-        if let Some((module, own)) = split(key) {
-            by_module.entry(module).or_default().insert(own, shape);
-        }
-    }
-    let wide = tensors.iter().find(|(key, _)| *key == "base_model.vera_A");
-    let wide = wide.and_then(|(_, shape)| shape.get(1).copied());
-    let modules = by_module.into_iter().filter_map(|(name, own)| module(config, name, &own, wide));
-    modules.collect()
-}
-
-fn module(
-    config: &AdapterConfig,
-    name: &str,
-    own: &BTreeMap<&str, &[usize]>,
-    wide: Option<usize>,
-) -> Option<ModuleShape> {
-    let side = |key: &str, axis: usize| own.get(key).and_then(|shape| shape.get(axis)).copied();
-    let head = name.rsplit('.').next() == Some("lm_head");
-    let linear = if head { ModuleKind::Head } else { ModuleKind::Linear };
-    // Where one of two is missing, what it would have said stands at the least.
-    let pair = |b: &str, a: &str| {
-        let known = own.contains_key(b) || own.contains_key(a);
-        known.then(|| (side(b, 0).unwrap_or(1), side(a, 1).unwrap_or(1)))
-    };
-    let product = |x: Option<(usize, usize)>, y: Option<(usize, usize)>| {
-        let ((a, b), (c, d)) = (x?, y?);
-        Some((a * c, b * d))
-    };
-    let lokr = |whole: &str, left: &str, right: &str| pair(whole, whole).or_else(|| pair(left, right));
-    let shape = pair("lora_B.weight", "lora_A.weight")
-        .or_else(|| pair("lora_B", "lora_A"))
-        .or_else(|| pair("hada_w1_a", "hada_w1_b"))
-        .or_else(|| {
-            product(
-                lokr("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
-                lokr("lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-            )
-        })
-        .or_else(|| Some((side("vera_lambda_b", 0)?, wide.unwrap_or(1))))
-        .or_else(|| pair("ia3_l", "ia3_l"));
-    let found = |kind, shape: Vec<usize>| {
-        Some(ModuleShape {
-            name: name.to_string(),
-            kind,
-            shape,
-            bias: own.contains_key("bias") || own.contains_key("base_layer.bias"),
-        })
-    };
-    if let Some((out, width)) = shape {
-        return found(linear, vec![out, width]);
-    }
-    if let Some((width, rows)) = pair("lora_embedding_B", "lora_embedding_A") {
-        return found(ModuleKind::Embedding, vec![rows, width]);
-    }
-    if let Some(width) = side("token_adapter.trainable_tokens_delta", 1) {
-        let rows = crate::methods::MethodConfig::token_indices(config)
-            .and_then(|t| t.for_module(name))
-            .and_then(|indices| indices.iter().max())
-            .map_or(1, |largest| largest + 1);
-        return found(ModuleKind::Embedding, vec![rows, width]);
-    }
-    match own.get("weight").map(|shape| shape.to_vec()) {
-        Some(shape) if shape.len() == 1 => found(ModuleKind::Norm, shape),
-        Some(shape) if name.rsplit('.').next().is_some_and(|n| n.contains("embed")) => {
-            found(ModuleKind::Embedding, shape)
-        }
-        Some(shape) => found(linear, shape),
-        // A bias trained by itself: nothing else is known of the layer.
-        None => found(linear, vec![side("bias", 0)?, 1]),
-    }
-}
-
-/// Names of the last parts of an adapter's targets, for messages: `q_proj`, `v_proj`.
-pub fn kind_of(module: &str) -> &str {
-    module.rsplit('.').next().unwrap_or(module)
-}
-
-/// The targets of several configurations as one (PEFT's `_check_add_weighted_adapter`).
-///
-/// # Errors
-/// Lists of names and patterns together.
-pub fn joined_targets(all: &[(&str, Option<&Targets>)]) -> std::result::Result<Targets, String> {
-    let mut names: Vec<String> = Vec::new();
-    let mut patterns: Vec<String> = Vec::new();
-    for (_, targets) in all {
-        match targets {
-            Some(Targets::List(list)) => names.extend(list.iter().cloned()),
-            None => names.extend(crate::target::DEFAULT_TARGETS.iter().map(|n| (*n).to_string())),
-            Some(Targets::Regex(pattern)) => patterns.push(format!("({pattern})")),
-            Some(Targets::AllLinear) => return Ok(Targets::AllLinear),
-            Some(Targets::Nothing) => {}
-        }
-    }
-    match (names.is_empty(), patterns.is_empty()) {
-        (false, false) => Err(
-            "target_modules is a list of names in some adapters and a pattern in others, which PEFT does not \
-             combine; write the pattern as a list of names"
-                .to_string(),
-        ),
-        (true, false) => Ok(Targets::Regex(patterns.join("|"))),
-        _ => {
-            names.sort();
-            names.dedup();
-            Ok(Targets::List(names))
-        }
-    }
-}
-
 /// A model of one module.
 struct OneModule {
     name: String,
@@ -554,6 +468,19 @@ impl OneModule {
         }
     }
 
+    /// Puts another base under the adapter.
+    fn rebase(&mut self, other: Self) {
+        match (&mut self.module, other.module) {
+            (Module::Linear(own), Module::Linear(other)) => {
+                own.weight = other.weight;
+                own.bias = other.bias;
+            }
+            (Module::Embedding(own), Module::Embedding(other)) => own.weight = other.weight,
+            (Module::Norm(own), Module::Norm(other)) => own.weight = other.weight,
+            _ => {}
+        }
+    }
+
     fn folded(self) -> Result<HostModule> {
         let names = [DEFAULT.to_string()];
         let name = &self.name;
@@ -587,4 +514,3 @@ impl Adaptable for OneModule {
         }
     }
 }
-

@@ -21,6 +21,7 @@ pub mod eva;
 pub mod facts;
 pub mod frozen;
 pub mod host;
+pub mod infer;
 pub mod linalg;
 pub mod linear;
 pub mod merge;

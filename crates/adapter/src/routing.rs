@@ -17,7 +17,7 @@ pub enum Routing {
     /// One of its own, or none, for each row of the batch.
     Rows(Arc<[Option<String>]>),
     /// All that the gates know, each token in its own mixture (X-LoRA).
-    Gated(Gates),
+    Gated(Arc<Gates>),
 }
 
 impl Default for Routing {

@@ -143,7 +143,8 @@ impl XLora {
             return Routing::default();
         }
         let shape = [tokens, 1, self.mixing.names.len()];
-        Routing::Gated(self.chosen(Tensor::full(shape, share, device)))
+        let gates = self.chosen(Tensor::full(shape, share, device));
+        Routing::Gated(Arc::new(gates))
     }
 
     /// Leaves the `top_k_lora` largest of the last axis, normalises those if asked to, and multiplies
@@ -245,6 +246,6 @@ pub fn for_first_pass<M: Adaptable + Module>(
 /// and through the shares the classifier's.
 pub fn for_second_pass<M: Adaptable + Module>(model: &M, gates: Gates) -> M {
     let mut model = model.clone();
-    route(&mut model, &Routing::Gated(gates));
+    route(&mut model, &Routing::Gated(Arc::new(gates)));
     model
 }

@@ -58,7 +58,13 @@ struct Combine {
     #[arg(long, value_name = "DIR", required = true)]
     adapter: Vec<PathBuf>,
     /// A weight for each adapter
-    #[arg(long, value_name = "W,…", value_delimiter = ',', allow_hyphen_values = true, required = true)]
+    #[arg(
+        long,
+        value_name = "W,…",
+        value_delimiter = ',',
+        allow_hyphen_values = true,
+        required = true
+    )]
     weights: Vec<f64>,
     /// cat (exact, ranks add up), svd (exact up to its rank), linear, ties, dare_linear, dare_ties,
     /// magnitude_prune, and these four with _svd
@@ -162,7 +168,10 @@ impl Args {
                     choice,
                     output: args.output,
                 };
-                text::converted(&mut out, &adapters::convert(&request, &mut Bars::default())?)?;
+                text::converted(
+                    &mut out,
+                    &adapters::convert(&request, &mut Bars::default())?,
+                )?;
             }
         }
         Ok(Outcome::Done)

@@ -2,9 +2,7 @@
 
 use std::io::{Result, Write};
 
-use enamel_train::adapters::{
-    AdapterDiff, AdapterReport, Combined, Converted, KindReport, Listed,
-};
+use enamel_train::adapters::{AdapterDiff, AdapterReport, Combined, Converted, KindReport, Listed};
 use enamel_train::plan::bytes_text;
 
 fn thousands(count: usize) -> String {
@@ -14,7 +12,12 @@ fn thousands(count: usize) -> String {
 /// Columns as wide as their widest entry; the last one is as long as it is.
 fn table(out: &mut impl Write, rows: &[Vec<String>]) -> Result<()> {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |i: usize| rows.iter().filter_map(|r| r.get(i)).map(|c| c.chars().count()).max();
+    let width = |i: usize| {
+        rows.iter()
+            .filter_map(|r| r.get(i))
+            .map(|c| c.chars().count())
+            .max()
+    };
     for row in rows {
         let mut line = String::new();
         for (i, cell) in row.iter().enumerate() {
@@ -50,7 +53,14 @@ fn share(error: f64) -> String {
 }
 
 pub fn list(out: &mut impl Write, found: &[Listed]) -> Result<()> {
-    let mut rows = vec![row(["adapter", "method", "r/alpha", "parameters", "on disk", "base"])];
+    let mut rows = vec![row([
+        "adapter",
+        "method",
+        "r/alpha",
+        "parameters",
+        "on disk",
+        "base",
+    ])];
     for one in found {
         rows.push(vec![
             one.name.clone(),
@@ -77,7 +87,10 @@ pub fn inspect(out: &mut impl Write, report: &AdapterReport) -> Result<()> {
     if report.r.is_some() {
         writeln!(out, "r/alpha     {}", rank_alpha(report.r, report.alpha))?;
     }
-    let revision = report.revision.as_ref().map_or(String::new(), |r| format!(" at {r}"));
+    let revision = report
+        .revision
+        .as_ref()
+        .map_or(String::new(), |r| format!(" at {r}"));
     let base = report.base.as_deref().unwrap_or("not named");
     writeln!(out, "base        {base}{revision}")?;
     writeln!(out, "targets     {}", report.targets)?;
@@ -93,12 +106,19 @@ pub fn inspect(out: &mut impl Write, report: &AdapterReport) -> Result<()> {
         writeln!(out, "\nsettings that are not PEFT's defaults")?;
         let mut rows = Vec::new();
         for s in &report.settings {
-            rows.push(vec![format!("  {}", s.key), s.value.to_string(), format!("(default {})", s.default)]);
+            rows.push(vec![
+                format!("  {}", s.key),
+                s.value.to_string(),
+                format!("(default {})", s.default),
+            ]);
         }
         table(out, &rows)?;
     }
     for key in &report.unknown_keys {
-        writeln!(out, "unknown setting: {key} (kept in the file, without effect)")?;
+        writeln!(
+            out,
+            "unknown setting: {key} (kept in the file, without effect)"
+        )?;
     }
     if !report.kinds.is_empty() {
         writeln!(out)?;
@@ -108,7 +128,10 @@ pub fn inspect(out: &mut impl Write, report: &AdapterReport) -> Result<()> {
         writeln!(out, "no norms: {reason}")?;
     }
     if report.untrained {
-        writeln!(out, "untrained: what it adds is zero everywhere, as before the first step")?;
+        writeln!(
+            out,
+            "untrained: what it adds is zero everywhere, as before the first step"
+        )?;
     } else {
         some(out, "all zero", &report.zero)?;
     }
@@ -119,8 +142,15 @@ pub fn inspect(out: &mut impl Write, report: &AdapterReport) -> Result<()> {
 }
 
 fn kinds(out: &mut impl Write, kinds: &[KindReport], total: Option<f64>) -> Result<()> {
-    let mut rows =
-        vec![row(["modules", "of kind", "trained", "shape", "rank", "parameters", "norm of what is added"])];
+    let mut rows = vec![row([
+        "modules",
+        "of kind",
+        "trained",
+        "shape",
+        "rank",
+        "parameters",
+        "norm of what is added",
+    ])];
     let norm = |norm: Option<f64>| norm.map_or(String::new(), |n| format!("{n:.4}"));
     for kind in kinds {
         let ranks: Vec<String> = kind.ranks.iter().map(usize::to_string).collect();
@@ -159,7 +189,11 @@ fn some(out: &mut impl Write, what: &str, lines: &[String]) -> Result<()> {
         writeln!(out, "{what}: {line}")?;
     }
     if lines.len() > SHOWN {
-        writeln!(out, "{what}: and {} more (--json has all)", lines.len() - SHOWN)?;
+        writeln!(
+            out,
+            "{what}: and {} more (--json has all)",
+            lines.len() - SHOWN
+        )?;
     }
     Ok(())
 }
@@ -173,7 +207,11 @@ pub fn diff(out: &mut impl Write, report: &AdapterDiff) -> Result<()> {
     } else {
         let mut rows = vec![row(["setting", "first", "second"])];
         for s in &report.settings {
-            rows.push(vec![s.key.clone(), s.first.to_string(), s.second.to_string()]);
+            rows.push(vec![
+                s.key.clone(),
+                s.first.to_string(),
+                s.second.to_string(),
+            ]);
         }
         table(out, &rows)?;
     }
@@ -187,7 +225,15 @@ pub fn diff(out: &mut impl Write, report: &AdapterDiff) -> Result<()> {
         return writeln!(out, "no module is adapted by both");
     };
     writeln!(out, "\nwhat both add to the weights (Frobenius norms)")?;
-    let mut rows = vec![row(["modules", "of kind", "first", "second", "difference", "cosine", "largest entry"])];
+    let mut rows = vec![row([
+        "modules",
+        "of kind",
+        "first",
+        "second",
+        "difference",
+        "cosine",
+        "largest entry",
+    ])];
     let all = (report.kinds.len() > 1).then_some(total);
     for kind in report.kinds.iter().chain(all) {
         rows.push(vec![
@@ -210,19 +256,38 @@ pub fn combined(out: &mut impl Write, report: &Combined) -> Result<()> {
         report.modules, report.kind, report.r
     )?;
     if report.partial > 0 {
-        writeln!(out, "            {} of them are adapted by some of the adapters only", report.partial)?;
+        writeln!(
+            out,
+            "            {} of them are adapted by some of the adapters only",
+            report.partial
+        )?;
     }
     writeln!(out, "written     {}", report.output.display())?;
-    writeln!(out, "difference  from the weighted sum of what they add: {}", share(report.error))?;
-    let rows = report.errors.iter().map(|(kind, error)| vec![format!("            {kind}"), share(*error)]);
+    writeln!(
+        out,
+        "difference  from the weighted sum of what they add: {}",
+        share(report.error)
+    )?;
+    let rows = report
+        .errors
+        .iter()
+        .map(|(kind, error)| vec![format!("            {kind}"), share(*error)]);
     table(out, &rows.collect::<Vec<_>>())
 }
 
 pub fn converted(out: &mut impl Write, report: &Converted) -> Result<()> {
     let modules: usize = report.kinds.iter().map(|k| k.modules).sum();
-    writeln!(out, "converted   {modules} modules from {} to LoRA", report.from)?;
+    writeln!(
+        out,
+        "converted   {modules} modules from {} to LoRA",
+        report.from
+    )?;
     if report.kept > 0 {
-        writeln!(out, "            {} tensors trained whole are kept as they are", report.kept)?;
+        writeln!(
+            out,
+            "            {} tensors trained whole are kept as they are",
+            report.kept
+        )?;
     }
     let [before, after] = report.parameters.map(thousands);
     writeln!(out, "parameters  {before} before, {after} after")?;
@@ -234,7 +299,11 @@ pub fn converted(out: &mut impl Write, report: &Converted) -> Result<()> {
         rows.push(vec![
             format!("            {}", kind.modules),
             kind.kind.clone(),
-            if low == high { low.to_string() } else { format!("{low} to {high}") },
+            if low == high {
+                low.to_string()
+            } else {
+                format!("{low} to {high}")
+            },
             share(kind.error),
         ]);
     }

@@ -20,7 +20,12 @@ pub struct Args {
     #[arg(long, value_name = "DIR", required = true)]
     adapter: Vec<PathBuf>,
     /// A weight for each adapter; without it, 1 each
-    #[arg(long, value_name = "W,…", value_delimiter = ',', allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "W,…",
+        value_delimiter = ',',
+        allow_hyphen_values = true
+    )]
     weights: Vec<f64>,
     /// Directory to write
     #[arg(long, value_name = "DIR")]
@@ -76,7 +81,12 @@ impl Args {
             many => format!(" of {many} adapters"),
         };
         writeln!(out, "merged      {} modules{of}", report.modules)?;
-        writeln!(out, "written     {} ({})", report.output.display(), name(report.dtype))?;
+        writeln!(
+            out,
+            "written     {} ({})",
+            report.output.display(),
+            name(report.dtype)
+        )?;
         if report.untied {
             writeln!(
                 out,

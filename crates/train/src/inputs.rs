@@ -12,9 +12,10 @@ use sha2::{Digest, Sha256};
 
 use crate::device;
 use crate::error::TrainError;
+use crate::eva;
 use crate::loaded::OpenBase;
 use crate::plan::step_counts;
-use crate::recipe::{FileHash, LockInfo, Recipe};
+use crate::recipe::{AdapterSettings, FileHash, LockInfo, Recipe};
 
 /// The inputs of a run.
 pub struct Inputs {
@@ -104,7 +105,7 @@ impl Inputs {
                 sha256: tokenizer_hash(&base),
             }],
             data_files,
-            init_files: init_files(recipe.adapter.init_from.as_deref())?,
+            init_files: init_files(&recipe.adapter)?,
         };
         let device_name = choice.to_string();
         Ok(Self {
@@ -129,14 +130,18 @@ impl Inputs {
         &self,
         recipe: &Recipe,
         checkpoint: Option<&Path>,
+        say: &dyn Fn(&str),
     ) -> Result<(CausalLm, AdapterConfig), TrainError> {
         let mut model = self.base.weights(&self.device)?;
         let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
             Some(dir) => enamel_adapter::load_pretrained(&mut model, dir, true)?.config,
-            None => {
-                enamel_adapter::attach(&mut model, &self.adapter, recipe.seed)?;
-                self.adapter.clone()
-            }
+            None => match eva::config(&self.adapter) {
+                Some(config) => eva::attach(&mut model, config.clone(), self, recipe, say)?,
+                None => {
+                    enamel_adapter::attach(&mut model, &self.adapter, recipe.seed)?;
+                    self.adapter.clone()
+                }
+            },
         };
         Ok((model, config))
     }
@@ -173,15 +178,13 @@ fn tokenizer_hash(base: &OpenBase) -> String {
     hex(&hash.finalize())
 }
 
-fn init_files(dir: Option<&Path>) -> Result<Vec<FileHash>, TrainError> {
-    let Some(dir) = dir else {
-        return Ok(Vec::new());
-    };
+/// The files of the adapter that training starts from, or of the experts that it mixes.
+fn init_files(adapter: &AdapterSettings) -> Result<Vec<FileHash>, TrainError> {
     let names = ["adapter_config.json", "adapter_model.safetensors"];
-    names
-        .iter()
-        .map(|name| {
-            let path = dir.join(name);
+    let experts = adapter.adapters.0.iter().map(|(_, dir)| dir);
+    let dirs = adapter.init_from.iter().chain(experts);
+    dirs.flat_map(|dir| names.map(|name| dir.join(name)))
+        .map(|path| {
             let sha256 = sha256_file(&path).map_err(TrainError::io(&path, "reading"))?;
             Ok(FileHash { path, sha256 })
         })

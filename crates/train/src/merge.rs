@@ -4,7 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use enamel_adapter::host::{HostAdapter, HostModule, kind_of};
+use enamel_adapter::host::{HostAdapter, HostModule};
+use enamel_adapter::infer::kind_of;
 use enamel_adapter::{Linear, ModuleKind, ModuleShape, Slot};
 use enamel_model::checkpoint::{Checkpoint, CheckpointError, SourceDtype, TensorSource};
 use enamel_model::save::{self, SaveDtype, SaveOptions};
@@ -86,7 +87,9 @@ pub fn merge(
     };
     let base = OpenBase::open(&reference, None, progress)?;
     let merging = Merging::open(base, &options.adapters, weights, device)?;
-    let dtype = options.dtype.unwrap_or_else(|| native_dtype(&merging.base.checkpoint));
+    let dtype = options
+        .dtype
+        .unwrap_or_else(|| native_dtype(&merging.base.checkpoint));
     save::write_hf(
         &options.output,
         &merging.tensors(),
@@ -102,7 +105,11 @@ pub fn merge(
     Ok(MergeReport {
         output: options.output.clone(),
         dtype,
-        modules: merging.modules.iter().filter(|m| merging.touched(&m.name)).count(),
+        modules: merging
+            .modules
+            .iter()
+            .filter(|m| merging.touched(&m.name))
+            .count(),
         untied: merging.unties,
         check,
     })
@@ -126,18 +133,24 @@ fn weights(options: &MergeOptions) -> Result<Vec<f64>, TrainError> {
     }
     let mut problems = Vec::new();
     if given != adapters {
-        problems.push(format!("{given} weights are given for {adapters} adapters; give one for each"));
+        problems.push(format!(
+            "{given} weights are given for {adapters} adapters; give one for each"
+        ));
     }
     let bad = options.weights.iter().filter(|w| !w.is_finite());
     problems.extend(bad.map(|w| format!("weight {w} is not a finite number")));
     match problems.is_empty() {
         true => Ok(options.weights.clone()),
-        false => Err(TrainError::Mismatch(format!("--weights: {}", problems.join("; ")))),
+        false => Err(TrainError::Mismatch(format!(
+            "--weights: {}",
+            problems.join("; ")
+        ))),
     }
 }
 
-/// A base on disk and the adapters that are folded into it: `W + Σ w·(Wᵢ − W)`, where `Wᵢ` is the weight with
-/// adapter i folded in. With weights of 1 that is what adapters compute that are in use together.
+/// A base on disk and the adapters that are folded into it, one after the other: `W ← W + w·(fold(W) − W)`.
+/// That is the weighted sum of what they add, but for methods that multiply what is there ((IA)³, DoRA); with
+/// weights of 1 it is what they compute when they are in use together.
 struct Merging<'a> {
     base: OpenBase,
     modules: Vec<ModuleShape>,
@@ -174,7 +187,8 @@ impl<'a> Merging<'a> {
         let parts = |name: &str| {
             adapters.iter().any(|(adapter, _)| {
                 let plan = adapter.plan();
-                plan.targets.iter().any(|t| t.name == name) || plan.saved.iter().any(|s| s.name == name)
+                plan.targets.iter().any(|t| t.name == name)
+                    || plan.saved.iter().any(|s| s.name == name)
             })
         };
         let mut tables = modules.iter().filter(|m| m.kind == ModuleKind::Embedding);
@@ -190,7 +204,9 @@ impl<'a> Merging<'a> {
     }
 
     fn touched(&self, module: &str) -> bool {
-        self.adapters.iter().any(|(adapter, _)| adapter.touches(module))
+        self.adapters
+            .iter()
+            .any(|(adapter, _)| adapter.touches(module))
     }
 
     /// Names and shapes of all tensors to write, in the model's order.
@@ -211,12 +227,15 @@ impl<'a> Merging<'a> {
     }
 
     fn table(&self) -> Option<&ModuleShape> {
-        self.modules.iter().find(|m| m.kind == ModuleKind::Embedding)
+        self.modules
+            .iter()
+            .find(|m| m.kind == ModuleKind::Embedding)
     }
 
     /// The values of one of [`Self::tensors`].
     fn values(&self, tensor: &str) -> Result<Vec<f32>, TrainError> {
-        let (module, is_bias) = match (tensor.strip_suffix(".weight"), tensor.strip_suffix(".bias")) {
+        let (module, is_bias) = match (tensor.strip_suffix(".weight"), tensor.strip_suffix(".bias"))
+        {
             (Some(module), _) => (module, false),
             (None, Some(module)) => (module, true),
             (None, None) => (tensor, false),
@@ -226,11 +245,19 @@ impl<'a> Merging<'a> {
             return self.head();
         };
         if !self.touched(module) {
-            let name = if is_bias { tensor.to_owned() } else { stored(shape, self.embedding) };
+            let name = if is_bias {
+                tensor.to_owned()
+            } else {
+                stored(shape, self.embedding)
+            };
             return Ok(self.base.checkpoint.read_f32(&name)?);
         }
         let merged = self.folded(shape)?;
-        let values = if is_bias { merged.bias } else { Some(merged.weight) };
+        let values = if is_bias {
+            merged.bias
+        } else {
+            Some(merged.weight)
+        };
         values.ok_or_else(|| TrainError::Framework(format!("{tensor} is not in the merged module")))
     }
 
@@ -246,22 +273,26 @@ impl<'a> Merging<'a> {
     /// A module with all adapters in it.
     fn folded(&self, shape: &ModuleShape) -> Result<HostModule, TrainError> {
         let base = self.read(shape)?;
-        let touching: Vec<_> =
-            self.adapters.iter().filter(|(adapter, _)| adapter.touches(&shape.name)).collect();
-        let merged = match touching.as_slice() {
-            [(adapter, 1.0)] => adapter.folded(shape, &base, self.device)?,
-            all => {
-                let mut sum = base.clone();
-                for (adapter, weight) in all {
-                    let one = adapter.folded(shape, &base, self.device)?;
-                    add(&mut sum.weight, &one.weight, &base.weight, *weight);
-                    if let (Some(sum), Some(one), Some(base)) = (&mut sum.bias, &one.bias, &base.bias) {
-                        add(sum, one, base, *weight);
-                    }
-                }
-                sum
+        let mut touching: Vec<_> = self
+            .adapters
+            .iter()
+            .filter(|(adapter, _)| adapter.touches(&shape.name))
+            .collect();
+        // A copy trained whole stands for the base, whatever adapters are beside it.
+        let whole =
+            |adapter: &HostAdapter| adapter.plan().saved.iter().any(|s| s.name == shape.name);
+        touching.sort_by_key(|(adapter, _)| !whole(adapter));
+        let mut merged: Option<HostModule> = None;
+        for (adapter, weight) in touching {
+            let onto = merged.as_ref().unwrap_or(&base);
+            let mut next = adapter.folded(shape, &base, onto, self.device)?;
+            towards(&mut next.weight, &onto.weight, *weight);
+            if let (Some(next), Some(onto)) = (&mut next.bias, &onto.bias) {
+                towards(next, onto, *weight);
             }
-        };
+            merged = Some(next);
+        }
+        let merged = merged.unwrap_or(base);
         finite(&format!("{}.weight", shape.name), &merged.weight)?;
         if let Some(bias) = &merged.bias {
             finite(&format!("{}.bias", shape.name), bias)?;
@@ -272,16 +303,19 @@ impl<'a> Merging<'a> {
     /// The head that used to share the embedding's weights.
     fn head(&self) -> Result<Vec<f32>, TrainError> {
         let Some(table) = self.table() else {
-            return Err(TrainError::Framework("the model has no embedding".to_owned()));
+            return Err(TrainError::Framework(
+                "the model has no embedding".to_owned(),
+            ));
         };
         let base = self.read(table)?;
-        let mut sum = base.weight.clone();
+        let mut head = base.clone();
         for (adapter, weight) in self.adapters.iter().filter(|(a, _)| a.touches(&table.name)) {
-            let one = adapter.folded_head(table, &base, self.device)?;
-            add(&mut sum, &one, &base.weight, *weight);
+            let mut next = adapter.folded_head(table, &base, &head, self.device)?;
+            towards(&mut next, &head.weight, *weight);
+            head.weight = next;
         }
-        finite(&format!("{HEAD}.weight"), &sum)?;
-        Ok(sum)
+        finite(&format!("{HEAD}.weight"), &head.weight)?;
+        Ok(head.weight)
     }
 
     /// Compares logits: with the adapters beside the base, merged in f32, and as written.
@@ -299,8 +333,12 @@ impl<'a> Merging<'a> {
         let reference = adapted.as_ref().unwrap_or(&merged);
         Ok(MergeCheck {
             positions: PROBE_TOKENS,
-            max_abs_logit: reference.iter().fold(0.0, |max, x| f64::from(x.abs()).max(max)),
-            max_abs_logit_diff: adapted.as_ref().map(|adapted| max_difference(adapted, &merged)),
+            max_abs_logit: reference
+                .iter()
+                .fold(0.0, |max, x| f64::from(x.abs()).max(max)),
+            max_abs_logit_diff: adapted
+                .as_ref()
+                .map(|adapted| max_difference(adapted, &merged)),
             max_abs_logit_diff_written: max_difference(reference, &written),
         })
     }
@@ -380,7 +418,8 @@ fn put(slot: Slot<'_>, shape: &ModuleShape, merged: HostModule, device: &Device)
             *linear = Linear::new(name, matrix(merged.weight), merged.bias.map(vector));
         }
         Slot::Embedding(table) => {
-            *table = enamel_adapter::Embedding::new(&format!("{name}.weight"), matrix(merged.weight));
+            *table =
+                enamel_adapter::Embedding::new(&format!("{name}.weight"), matrix(merged.weight));
         }
         Slot::Norm(norm) => {
             *norm = enamel_adapter::Frozen::new(&format!("{name}.weight"), vector(merged.weight));
@@ -397,8 +436,12 @@ fn refuse_conflicts(
 ) -> Result<(), TrainError> {
     for (dir, (adapter, _)) in dirs.iter().zip(adapters) {
         let has_bias = |name: &str| modules.iter().any(|m| m.name == name && m.bias);
-        let mut without: Vec<&str> =
-            adapter.own_biases().into_iter().filter(|name| !has_bias(name)).map(kind_of).collect();
+        let mut without: Vec<&str> = adapter
+            .own_biases()
+            .into_iter()
+            .filter(|name| !has_bias(name))
+            .map(kind_of)
+            .collect();
         without.sort_unstable();
         without.dedup();
         if !without.is_empty() {
@@ -417,7 +460,8 @@ fn refuse_conflicts(
     let mut problems = Vec::new();
     for module in modules {
         let whole = |adapter: &HostAdapter| {
-            adapter.trains_everything() || adapter.plan().saved.iter().any(|s| s.name == module.name)
+            adapter.trains_everything()
+                || adapter.plan().saved.iter().any(|s| s.name == module.name)
         };
         let twice: Vec<String> = dirs
             .iter()
@@ -426,7 +470,11 @@ fn refuse_conflicts(
             .map(|(dir, _)| dir.display().to_string())
             .collect();
         if twice.len() > 1 {
-            problems.push(format!("{} is trained whole by {}", module.name, twice.join(" and by ")));
+            problems.push(format!(
+                "{} is trained whole by {}",
+                module.name,
+                twice.join(" and by ")
+            ));
         }
     }
     if problems.is_empty() {
@@ -447,11 +495,14 @@ fn stored(module: &ModuleShape, embedding: &str) -> String {
     }
 }
 
-/// `sum + weight·(one − base)`
-fn add(sum: &mut [f32], one: &[f32], base: &[f32], weight: f64) {
-    for ((sum, one), base) in sum.iter_mut().zip(one).zip(base) {
-        let added = weight * (f64::from(*one) - f64::from(*base));
-        *sum = (f64::from(*sum) + added) as f32;
+/// `values` become `from + weight·(values − from)`.
+fn towards(values: &mut [f32], from: &[f32], weight: f64) {
+    if weight == 1.0 {
+        return;
+    }
+    for (value, from) in values.iter_mut().zip(from) {
+        let from = f64::from(*from);
+        *value = (from + weight * (f64::from(*value) - from)) as f32;
     }
 }
 

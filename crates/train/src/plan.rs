@@ -12,6 +12,7 @@ use enamel_model::source::PullProgress;
 use serde_json::Value;
 
 use crate::error::TrainError;
+use crate::eva;
 use crate::inputs::Inputs;
 use crate::loaded::OpenBase;
 use crate::recipe::{Cadence, Length, Recipe};
@@ -204,6 +205,9 @@ fn method(config: &AdapterConfig) -> String {
         if on(key) {
             text.push_str(&format!(", {word}"));
         }
+    }
+    if eva::config(config).is_some_and(|lora| lora.eva_rho() > 1.0) {
+        text.push_str(", ranks as written (EVA moves them once it has seen the data)");
     }
     text
 }

@@ -108,7 +108,8 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     run.prepare(recipe, &lock)?;
 
     let resumed = run.checkpoint.as_deref();
-    let (model, adapter) = inputs.model(recipe, resumed.map(|c| c.join(ADAPTER)).as_deref())?;
+    let from = resumed.map(|c| c.join(ADAPTER));
+    let (model, adapter) = inputs.model(recipe, from.as_deref(), &*options.say)?;
     let rows = if inputs.valid.is_empty() {
         &inputs.train.rows
     } else {

@@ -177,7 +177,8 @@ fn every_option_that_has_a_field_is_read_into_it() {
 
 #[test]
 fn an_initialisation_that_cannot_be_started_may_be_read_if_it_left_the_base_alone() {
-    let config = read(json!({"peft_type": "LORA", "init_lora_weights": "orthogonal", "r": 3})).unwrap();
+    let config =
+        read(json!({"peft_type": "LORA", "init_lora_weights": "orthogonal", "r": 3})).unwrap();
     assert!(config.unsupported(Purpose::Load).is_empty());
     assert!(config.unsupported(Purpose::Initialise)[0].contains("even ranks, not 3"));
     for known in [
@@ -190,11 +191,17 @@ fn an_initialisation_that_cannot_be_started_may_be_read_if_it_left_the_base_alon
     ] {
         let config = read(json!({"peft_type": "LORA", "init_lora_weights": known})).unwrap();
         assert!(config.unsupported(Purpose::Load).is_empty(), "{known}");
-        assert!(config.unsupported(Purpose::Initialise).is_empty(), "{known}");
+        assert!(
+            config.unsupported(Purpose::Initialise).is_empty(),
+            "{known}"
+        );
         assert_eq!(config.to_json()["init_lora_weights"], json!(known));
     }
     for other in ["loftq", "corda", "pissa_niter_many"] {
         let found = problems(json!({"peft_type": "LORA", "init_lora_weights": other}));
-        assert!(found[0].contains(other) && found[0].contains("base weights"), "{found:?}");
+        assert!(
+            found[0].contains(other) && found[0].contains("base weights"),
+            "{found:?}"
+        );
     }
 }

@@ -8,7 +8,8 @@ use super::{adalora, apart, strings};
 use crate::allocator::{orthogonality, trim};
 use crate::testing::{Tiny, ids, perturb};
 use crate::{
-    AdaLoraConfig, RankAllocator, SaveMeta, attach, export_trainable, load_pretrained, save_pretrained, trainable,
+    AdaLoraConfig, RankAllocator, SaveMeta, attach, export_trainable, load_pretrained,
+    save_pretrained, trainable,
 };
 
 /// From 84 ranks (6 in each of 14 modules) to 28, over steps 2 to 7 of 10.
@@ -30,9 +31,17 @@ fn adapted() -> Tiny {
 }
 
 /// One step of training without an optimizer: gradients, then other values.
-fn step(allocator: &mut RankAllocator, model: &mut Tiny, step: usize) -> crate::allocator::Allocation {
+fn step(
+    allocator: &mut RankAllocator,
+    model: &mut Tiny,
+    step: usize,
+) -> crate::allocator::Allocation {
     let device = Device::flex().autodiff();
-    let grads = model.forward(ids(&device)).powf_scalar(2.0).mean().backward();
+    let grads = model
+        .forward(ids(&device))
+        .powf_scalar(2.0)
+        .mean()
+        .backward();
     let grads = GradientsParams::from_grads(grads, model);
     allocator.note_gradients(model, &grads).unwrap();
     perturb(model);
@@ -42,7 +51,10 @@ fn step(allocator: &mut RankAllocator, model: &mut Tiny, step: usize) -> crate::
 #[test]
 fn the_budget_falls_with_the_cube_of_what_is_left() {
     let allocator = RankAllocator::new(&config(), &adapted());
-    assert_eq!((allocator.initial_budget(), allocator.target_budget()), (84, 28));
+    assert_eq!(
+        (allocator.initial_budget(), allocator.target_budget()),
+        (84, 28)
+    );
     // 28 + 56·(1 - (step - 2) / 5)³, rounded down: 56.672, 40.096, 31.584, 28.448, 28.
     let expected = [
         (84, false),
@@ -67,8 +79,12 @@ fn ranks_go_as_the_budget_says_and_stay_away_at_the_end() {
     let mut allocator = RankAllocator::new(&config(), &model);
     let zeros = |model: &Tiny| {
         let state = export_trainable(model).unwrap();
-        let e = state.into_iter().filter(|(key, ..)| key.ends_with("lora_E"));
-        e.flat_map(|(.., values)| values).filter(|v| *v == 0.0).count()
+        let e = state
+            .into_iter()
+            .filter(|(key, ..)| key.ends_with("lora_E"));
+        e.flat_map(|(.., values)| values)
+            .filter(|v| *v == 0.0)
+            .count()
     };
     let mut last = Vec::new();
     for i in 0..10 {
@@ -76,7 +92,10 @@ fn ranks_go_as_the_budget_says_and_stay_away_at_the_end() {
         // Steps 4 and 6 are due, 7 is the last choice; ranks that went at 4 may come back at 6.
         match (i, &allocation.kept) {
             (4 | 6 | 7, Some(kept)) => {
-                let count: usize = kept.iter().map(|(_, k)| k.iter().filter(|k| **k).count()).sum();
+                let count: usize = kept
+                    .iter()
+                    .map(|(_, k)| k.iter().filter(|k| **k).count())
+                    .sum();
                 assert_eq!(count, allocation.budget, "step {i}");
                 assert_eq!(zeros(&model), 84 - count, "step {i}");
                 last = kept.clone();
@@ -110,7 +129,10 @@ fn a_budget_goes_on_from_its_state_as_if_it_had_never_stopped() {
             step(&mut other, &mut twin, i),
         ];
         assert_eq!(a, b, "step {i}");
-        assert_eq!(export_trainable(&model).unwrap(), export_trainable(&twin).unwrap());
+        assert_eq!(
+            export_trainable(&model).unwrap(),
+            export_trainable(&twin).unwrap()
+        );
         assert_eq!(other.state(), allocator.state());
     }
 }
@@ -121,11 +143,21 @@ fn ranks_that_are_not_in_use_are_cut_off_without_a_change() {
     let mut allocator = RankAllocator::new(&config(), &model);
     let names: Vec<String> = trainable(&model)
         .into_iter()
-        .filter_map(|(key, ..)| Some(key.strip_prefix("base_model.model.")?.strip_suffix(".lora_E")?.into()))
+        .filter_map(|(key, ..)| {
+            Some(
+                key.strip_prefix("base_model.model.")?
+                    .strip_suffix(".lora_E")?
+                    .into(),
+            )
+        })
         .collect();
     // None in the first module, one in the second and so on.
     let kept = |i: usize| (0..6).map(|k| k < i % 7).rev().collect::<Vec<bool>>();
-    let kept: Vec<_> = names.iter().enumerate().map(|(i, name)| (name.clone(), kept(i))).collect();
+    let kept: Vec<_> = names
+        .iter()
+        .enumerate()
+        .map(|(i, name)| (name.clone(), kept(i)))
+        .collect();
     let state = kept.iter().map(|(name, kept)| {
         let values = kept.iter().map(|k| f32::from(u8::from(*k))).collect();
         (format!("kept.{name}"), vec![6], values)
@@ -134,11 +166,17 @@ fn ranks_that_are_not_in_use_are_cut_off_without_a_change() {
     assert_eq!(allocator.kept(), kept);
     allocator.mask(&mut model);
     let before = model.logits();
-    let norm = export_trainable(&model).unwrap().into_iter().find(|(key, ..)| key.contains("norm"));
+    let norm = export_trainable(&model)
+        .unwrap()
+        .into_iter()
+        .find(|(key, ..)| key.contains("norm"));
     let cut = trim(&mut model, &config(), &kept).unwrap();
     let gap = apart(&before, &model.logits());
     assert!(gap <= 1e-6, "{gap}");
-    let left: usize = kept.iter().map(|(_, k)| k.iter().filter(|k| **k).count()).sum();
+    let left: usize = kept
+        .iter()
+        .map(|(_, k)| k.iter().filter(|k| **k).count())
+        .sum();
     let e = export_trainable(&model).unwrap();
     let count: usize = e
         .iter()
@@ -182,7 +220,10 @@ fn the_term_that_keeps_factors_orthogonal_is_zero_where_they_are() {
     crate::import_trainable(&mut model, state.clone()).unwrap();
     assert!(value(&model).abs() < 1e-6);
     // Twice a row of orthonormal ones: A·Aᵀ - I has one entry of 3, in one of four factors.
-    let first = state.iter_mut().find(|(key, ..)| key.ends_with("lora_A")).unwrap();
+    let first = state
+        .iter_mut()
+        .find(|(key, ..)| key.ends_with("lora_A"))
+        .unwrap();
     first.2[0] = 2.0;
     crate::import_trainable(&mut model, state).unwrap();
     assert!((value(&model) - 0.5 * 3.0 / 4.0).abs() < 1e-6);

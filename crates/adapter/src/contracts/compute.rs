@@ -7,8 +7,8 @@ use super::{BASE, Case, apart, base_of, cases};
 use crate::slot::{Adaptable, SlotRef};
 use crate::testing::{Tiny, ids};
 use crate::{
-    DEFAULT, detach, export_gradients, export_trainable, merge, merge_adapters, set_enabled, shapes, trainable,
-    unmerge,
+    DEFAULT, detach, export_gradients, export_trainable, merge, merge_adapters, set_enabled,
+    shapes, trainable, unmerge,
 };
 
 fn not_full() -> impl Iterator<Item = Case> {
@@ -63,9 +63,16 @@ fn merged_it_computes_the_same_and_unmerged_it_is_what_it_was_to_the_bit() {
         let plain = Tiny::new(&Device::flex());
         let (bits, bare) = (base_of(&plain), plain.logits());
         let mut model = case.adapted(&Device::flex());
-        assert_eq!(base_of(&model), bits, "{name}: attaching leaves the base alone");
+        assert_eq!(
+            base_of(&model),
+            bits,
+            "{name}: attaching leaves the base alone"
+        );
         let with = model.logits();
-        assert!(apart(&bare, &with) > 1e-3, "{name}: the adapter does something");
+        assert!(
+            apart(&bare, &with) > 1e-3,
+            "{name}: the adapter does something"
+        );
         merge_adapters(&mut model, &[DEFAULT]).unwrap();
         let gap = apart(&with, &model.logits());
         assert!(gap <= 1e-5, "{name}: {gap}");
@@ -91,7 +98,11 @@ fn gradients_reach_every_parameter_of_the_adapter_and_nothing_else() {
     for case in cases() {
         let name = case.name;
         let model = case.adapted(&Device::flex()).train();
-        let grads = model.forward(ids(&device)).powf_scalar(2.0).mean().backward();
+        let grads = model
+            .forward(ids(&device))
+            .powf_scalar(2.0)
+            .mean()
+            .backward();
         let found = export_gradients(&model, &grads).unwrap();
         for (key, _, shape) in trainable(&model) {
             // A rank that the budget took away has nothing to move.
@@ -108,7 +119,10 @@ fn gradients_reach_every_parameter_of_the_adapter_and_nothing_else() {
         model.for_each_slot_ref(&mut |module, slot| {
             let reached = match slot {
                 SlotRef::Linear(l) => {
-                    let bias = l.bias.as_ref().is_some_and(|b| b.val().grad(&grads).is_some());
+                    let bias = l
+                        .bias
+                        .as_ref()
+                        .is_some_and(|b| b.val().grad(&grads).is_some());
                     bias || l.weight.val().grad(&grads).is_some()
                 }
                 SlotRef::Embedding(e) => e.weight.val().grad(&grads).is_some(),
@@ -134,7 +148,11 @@ fn gradients_are_those_of_the_folded_weights() {
         for ((key, _, short), (other, _, long)) in short.iter().zip(&long) {
             assert_eq!(key, other);
             let gap = apart(long, short);
-            assert!(gap <= 1e-4 || short.is_empty(), "{}: {key}: {gap}", case.name);
+            assert!(
+                gap <= 1e-4 || short.is_empty(),
+                "{}: {key}: {gap}",
+                case.name
+            );
         }
         assert_eq!(short.len(), long.len(), "{}", case.name);
     }

@@ -130,8 +130,15 @@ fn in_training_what_is_dropped_changes_and_follows_the_seed() {
         device.seed(11);
         assert_eq!([model.logits(), model.logits()], [first, second], "{name}");
         // And it does not keep the backward pass from what it left.
-        let grads = model.forward(ids(&device)).powf_scalar(2.0).mean().backward();
-        assert!(!crate::export_gradients(&model, &grads).unwrap().is_empty(), "{name}");
+        let grads = model
+            .forward(ids(&device))
+            .powf_scalar(2.0)
+            .mean()
+            .backward();
+        assert!(
+            !crate::export_gradients(&model, &grads).unwrap().is_empty(),
+            "{name}"
+        );
     }
 }
 
@@ -156,7 +163,10 @@ fn dropped_outputs_are_the_bases_and_the_others_whole() {
             let part = y - base.clone();
             part.into_data().try_into_vec::<f32>().unwrap()
         };
-        let (some, all) = (part(dropping.forward(x.clone())), part(whole.forward(x.clone())));
+        let (some, all) = (
+            part(dropping.forward(x.clone())),
+            part(whole.forward(x.clone())),
+        );
         let moved = |i: usize| (0..5).any(|row| some[64 * row + i].abs() > 1e-4);
         let is_kept: Vec<bool> = (0..64).map(moved).collect();
         let share = is_kept.iter().filter(|k| **k).count() as f32 / 64.0;
@@ -165,7 +175,10 @@ fn dropped_outputs_are_the_bases_and_the_others_whole() {
         for (i, (some, all)) in some.iter().zip(&all).enumerate() {
             let expected = if is_kept[i % 64] { all * factor } else { 0.0 };
             // The base's output is taken off again, which leaves a rounding of it.
-            assert!((some - expected).abs() < 1e-4, "{name}: {i}: {some} {expected}");
+            assert!(
+                (some - expected).abs() < 1e-4,
+                "{name}: {i}: {some} {expected}"
+            );
         }
     }
 }
@@ -174,7 +187,10 @@ fn dropped_outputs_are_the_bases_and_the_others_whole() {
 fn a_module_is_dropped_as_a_whole() {
     let _alone = generator();
     let device = Device::flex().autodiff();
-    for (name, with, without) in pairs().into_iter().filter(|(name, ..)| name.ends_with("all")) {
+    for (name, with, without) in pairs()
+        .into_iter()
+        .filter(|(name, ..)| name.ends_with("all"))
+    {
         let (model, plain) = (adapted(&with).train(), adapted(&without).train());
         let x = fill([5, 64], 3, &device) * 10.0;
         device.seed(4);
@@ -182,9 +198,15 @@ fn a_module_is_dropped_as_a_whole() {
         let (dropping, whole) = (model.layers[0].first(), plain.layers[0].first());
         let base = values(whole.base().forward(x.clone()));
         let with = values(whole.forward(x.clone()));
-        let runs: Vec<_> = (0..200).map(|_| values(dropping.forward(x.clone()))).collect();
+        let runs: Vec<_> = (0..200)
+            .map(|_| values(dropping.forward(x.clone())))
+            .collect();
         let without = runs.iter().filter(|y| **y == base).count();
-        assert_eq!(runs.iter().filter(|y| **y == with).count(), 200 - without, "{name}");
+        assert_eq!(
+            runs.iter().filter(|y| **y == with).count(),
+            200 - without,
+            "{name}"
+        );
         // Five standard deviations of 200 throws of a coin.
         assert!((65..=135).contains(&without), "{name}: {without}");
     }

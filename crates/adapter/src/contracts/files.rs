@@ -10,8 +10,8 @@ use tempfile::TempDir;
 use super::{Case, apart, cases};
 use crate::testing::Tiny;
 use crate::{
-    AdapterConfig, AdapterFile, DEFAULT, SaveForm, SaveMeta, export_trainable, load_pretrained, save_pretrained,
-    save_pretrained_as, trainable,
+    AdapterConfig, AdapterFile, DEFAULT, SaveForm, SaveMeta, export_trainable, load_pretrained,
+    save_pretrained, save_pretrained_as, trainable,
 };
 
 fn exchange(model: &Tiny, config: &AdapterConfig) -> TempDir {
@@ -23,7 +23,15 @@ fn exchange(model: &Tiny, config: &AdapterConfig) -> TempDir {
 fn resume(model: &Tiny, config: &AdapterConfig) -> TempDir {
     let dir = TempDir::new().unwrap();
     let form = SaveForm::Resume;
-    save_pretrained_as(model, DEFAULT, config, &SaveMeta::default(), dir.path(), form).unwrap();
+    save_pretrained_as(
+        model,
+        DEFAULT,
+        config,
+        &SaveMeta::default(),
+        dir.path(),
+        form,
+    )
+    .unwrap();
     dir
 }
 
@@ -40,7 +48,9 @@ fn assert_same(a: &Path, b: &Path, except: Option<&str>, name: &str) {
 fn loaded(dir: &Path, case: &Case) -> (Tiny, AdapterConfig) {
     let mut model = Tiny::new(&Device::flex());
     let loaded = load_pretrained(&mut model, dir, true);
-    let config = loaded.unwrap_or_else(|e| panic!("{}: {e}", case.name)).config;
+    let config = loaded
+        .unwrap_or_else(|e| panic!("{}: {e}", case.name))
+        .config;
     (model, config)
 }
 
@@ -77,13 +87,21 @@ fn what_is_written_for_others_computes_the_same_on_a_fresh_base() {
             assert!(!dir.path().join("initial_adapter").exists());
         } else {
             assert_eq!(other.logits(), model.logits(), "{}", case.name);
-            assert_eq!(export_trainable(&other).unwrap(), export_trainable(&model).unwrap());
+            assert_eq!(
+                export_trainable(&other).unwrap(),
+                export_trainable(&model).unwrap()
+            );
             assert_eq!(trainable(&other), trainable(&model), "{}", case.name);
         }
         // Written once more from what was read, it is the same to the byte.
         // The card counts what was trained, which is half of a converted one.
         let card = case.is_converted().then_some("README.md");
-        assert_same(exchange(&other, &config).path(), dir.path(), card, case.name);
+        assert_same(
+            exchange(&other, &config).path(),
+            dir.path(),
+            card,
+            case.name,
+        );
     }
 }
 
@@ -105,9 +123,15 @@ fn what_is_written_to_go_on_from_is_the_same_to_the_bit() {
         let dir = resume(&model, &case.config);
         let (other, config) = loaded(dir.path(), &case);
         assert_eq!(other.logits(), model.logits(), "{}", case.name);
-        assert_eq!(export_trainable(&other).unwrap(), export_trainable(&model).unwrap());
+        assert_eq!(
+            export_trainable(&other).unwrap(),
+            export_trainable(&model).unwrap()
+        );
         assert_eq!(trainable(&other), trainable(&model), "{}", case.name);
-        assert_eq!(dir.path().join("initial_adapter").exists(), case.is_converted());
+        assert_eq!(
+            dir.path().join("initial_adapter").exists(),
+            case.is_converted()
+        );
         // With where it started, so both forms come out as they would have.
         for write in [exchange, resume] {
             let [again, before] = [write(&other, &config), write(&model, &case.config)];
@@ -125,10 +149,18 @@ fn a_start_that_can_be_computed_again_need_not_be_there() {
         if case.name == "PiSSA, fast" {
             let found = load_pretrained(&mut Tiny::new(&Device::flex()), dir.path(), true);
             let message = found.unwrap_err().to_string();
-            assert!(message.contains("randomised") && message.contains("initial_adapter"), "{message}");
+            assert!(
+                message.contains("randomised") && message.contains("initial_adapter"),
+                "{message}"
+            );
             continue;
         }
-        assert_eq!(loaded(dir.path(), case).0.logits(), model.logits(), "{}", case.name);
+        assert_eq!(
+            loaded(dir.path(), case).0.logits(),
+            model.logits(),
+            "{}",
+            case.name
+        );
     }
 }
 
@@ -152,13 +184,27 @@ fn a_configuration_survives_reading_and_writing() {
             assert_eq!(read.to_json(), value, "{}", case.name);
             assert_eq!(read.unknown_keys(), ["of_a_later_version"], "{}", case.name);
             assert_eq!(read.task_type(), Some(task));
-            assert_eq!(AdapterConfig::from_json(&read.to_json(), "here").unwrap(), read);
-            let keys: Vec<_> = read.to_json().as_object().unwrap().keys().cloned().collect();
+            assert_eq!(
+                AdapterConfig::from_json(&read.to_json(), "here").unwrap(),
+                read
+            );
+            let keys: Vec<_> = read
+                .to_json()
+                .as_object()
+                .unwrap()
+                .keys()
+                .cloned()
+                .collect();
             assert!(keys.is_sorted(), "{}", case.name);
         }
         value["task_type"] = json!("POETRY");
-        let message = AdapterConfig::from_json(&value, "here").unwrap_err().to_string();
-        assert!(message.contains("POETRY") && message.contains("TOKEN_CLS"), "{message}");
+        let message = AdapterConfig::from_json(&value, "here")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            message.contains("POETRY") && message.contains("TOKEN_CLS"),
+            "{message}"
+        );
     }
 }
 
@@ -189,7 +235,10 @@ fn a_directory_says_which_modules_and_is_for_inference() {
         assert_ne!(json["target_modules"], Value::Null, "{}", case.name);
         let card = fs::read_to_string(dir.path().join("README.md")).unwrap();
         let tag = case.config.peft_type().to_lowercase();
-        assert!(card.contains(&format!("- {tag}\n")) && card.contains("org/tiny"), "{card}");
+        assert!(
+            card.contains(&format!("- {tag}\n")) && card.contains("org/tiny"),
+            "{card}"
+        );
     }
 }
 

@@ -13,8 +13,8 @@ use burn::tensor::Device;
 use crate::slot::{Adaptable, SlotRef};
 use crate::testing::{Tiny, difference, perturb};
 use crate::{
-    AdaLoraConfig, AdapterConfig, Bias, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig, LokrConfig,
-    LoraConfig, Targets, TokenIndices, VeraConfig, attach,
+    AdaLoraConfig, AdapterConfig, Bias, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig,
+    LokrConfig, LoraConfig, Targets, TokenIndices, VeraConfig, attach,
 };
 
 /// One configuration and what is known of it beforehand.
@@ -223,10 +223,20 @@ fn lora_cases() -> Vec<Case> {
             4 * (256 + 64) + 64 + 2 * (4 * 128 + 64),
         ),
         case("LoRA, gaussian", init(InitLora::Gaussian), true, 4 * SIDES),
-        case("LoRA, orthogonal", init(InitLora::Orthogonal), true, 4 * SIDES),
+        case(
+            "LoRA, orthogonal",
+            init(InitLora::Orthogonal),
+            true,
+            4 * SIDES,
+        ),
         case("LoRA, random", init(InitLora::Random), false, 4 * SIDES),
         case("PiSSA", init(InitLora::Pissa), true, 4 * SIDES),
-        case("PiSSA, fast", init(InitLora::PissaNiter(4)), true, 4 * SIDES),
+        case(
+            "PiSSA, fast",
+            init(InitLora::PissaNiter(4)),
+            true,
+            4 * SIDES,
+        ),
         case("OLoRA", init(InitLora::Olora), true, 4 * SIDES),
         case(
             "PiSSA with patterns",
@@ -377,16 +387,25 @@ fn base_of(model: &Tiny) -> Vec<(String, Vec<f32>)> {
         let mut add = |own: &str, values: Vec<f32>| all.push((format!("{name}.{own}"), values));
         match slot {
             SlotRef::Linear(linear) => {
-                add("weight", linear.weight.val().into_data().try_into_vec().unwrap());
+                add(
+                    "weight",
+                    linear.weight.val().into_data().try_into_vec().unwrap(),
+                );
                 if let Some(bias) = &linear.bias {
                     add("bias", bias.val().into_data().try_into_vec().unwrap());
                 }
             }
             SlotRef::Embedding(table) => {
-                add("weight", table.weight.val().into_data().try_into_vec().unwrap());
+                add(
+                    "weight",
+                    table.weight.val().into_data().try_into_vec().unwrap(),
+                );
             }
             SlotRef::Norm(norm) => {
-                add("weight", norm.weight.val().into_data().try_into_vec().unwrap());
+                add(
+                    "weight",
+                    norm.weight.val().into_data().try_into_vec().unwrap(),
+                );
             }
         }
     });

@@ -12,8 +12,8 @@ use super::{Case, adalora, cases, list, loha, lokr, lora, vera};
 use crate::store::{CONFIG, WEIGHTS};
 use crate::testing::Tiny;
 use crate::{
-    AdaLoraConfig, AdapterConfig, AdapterError, Ia3Config, LohaConfig, LokrConfig, LoraConfig, SaveMeta, VeraConfig,
-    adapters, attach, load_pretrained, save_pretrained,
+    AdaLoraConfig, AdapterConfig, AdapterError, Ia3Config, LohaConfig, LokrConfig, LoraConfig,
+    SaveMeta, VeraConfig, adapters, attach, load_pretrained, save_pretrained,
 };
 
 fn saved(case: &Case) -> TempDir {
@@ -38,7 +38,10 @@ fn edit(dir: &Path, change: impl FnOnce(&mut Vec<Raw>)) {
     raw.sort();
     change(&mut raw);
     let views = raw.iter().map(|(name, shape, bytes)| {
-        (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap())
+        (
+            name,
+            TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap(),
+        )
     });
     fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
@@ -75,7 +78,11 @@ fn every_tensor_that_differs_is_in_one_error() {
         });
         let message = refused(dir.path(), case.name);
         for part in parts {
-            assert!(message.contains(&part), "{}: {part} not in {message}", case.name);
+            assert!(
+                message.contains(&part),
+                "{}: {part} not in {message}",
+                case.name
+            );
         }
         assert!(message.contains("4 problems"), "{}: {message}", case.name);
     }
@@ -97,7 +104,11 @@ fn a_rank_that_is_not_the_files_is_told_by_shapes() {
         value[key] = json!(value[key].as_u64().unwrap() + 1);
         fs::write(&path, value.to_string()).unwrap();
         let message = refused(dir.path(), case.name);
-        assert!(message.contains("the configuration need ["), "{}: {message}", case.name);
+        assert!(
+            message.contains("the configuration need ["),
+            "{}: {message}",
+            case.name
+        );
     }
 }
 
@@ -121,10 +132,18 @@ fn files_that_are_damaged_missing_or_pickles_are_refused() {
         assert!(message.contains("not opened"), "{}: {message}", case.name);
         fs::remove_file(dir.path().join("adapter_model.bin")).unwrap();
         let message = refused(dir.path(), case.name);
-        assert!(message.contains("there is no such file"), "{}: {message}", case.name);
+        assert!(
+            message.contains("there is no such file"),
+            "{}: {message}",
+            case.name
+        );
         fs::write(dir.path().join(CONFIG), "[]").unwrap();
         let message = refused(dir.path(), case.name);
-        assert!(message.contains("not a JSON object"), "{}: {message}", case.name);
+        assert!(
+            message.contains("not a JSON object"),
+            "{}: {message}",
+            case.name
+        );
     }
 }
 
@@ -132,7 +151,11 @@ fn files_that_are_damaged_missing_or_pickles_are_refused() {
 fn a_method_that_is_not_here_is_named_with_those_that_are() {
     let dir = TempDir::new().unwrap();
     for kind in ["PREFIX_TUNING", "OFT", "lora"] {
-        fs::write(dir.path().join(CONFIG), json!({"peft_type": kind}).to_string()).unwrap();
+        fs::write(
+            dir.path().join(CONFIG),
+            json!({"peft_type": kind}).to_string(),
+        )
+        .unwrap();
         let message = refused(dir.path(), kind);
         assert!(message.contains(&format!("{kind:?}")), "{message}");
         for known in ["LORA", "LOHA", "LOKR", "ADALORA", "VERA", "IA3"] {
@@ -178,7 +201,10 @@ fn ranks_past_the_size_of_a_matrix_are_refused_where_they_mean_nothing() {
             panic!()
         };
         assert_eq!(problems.len(), 2, "one for each block");
-        assert!(problems[0].contains("k_proj is [32, 64]: rank 33"), "{problems:?}");
+        assert!(
+            problems[0].contains("k_proj is [32, 64]: rank 33"),
+            "{problems:?}"
+        );
         assert!(adapters(&model).is_empty());
     }
     let fine: [AdapterConfig; 2] = [
@@ -205,7 +231,12 @@ fn all_options_that_are_wrong_are_told_at_once_for_every_method() {
                 ..loha(0)
             }
             .into(),
-            vec!["r = 0", "alpha = NaN", "rank_dropout = 1", "module_dropout = -0.1"],
+            vec![
+                "r = 0",
+                "alpha = NaN",
+                "rank_dropout = 1",
+                "module_dropout = -0.1",
+            ],
         ),
         (
             LokrConfig {
@@ -215,7 +246,12 @@ fn all_options_that_are_wrong_are_told_at_once_for_every_method() {
                 ..lokr(0)
             }
             .into(),
-            vec!["r = 0", "decompose_factor = 0", "rank_dropout = 2", "rank_pattern"],
+            vec![
+                "r = 0",
+                "decompose_factor = 0",
+                "rank_dropout = 2",
+                "rank_pattern",
+            ],
         ),
         (
             AdaLoraConfig {
@@ -228,7 +264,14 @@ fn all_options_that_are_wrong_are_told_at_once_for_every_method() {
                 ..adalora()
             }
             .into(),
-            vec!["target_r = 7", "deltaT = 0", "beta1 = 1", "total_step", "bias = \"all\"", "rank_pattern"],
+            vec![
+                "target_r = 7",
+                "deltaT = 0",
+                "beta1 = 1",
+                "total_step",
+                "bias = \"all\"",
+                "rank_pattern",
+            ],
         ),
         (
             AdaLoraConfig {
@@ -267,7 +310,10 @@ fn all_options_that_are_wrong_are_told_at_once_for_every_method() {
         };
         assert_eq!(problems.len(), parts.len(), "{problems:#?}");
         for part in parts {
-            assert!(problems.iter().any(|p| p.contains(part)), "{part} not in {problems:#?}");
+            assert!(
+                problems.iter().any(|p| p.contains(part)),
+                "{part} not in {problems:#?}"
+            );
         }
         assert!(adapters(&model).is_empty());
     }

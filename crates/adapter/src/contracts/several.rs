@@ -10,9 +10,9 @@ use super::{adalora, apart, base_of, ia3, list, loha, lokr, lora, strings, vera}
 use crate::slot::{Adaptable, SlotRef};
 use crate::testing::{Tiny, fill, ids, perturb_as};
 use crate::{
-    AdapterConfig, AdapterError, InitLora, LoraConfig, SaveForm, SaveMeta, TokenIndices, VeraConfig, adapters, attach_as,
-    delete, export_params_of, hotswap, load_pretrained_as, merge, merge_adapters, save_pretrained_as, set_active,
-    set_rows, unmerge,
+    AdapterConfig, AdapterError, InitLora, LoraConfig, SaveForm, SaveMeta, TokenIndices,
+    VeraConfig, adapters, attach_as, delete, export_params_of, hotswap, load_pretrained_as, merge,
+    merge_adapters, save_pretrained_as, set_active, set_rows, unmerge,
 };
 
 const SALTS: [(&str, usize); 3] = [("a", 1), ("b", 5), ("c", 9)];
@@ -20,7 +20,10 @@ const SALTS: [(&str, usize); 3] = [("a", 1), ("b", 5), ("c", 9)];
 /// Adds a trained adapter.
 fn add(model: &mut Tiny, name: &str, config: &AdapterConfig) {
     attach_as(model, name, config, 3).unwrap();
-    let salt = SALTS.iter().find(|(n, _)| *n == name).map_or(0, |(_, salt)| *salt);
+    let salt = SALTS
+        .iter()
+        .find(|(n, _)| *n == name)
+        .map_or(0, |(_, salt)| *salt);
     perturb_as(model, name, salt);
 }
 
@@ -86,7 +89,12 @@ fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig, bool)> {
         ("LoHa, VeRA", loha(2).into(), vera().into(), true),
         ("AdaLoRA, PiSSA", adalora().into(), pissa.into(), true),
         ("two VeRAs", vera().into(), other_key.into(), true),
-        ("on all kinds of modules", everywhere().into(), rows().into(), true),
+        (
+            "on all kinds of modules",
+            everywhere().into(),
+            rows().into(),
+            true,
+        ),
         ("two IA3s", ia3().into(), ia3().into(), false),
         ("LoRA, IA3", lora().into(), ia3().into(), false),
         ("DoRA, LoRA", dora().into(), lora().into(), false),
@@ -107,7 +115,8 @@ fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig, bool)> {
 fn each_alone_both_and_none_can_be_in_use() {
     let bare = Tiny::new(&Device::flex()).logits();
     for (name, a, b, adds_up) in pairs() {
-        let [alone_a, alone_b] = [("a", &a), ("b", &b)].map(|(n, c)| with(&[(n, c.clone())]).logits());
+        let [alone_a, alone_b] =
+            [("a", &a), ("b", &b)].map(|(n, c)| with(&[(n, c.clone())]).logits());
         let mut model = with(&[("a", a), ("b", b)]);
         assert_eq!(adapters(&model).len(), 2, "{name}");
         assert_eq!(model.logits(), alone_b, "{name}: the last one is in use");
@@ -200,7 +209,11 @@ fn each_row_of_a_batch_can_have_its_own() {
         let gap = apart(&model.logits(), &training.logits());
         assert!(gap <= 1e-5, "{name}: {gap}");
         let device = Device::flex().autodiff();
-        let grads = training.forward(ids(&device)).powf_scalar(2.0).mean().backward();
+        let grads = training
+            .forward(ids(&device))
+            .powf_scalar(2.0)
+            .mean()
+            .backward();
         for adapter in ["a", "b"] {
             let mut reached = 0;
             crate::for_each_param_of(&training, adapter, &mut |key, param| {
@@ -219,20 +232,31 @@ fn what_rows_cannot_differ_in_is_refused() {
         ..lora()
     };
     let mut model = with(&[("a", lora().into()), ("b", norm.into())]);
-    let message = set_rows(&mut model, &[Some("a"), Some("b")]).unwrap_err().to_string();
+    let message = set_rows(&mut model, &[Some("a"), Some("b")])
+        .unwrap_err()
+        .to_string();
     assert!(message.contains("b trains model.norm whole"), "{message}");
     set_rows(&mut model, &[Some("a"), None]).unwrap();
     // A head that shares the table would have to differ in its rows as well.
     let mut tied = Tiny::with(&Device::flex(), false);
     add(&mut tied, "a", &rows().into());
-    let message = set_rows(&mut tied, &[Some("a"), None]).unwrap_err().to_string();
-    assert!(message.contains("model.embed_tokens") && message.contains("head"), "{message}");
+    let message = set_rows(&mut tied, &[Some("a"), None])
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains("model.embed_tokens") && message.contains("head"),
+        "{message}"
+    );
 }
 
 #[test]
 fn one_can_be_deleted_and_the_others_stay() {
     let bare = Tiny::new(&Device::flex());
-    let mut model = with(&[("a", lora().into()), ("b", loha(2).into()), ("c", ia3().into())]);
+    let mut model = with(&[
+        ("a", lora().into()),
+        ("b", loha(2).into()),
+        ("c", ia3().into()),
+    ]);
     set_active(&mut model, &["a", "b"]).unwrap();
     let b = with(&[("b", loha(2).into())]).logits();
     let values = export_params_of(&model, "c").unwrap();
@@ -267,7 +291,10 @@ fn each_is_saved_and_loaded_under_its_name() {
         load_pretrained_as(&mut other, name, dir.path(), true).unwrap();
         set_active(&mut model, &[name]).unwrap();
         assert_eq!(other.logits(), model.logits(), "{name}");
-        assert_eq!(export_params_of(&other, name).unwrap(), export_params_of(&model, name).unwrap());
+        assert_eq!(
+            export_params_of(&other, name).unwrap(),
+            export_params_of(&model, name).unwrap()
+        );
         let again = load_pretrained_as(&mut other, name, dir.path(), true);
         assert!(matches!(again, Err(AdapterError::Attached(_))), "{name}");
     }
@@ -322,7 +349,12 @@ fn values_of_another_shape_scale_or_start_are_not_exchanged() {
         ..vera()
     };
     let cases: [(AdapterConfig, AdapterConfig, SaveForm, &str); 7] = [
-        (lora().into(), LoraConfig { r: 2, ..lora() }.into(), exchange, "is not what is attached"),
+        (
+            lora().into(),
+            LoraConfig { r: 2, ..lora() }.into(),
+            exchange,
+            "is not what is attached",
+        ),
         (
             lora().into(),
             LoraConfig {
@@ -333,23 +365,48 @@ fn values_of_another_shape_scale_or_start_are_not_exchanged() {
             exchange,
             "is scaled by 4, not by 1",
         ),
-        (lora().into(), loha(2).into(), exchange, "is not what is attached"),
-        (lora().into(), dora().into(), exchange, "lora_magnitude_vector"),
+        (
+            lora().into(),
+            loha(2).into(),
+            exchange,
+            "is not what is attached",
+        ),
+        (
+            lora().into(),
+            dora().into(),
+            exchange,
+            "lora_magnitude_vector",
+        ),
         (vera().into(), other_key.into(), exchange, "another matrix"),
-        (pissa.clone().into(), lora().into(), exchange, "took over a part of the base"),
-        (lora().into(), pissa.into(), resume, "took over a part of the base"),
+        (
+            pissa.clone().into(),
+            lora().into(),
+            exchange,
+            "took over a part of the base",
+        ),
+        (
+            lora().into(),
+            pissa.into(),
+            resume,
+            "took over a part of the base",
+        ),
     ];
     for (have, config, form, part) in cases {
         let dir = save(&with(&[("b", config.clone())]), "b", &config, form);
         let mut model = with(&[("a", have)]);
         let before = model.logits();
-        let message = hotswap(&mut model, "a", dir.path()).unwrap_err().to_string();
+        let message = hotswap(&mut model, "a", dir.path())
+            .unwrap_err()
+            .to_string();
         assert!(message.contains(part), "{part} not in {message}");
         assert_eq!(model.logits(), before);
     }
     let mut none = Tiny::new(&Device::flex());
     let dir = TempDir::new().unwrap();
-    assert!(matches!(hotswap(&mut none, "a", dir.path()), Err(AdapterError::NoAdapter)));
+    assert!(matches!(
+        hotswap(&mut none, "a", dir.path()),
+        Err(AdapterError::NoAdapter)
+    ));
 }
 
 /// The message of a result that must be an error.
@@ -365,7 +422,10 @@ fn names_that_nobody_has_are_told_with_those_that_are_there() {
         message(set_active(&mut model, &["a", "z", "y"])),
         message(set_rows(&mut model, &[Some("z"), Some("y")])),
     ] {
-        assert!(text.contains("\"z\"") && text.contains("\"y\"") && text.contains("a, b"), "{text}");
+        assert!(
+            text.contains("\"z\"") && text.contains("\"y\"") && text.contains("a, b"),
+            "{text}"
+        );
     }
     for text in [
         message(delete(&mut model, "z")),
@@ -395,7 +455,10 @@ fn nothing_is_chosen_added_or_taken_off_while_some_are_merged() {
         message(hotswap(&mut model, "a", dir.path())),
         message(merge_adapters(&mut model, &["b"])),
     ] {
-        assert!(text.contains("merged") && text.contains("unmerge"), "{text}");
+        assert!(
+            text.contains("merged") && text.contains("unmerge"),
+            "{text}"
+        );
     }
     assert_eq!(model.logits(), merged);
     unmerge(&mut model);
@@ -411,7 +474,10 @@ fn two_copies_of_one_module_do_not_go_together() {
     let mut model = with(&[("a", whole.clone().into()), ("b", whole.into())]);
     let text = message(set_active(&mut model, &["a", "b"]));
     for module in ["lm_head", "model.norm", "model.embed_tokens"] {
-        assert!(text.contains(&format!("{module} is trained whole by a and b")), "{text}");
+        assert!(
+            text.contains(&format!("{module} is trained whole by a and b")),
+            "{text}"
+        );
     }
     let text = message(merge_adapters(&mut model, &["a", "b"]));
     assert!(text.contains("trained whole"), "{text}");
@@ -422,8 +488,17 @@ fn two_copies_of_one_module_do_not_go_together() {
 fn two_trainings_of_one_bias_or_row_do_not_go_together() {
     let (everywhere, rows) = (everywhere(), rows());
     for (config, parts) in [
-        (everywhere, vec!["lm_head.bias is trained whole by a and b", "1.self_attn.q_proj.bias is"]),
-        (rows, vec!["embed_tokens row 5 is", "embed_tokens row 79 is"]),
+        (
+            everywhere,
+            vec![
+                "lm_head.bias is trained whole by a and b",
+                "1.self_attn.q_proj.bias is",
+            ],
+        ),
+        (
+            rows,
+            vec!["embed_tokens row 5 is", "embed_tokens row 79 is"],
+        ),
     ] {
         let mut model = with(&[("a", config.clone().into()), ("b", config.into())]);
         for text in [
@@ -442,12 +517,17 @@ fn names_that_would_leave_their_folder_or_split_a_key_are_refused() {
     let saved = with(&[("a", lora().into())]);
     let dir = save(&saved, "a", &lora().into(), SaveForm::Exchange);
     let mut model = Tiny::new(&Device::flex());
-    for name in ["../x", "a/b", "a\\b", "", ".", "..", "a.b", "C:x", "a\nb", "/etc"] {
+    for name in [
+        "../x", "a/b", "a\\b", "", ".", "..", "a.b", "C:x", "a\nb", "/etc",
+    ] {
         for text in [
             message(load_pretrained_as(&mut model, name, dir.path(), true)),
             message(attach_as(&mut model, name, &lora(), 1)),
         ] {
-            assert!(text.contains("cannot be an adapter's name"), "{name:?}: {text}");
+            assert!(
+                text.contains("cannot be an adapter's name"),
+                "{name:?}: {text}"
+            );
         }
     }
     assert!(adapters(&model).is_empty());

@@ -239,9 +239,9 @@ mod tests {
         let batch = rows(EXACT + 60, EXACT + 30, 3);
         let (fast, values) = leading(&batch, 3).unwrap();
         let exact = svd_truncated(&batch, 3).unwrap();
-        for k in 0..3 {
+        for (k, value) in values.iter().enumerate() {
             assert!(cosine(fast.row(k), exact.vt.row(k)).abs() > 1.0 - 1e-6);
-            assert!((values[k] / exact.s[k] - 1.0).abs() < 1e-6);
+            assert!((value / exact.s[k] - 1.0).abs() < 1e-6);
         }
     }
 

@@ -17,7 +17,8 @@ pub struct Settings {
     pub use_label_mask: bool,
     /// The label of tokens without one.
     pub label_mask_value: i64,
-    /// Divide each direction by the root of its singular value.
+    /// Divide each direction by the root of its singular value. PEFT 0.21 does so once for every layer
+    /// that shares the input; here it is done once.
     pub whiten: bool,
     /// Let alpha move with the rank, so that the scale stays.
     pub adjust_scaling_factors: bool,

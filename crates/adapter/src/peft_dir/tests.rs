@@ -319,7 +319,11 @@ fn broken_files_are_errors() {
 #[test]
 fn a_pickle_is_not_opened() {
     let (_, dir) = saved();
-    fs::rename(dir.path().join(WEIGHTS), dir.path().join("adapter_model.bin")).unwrap();
+    fs::rename(
+        dir.path().join(WEIGHTS),
+        dir.path().join("adapter_model.bin"),
+    )
+    .unwrap();
     let message = load(dir.path()).unwrap_err().to_string();
     assert!(message.contains("safe_serialization=True"), "{message}");
 }

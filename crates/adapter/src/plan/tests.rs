@@ -332,13 +332,31 @@ fn norms_are_no_targets_and_embeddings_are_lora_s_alone() {
     assert_eq!(plan.trainable, 8 * 256 + 64 * 8);
     let embedding = || list(&["embed_tokens"]);
     let others: [AdapterConfig; 4] = [
-        crate::LohaConfig { target_modules: embedding(), ..Default::default() }.into(),
-        crate::LokrConfig { target_modules: embedding(), ..Default::default() }.into(),
-        crate::VeraConfig { target_modules: embedding(), ..Default::default() }.into(),
-        crate::Ia3Config { target_modules: embedding(), ..Default::default() }.into(),
+        crate::LohaConfig {
+            target_modules: embedding(),
+            ..Default::default()
+        }
+        .into(),
+        crate::LokrConfig {
+            target_modules: embedding(),
+            ..Default::default()
+        }
+        .into(),
+        crate::VeraConfig {
+            target_modules: embedding(),
+            ..Default::default()
+        }
+        .into(),
+        crate::Ia3Config {
+            target_modules: embedding(),
+            ..Default::default()
+        }
+        .into(),
     ];
     for other in others {
-        let found = super::plan(&SMALL.modules(), &other).unwrap_err().to_string();
+        let found = super::plan(&SMALL.modules(), &other)
+            .unwrap_err()
+            .to_string();
         assert!(found.contains("an embedding, which this method"), "{found}");
     }
 }

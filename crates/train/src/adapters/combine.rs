@@ -6,9 +6,11 @@ use burn::tensor::Device;
 use enamel_adapter::combine::{
     self, CombinationType, CombineOptions, CombinePlan, LoraFactors, SeededMasks, combine_module,
 };
-use enamel_adapter::facts::{self, AdapterFacts};
-use enamel_adapter::host::{Delta, HostAdapter, joined_targets};
-use enamel_adapter::{AdapterConfig, AdapterFile, Bias, HostTensor, InitLora, LoraConfig, ModuleShape};
+use enamel_adapter::facts::{self, AdapterFacts, joined_targets};
+use enamel_adapter::host::{Delta, HostAdapter};
+use enamel_adapter::{
+    AdapterConfig, AdapterFile, Bias, HostTensor, InitLora, LoraConfig, ModuleShape,
+};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -66,7 +68,11 @@ pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
     for dir in &request.adapters {
         adapters.push(facts::open(dir, None, None)?);
     }
-    let names: Vec<String> = request.adapters.iter().map(|dir| dir.display().to_string()).collect();
+    let names: Vec<String> = request
+        .adapters
+        .iter()
+        .map(|dir| dir.display().to_string())
+        .collect();
     let configs = plain(&names, &adapters)?;
     let ranks: Vec<(&str, usize)> = names
         .iter()
@@ -76,7 +82,10 @@ pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
             (name.as_str(), patterns.fold(config.r, usize::max))
         })
         .collect();
-    let plan = request.options.plan(&ranks).map_err(|problems| refused(&problems))?;
+    let plan = request
+        .options
+        .plan(&ranks)
+        .map_err(|problems| refused(&problems))?;
     let cat = CombineOptions::new(CombinationType::Cat, request.options.weights.clone());
     let cat = cat.plan(&ranks).map_err(|problems| refused(&problems))?;
 
@@ -93,8 +102,11 @@ pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
     // Scale 1, which the rank-stabilised one would not be.
     config.use_rslora = false;
     config.init_lora_weights = InitLora::Default;
-    let targets: Vec<_> =
-        names.iter().zip(&configs).map(|(n, c)| (n.as_str(), c.target_modules.as_ref())).collect();
+    let targets: Vec<_> = names
+        .iter()
+        .zip(&configs)
+        .map(|(n, c)| (n.as_str(), c.target_modules.as_ref()))
+        .collect();
     config.target_modules = Some(joined_targets(&targets).map_err(|problem| refused(&[problem]))?);
     let meant: Vec<&str> = modules.iter().map(|m| m.name.as_str()).collect();
     facts::name_targets(&mut config, &modules, &meant);
@@ -103,18 +115,28 @@ pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
     let mut tensors = Vec::new();
     for (module, made) in modules.iter().zip(made) {
         let squares = kinds.of(&module.name);
-        squares.iter_mut().zip(made.squares).for_each(|(sum, more)| *sum += more);
+        squares
+            .iter_mut()
+            .zip(made.squares)
+            .for_each(|(sum, more)| *sum += more);
         tensors.extend(made.tensors);
     }
     tensors.sort_by(|a, b| a.0.cmp(&b.0));
-    let all = kinds.0.values().fold([0.0; 2], |sum, s| [sum[0] + s[0], sum[1] + s[1]]);
+    let all = kinds
+        .0
+        .values()
+        .fold([0.0; 2], |sum, s| [sum[0] + s[0], sum[1] + s[1]]);
     let touches = |module: &&ModuleShape| adapters.iter().all(|a| a.touches(&module.name));
     let combined = Combined {
         output: request.output.clone(),
         kind: plan.kind().name().to_owned(),
         r: rank,
         modules: modules.len(),
-        errors: kinds.0.iter().map(|(kind, s)| (kind.clone(), relative(s[0], s[1]))).collect(),
+        errors: kinds
+            .0
+            .iter()
+            .map(|(kind, s)| (kind.clone(), relative(s[0], s[1])))
+            .collect(),
         error: relative(all[0], all[1]),
         partial: modules.len() - modules.iter().filter(touches).count(),
     };
@@ -122,16 +144,27 @@ pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
         config: config.into(),
         tensors,
     };
-    facts::write_new(&file, &modules, card(request, &names, &combined), &request.output)?;
+    facts::write_new(
+        &file,
+        &modules,
+        card(request, &names, &combined),
+        &request.output,
+    )?;
     Ok(combined)
 }
 
 fn refused(problems: &[String]) -> TrainError {
-    TrainError::Mismatch(format!("the adapters cannot be combined so: {}", problems.join("; ")))
+    TrainError::Mismatch(format!(
+        "the adapters cannot be combined so: {}",
+        problems.join("; ")
+    ))
 }
 
 /// The configurations, if all are LoRA of the same base and nothing else is trained.
-fn plain<'a>(names: &[String], adapters: &'a [HostAdapter]) -> Result<Vec<&'a LoraConfig>, TrainError> {
+fn plain<'a>(
+    names: &[String],
+    adapters: &'a [HostAdapter],
+) -> Result<Vec<&'a LoraConfig>, TrainError> {
     let mut problems = Vec::new();
     let mut configs: Vec<&LoraConfig> = Vec::new();
     for (name, adapter) in names.iter().zip(adapters) {
@@ -144,13 +177,19 @@ fn plain<'a>(names: &[String], adapters: &'a [HostAdapter]) -> Result<Vec<&'a Lo
         };
         let mut refuse = |what: &str| problems.push(format!("{name}: {what}"));
         if config.use_dora {
-            refuse("use_dora: lengths of weights do not add up; make it a LoRA with `enamel adapter convert` first");
+            refuse(
+                "use_dora: lengths of weights do not add up; make it a LoRA with `enamel adapter convert` first",
+            );
         }
         if config.lora_bias {
-            refuse("lora_bias: PEFT does not combine biases of adapters; train without it, or merge instead");
+            refuse(
+                "lora_bias: PEFT does not combine biases of adapters; train without it, or merge instead",
+            );
         }
         if config.bias != Bias::None {
-            refuse("bias: trained biases of the base are not combined; train with bias = \"none\", or merge instead");
+            refuse(
+                "bias: trained biases of the base are not combined; train with bias = \"none\", or merge instead",
+            );
         }
         if !adapter.plan().saved.is_empty() {
             refuse("modules_to_save: modules trained whole are not combined; merge instead");
@@ -175,10 +214,17 @@ fn plain<'a>(names: &[String], adapters: &'a [HostAdapter]) -> Result<Vec<&'a Lo
 
 fn same_base(names: &[String], adapters: &[HostAdapter], problems: &mut Vec<String>) {
     let base = |adapter: &HostAdapter| {
-        let base = adapter.config().base_model_name_or_path()?.trim_end_matches('/').to_owned();
+        let base = adapter
+            .config()
+            .base_model_name_or_path()?
+            .trim_end_matches('/')
+            .to_owned();
         (!base.is_empty()).then_some(base)
     };
-    let mut known = names.iter().zip(adapters).filter_map(|(name, a)| Some((name, a, base(a)?)));
+    let mut known = names
+        .iter()
+        .zip(adapters)
+        .filter_map(|(name, a)| Some((name, a, base(a)?)));
     let Some((first, one, its)) = known.next() else {
         return;
     };
@@ -238,10 +284,16 @@ fn make(
     let device = Device::flex();
     let mut factors: Vec<Option<LoraFactors>> = Vec::new();
     for adapter in adapters {
-        factors.push(match adapter.touches(name).then(|| adapter.delta(name, &device)).transpose()? {
-            Some(Delta::Factors(factors)) => Some(factors),
-            _ => None,
-        });
+        factors.push(
+            match adapter
+                .touches(name)
+                .then(|| adapter.delta(name, &device))
+                .transpose()?
+            {
+                Some(Delta::Factors(factors)) => Some(factors),
+                _ => None,
+            },
+        );
     }
     let inputs: Vec<Option<&LoraFactors>> = factors.iter().map(Option::as_ref).collect();
     let failed = |e: combine::CombineError| TrainError::Mismatch(e.to_string());
@@ -262,7 +314,11 @@ pub(super) fn tensors(module: &ModuleShape, factors: LoraFactors) -> [HostTensor
     };
     let tensor = |own: &str, matrix: enamel_adapter::linalg::Matrix| {
         let shape = vec![matrix.rows(), matrix.cols()];
-        (format!("base_model.model.{}.{own}", module.name), shape, matrix.into_data())
+        (
+            format!("base_model.model.{}.{own}", module.name),
+            shape,
+            matrix.into_data(),
+        )
     };
     [tensor(a, factors.a), tensor(b, factors.b)]
 }

@@ -107,7 +107,11 @@ pub fn convert(
     progress: &mut dyn PullProgress,
 ) -> Result<Converted, TrainError> {
     refuse_occupied(&request.output)?;
-    let base = request.model.as_ref().map(|r| Base::open(r, progress)).transpose()?;
+    let base = request
+        .model
+        .as_ref()
+        .map(|r| Base::open(r, progress))
+        .transpose()?;
     let adapter = match &base {
         None => facts::open(&request.adapter, None, None)?,
         Some(base) => {
@@ -143,11 +147,17 @@ pub fn convert(
         *count += 1;
         let [low, high] = ranks.unwrap_or([made.rank; 2]);
         *ranks = Some([low.min(made.rank), high.max(made.rank)]);
-        squares.iter_mut().zip(made.squares).for_each(|(sum, more)| *sum += more);
+        squares
+            .iter_mut()
+            .zip(made.squares)
+            .for_each(|(sum, more)| *sum += more);
         all.extend(made.tensors);
     }
     all.sort_by(|a, b| a.0.cmp(&b.0));
-    let total = kinds.0.values().fold([0.0; 2], |sum, (_, _, s)| [sum[0] + s[0], sum[1] + s[1]]);
+    let total = kinds
+        .0
+        .values()
+        .fold([0.0; 2], |sum, (_, _, s)| [sum[0] + s[0], sum[1] + s[1]]);
     let converted = Converted {
         output: request.output.clone(),
         from: method(adapter.config()).to_owned(),
@@ -164,7 +174,9 @@ pub fn convert(
         error: relative(total[0], total[1]),
         parameters: [
             adapter.plan().trainable,
-            all.iter().map(|(_, shape, _)| shape.iter().product::<usize>()).sum(),
+            all.iter()
+                .map(|(_, shape, _)| shape.iter().product::<usize>())
+                .sum(),
         ],
         kept,
     };
@@ -172,11 +184,20 @@ pub fn convert(
         config: config.into(),
         tensors: all,
     };
-    facts::write_new(&file, &modules, card(&request.adapter, &converted), &request.output)?;
+    facts::write_new(
+        &file,
+        &modules,
+        card(&request.adapter, &converted),
+        &request.output,
+    )?;
     Ok(converted)
 }
 
-fn refuse_unfit(request: &ConvertRequest, adapter: &HostAdapter, has_base: bool) -> Result<(), TrainError> {
+fn refuse_unfit(
+    request: &ConvertRequest,
+    adapter: &HostAdapter,
+    has_base: bool,
+) -> Result<(), TrainError> {
     let refuse = |reason: String, help: &str| {
         Err(TrainError::Run {
             path: request.adapter.clone(),
@@ -186,11 +207,17 @@ fn refuse_unfit(request: &ConvertRequest, adapter: &HostAdapter, has_base: bool)
     };
     if adapter.trains_everything() {
         let help = "use it as a model of its own: merge it into its base";
-        return refuse("full fine-tuning changes every weight, and is no adapter".to_owned(), help);
+        return refuse(
+            "full fine-tuning changes every weight, and is no adapter".to_owned(),
+            help,
+        );
     }
     if adapter.plan().targets.is_empty() {
         let help = "there is nothing to convert; use it as it is";
-        return refuse("the adapter adapts no module, and only trains some whole".to_owned(), help);
+        return refuse(
+            "the adapter adapts no module, and only trains some whole".to_owned(),
+            help,
+        );
     }
     if !adapter.own_biases().is_empty() {
         let help = "use the adapter as it is, or merge it";
@@ -245,9 +272,12 @@ fn against_base(
     let bias = format!("{name}.bias");
     let before = HostModule {
         weight: base.weight(module)?,
-        bias: module.bias.then(|| base.open.checkpoint.read_f32(&bias)).transpose()?,
+        bias: module
+            .bias
+            .then(|| base.open.checkpoint.read_f32(&bias))
+            .transpose()?,
     };
-    let after = adapter.folded(module, &before, device)?;
+    let after = adapter.folded(module, &before, &before, device)?;
     let trained = adapter.plan().biases.iter().any(|b| b.name == *name);
     if after.bias != before.bias && !trained {
         return Err(TrainError::Mismatch(format!(
@@ -255,7 +285,12 @@ fn against_base(
              merge it"
         )));
     }
-    let delta = after.weight.iter().zip(&before.weight).map(|(after, before)| after - before).collect();
+    let delta = after
+        .weight
+        .iter()
+        .zip(&before.weight)
+        .map(|(after, before)| after - before)
+        .collect();
     let matrix = Matrix::new(module.shape[0], module.shape[1], delta);
     let matrix = matrix.map_err(|e| linalg(name, &e))?;
     Ok(match module.kind {
@@ -272,10 +307,16 @@ fn config(
     made: &[Made],
 ) -> LoraConfig {
     let old = adapter.config();
-    let ranks: Vec<(&str, usize)> =
-        targets.iter().zip(made).map(|(m, made)| (m.name.as_str(), made.rank)).collect();
+    let ranks: Vec<(&str, usize)> = targets
+        .iter()
+        .zip(made)
+        .map(|(m, made)| (m.name.as_str(), made.rank))
+        .collect();
     let (r, rank_pattern) = facts::patterned(&ranks).unwrap_or((1, Vec::new()));
-    let alpha_pattern = rank_pattern.iter().map(|(name, r)| (name.clone(), *r as f64)).collect();
+    let alpha_pattern = rank_pattern
+        .iter()
+        .map(|(name, r)| (name.clone(), *r as f64))
+        .collect();
     let json = old.to_json();
     let text = |key: &str| json[key].as_str().map(str::to_owned);
     let mut config = LoraConfig {

@@ -85,25 +85,38 @@ pub fn diff(first: &Path, second: &Path) -> Result<AdapterDiff, TrainError> {
         not_compared: None,
         same: false,
     };
-    let wrong = [first, second].into_iter().zip(&facts).find(|(_, facts)| !facts.problems.is_empty());
+    let wrong = [first, second]
+        .into_iter()
+        .zip(&facts)
+        .find(|(_, facts)| !facts.problems.is_empty());
     if let Some((dir, facts)) = wrong {
         report.not_compared = Some(format!("{}: {}", dir.display(), facts.problems.join("; ")));
         return Ok(report);
     }
-    let adapters = [facts::open(first, None, None), facts::open(second, None, None)];
+    let adapters = [
+        facts::open(first, None, None),
+        facts::open(second, None, None),
+    ];
     let [Ok(a), Ok(b)] = adapters else {
         let why = adapters.into_iter().filter_map(Result::err).next();
         report.not_compared = why.map(|error| error.to_string());
         return Ok(report);
     };
     let needs = [(first, &a), (second, &b)];
-    if let Some((dir, reason)) = needs.into_iter().find_map(|(d, a)| a.needs_base().map(|r| (d, r))) {
+    if let Some((dir, reason)) = needs
+        .into_iter()
+        .find_map(|(d, a)| a.needs_base().map(|r| (d, r)))
+    {
         report.not_compared = Some(format!("{}: {reason}", dir.display()));
         return Ok(report);
     }
     deltas(&mut report, &a, &b)?;
-    let empty = report.settings.is_empty() && report.only_first.is_empty() && report.only_second.is_empty();
-    let still = report.total.as_ref().is_none_or(|total| total.norm_difference == 0.0);
+    let empty =
+        report.settings.is_empty() && report.only_first.is_empty() && report.only_second.is_empty();
+    let still = report
+        .total
+        .as_ref()
+        .is_none_or(|total| total.norm_difference == 0.0);
     report.same = empty && report.shapes.is_empty() && still && same_rest(&a, &b);
     Ok(report)
 }
@@ -117,7 +130,13 @@ fn settings(facts: &[AdapterFacts; 2]) -> Vec<SettingDiff> {
     // Which program wrote a file and when makes no difference to what it does.
     const ABOUT: [&str; 3] = ["peft_version", "inference_mode", "auto_mapping"];
     let [a, b] = [&facts[0], &facts[1]].map(|f| f.config.to_json());
-    let keys = |v: &Value| -> Vec<String> { v.as_object().into_iter().flatten().map(|(k, _)| k.clone()).collect() };
+    let keys = |v: &Value| -> Vec<String> {
+        v.as_object()
+            .into_iter()
+            .flatten()
+            .map(|(k, _)| k.clone())
+            .collect()
+    };
     let mut all = keys(&a);
     all.extend(keys(&b));
     all.sort();
@@ -153,7 +172,10 @@ fn sorted(value: &Value) -> Value {
 }
 
 fn only(this: &AdapterFacts, other: &AdapterFacts) -> Vec<String> {
-    let missing = this.tensors.iter().filter(|t| !other.tensors.iter().any(|o| o.key == t.key));
+    let missing = this
+        .tensors
+        .iter()
+        .filter(|t| !other.tensors.iter().any(|o| o.key == t.key));
     missing.map(|t| t.key.clone()).collect()
 }
 
@@ -211,8 +233,13 @@ impl Sums {
 fn deltas(report: &mut AdapterDiff, a: &HostAdapter, b: &HostAdapter) -> Result<(), TrainError> {
     let device = Device::flex();
     let shared = |name: &str| b.plan().targets.iter().any(|t| t.name == name);
-    let names: Vec<&str> =
-        a.plan().targets.iter().map(|t| t.name.as_str()).filter(|name| shared(name)).collect();
+    let names: Vec<&str> = a
+        .plan()
+        .targets
+        .iter()
+        .map(|t| t.name.as_str())
+        .filter(|name| shared(name))
+        .collect();
     let compared: Vec<(&str, DeltaDiff)> = names
         .into_par_iter()
         .map(|name| {
@@ -231,7 +258,11 @@ fn deltas(report: &mut AdapterDiff, a: &HostAdapter, b: &HostAdapter) -> Result<
         kinds.of(name).add(&sums);
         total.add(&sums);
     }
-    report.kinds = kinds.0.iter().map(|(kind, sums)| sums.report(kind)).collect();
+    report.kinds = kinds
+        .0
+        .iter()
+        .map(|(kind, sums)| sums.report(kind))
+        .collect();
     report.total = (total.modules > 0).then(|| total.report("all"));
     Ok(())
 }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_adapter::facts::{self, AdapterFacts};
-use enamel_adapter::host::{HostAdapter, kind_of};
+use enamel_adapter::host::HostAdapter;
+use enamel_adapter::infer::kind_of;
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
@@ -106,9 +107,18 @@ pub fn inspect(dir: &Path) -> Result<AdapterReport, TrainError> {
         settings: facts
             .settings()
             .into_iter()
-            .map(|(key, value, default)| Setting { key, value, default })
+            .map(|(key, value, default)| Setting {
+                key,
+                value,
+                default,
+            })
             .collect(),
-        unknown_keys: facts.config.unknown_keys().into_iter().map(str::to_owned).collect(),
+        unknown_keys: facts
+            .config
+            .unknown_keys()
+            .into_iter()
+            .map(str::to_owned)
+            .collect(),
         kinds: kinds(&facts),
         no_norms: None,
         delta_norm: None,
@@ -116,7 +126,12 @@ pub fn inspect(dir: &Path) -> Result<AdapterReport, TrainError> {
         tensors: facts.tensors.len(),
         dtypes: Vec::new(),
         bytes: facts.bytes,
-        zero: facts.tensors.iter().filter(|t| t.zero).map(|t| t.key.clone()).collect(),
+        zero: facts
+            .tensors
+            .iter()
+            .filter(|t| t.zero)
+            .map(|t| t.key.clone())
+            .collect(),
         untrained: false,
         problems: facts.problems.clone(),
     };
@@ -129,31 +144,32 @@ pub fn inspect(dir: &Path) -> Result<AdapterReport, TrainError> {
 
 fn kinds(facts: &AdapterFacts) -> Vec<KindReport> {
     let mut kinds: Vec<KindReport> = Vec::new();
-    let mut add = |name: &str, how: &str, shape: Option<[usize; 2]>, rank: Option<usize>, count: usize| {
-        let kind = kind_of(name);
-        let place = kinds.iter().position(|k| k.kind == kind && k.how == how);
-        let place = place.unwrap_or_else(|| {
-            kinds.push(KindReport {
-                kind: kind.to_owned(),
-                how: how.to_owned(),
-                ..KindReport::default()
+    let mut add =
+        |name: &str, how: &str, shape: Option<[usize; 2]>, rank: Option<usize>, count: usize| {
+            let kind = kind_of(name);
+            let place = kinds.iter().position(|k| k.kind == kind && k.how == how);
+            let place = place.unwrap_or_else(|| {
+                kinds.push(KindReport {
+                    kind: kind.to_owned(),
+                    how: how.to_owned(),
+                    ..KindReport::default()
+                });
+                kinds.len() - 1
             });
-            kinds.len() - 1
-        });
-        let entry = &mut kinds[place];
-        entry.modules += 1;
-        entry.parameters += count;
-        if let Some([rows, cols]) = shape {
-            let text = format!("{rows} × {cols}");
-            if !entry.shapes.contains(&text) {
-                entry.shapes.push(text);
+            let entry = &mut kinds[place];
+            entry.modules += 1;
+            entry.parameters += count;
+            if let Some([rows, cols]) = shape {
+                let text = format!("{rows} × {cols}");
+                if !entry.shapes.contains(&text) {
+                    entry.shapes.push(text);
+                }
             }
-        }
-        if let Some(rank) = rank.filter(|r| !entry.ranks.contains(r)) {
-            entry.ranks.push(rank);
-            entry.ranks.sort_unstable();
-        }
-    };
+            if let Some(rank) = rank.filter(|r| !entry.ranks.contains(r)) {
+                entry.ranks.push(rank);
+                entry.ranks.sort_unstable();
+            }
+        };
     let Some(plan) = &facts.plan else {
         return Vec::new();
     };
@@ -164,14 +180,26 @@ fn kinds(facts: &AdapterFacts) -> Vec<KindReport> {
             true => [t.in_features, t.out_features],
             false => [t.out_features, t.in_features],
         };
-        add(&t.name, "adapted", (!ia3).then_some(shape), ranked.then_some(t.r), t.params);
+        add(
+            &t.name,
+            "adapted",
+            (!ia3).then_some(shape),
+            ranked.then_some(t.r),
+            t.params,
+        );
     }
     for s in &plan.saved {
         let shape = [s.shape[0], s.shape.get(1).copied().unwrap_or(1)];
         add(&s.name, "whole", Some(shape), None, s.params);
     }
     for t in &plan.tokens {
-        add(&t.name, "rows", Some([t.indices.len(), t.width]), None, t.indices.len() * t.width);
+        add(
+            &t.name,
+            "rows",
+            Some([t.indices.len(), t.width]),
+            None,
+            t.indices.len() * t.width,
+        );
     }
     for b in &plan.biases {
         add(&b.name, "bias", None, None, b.len);
@@ -180,7 +208,11 @@ fn kinds(facts: &AdapterFacts) -> Vec<KindReport> {
 }
 
 /// Norms of what the adapter adds, where they can be had without the base.
-fn add_norms(report: &mut AdapterReport, facts: &AdapterFacts, dir: &Path) -> Result<(), TrainError> {
+fn add_norms(
+    report: &mut AdapterReport,
+    facts: &AdapterFacts,
+    dir: &Path,
+) -> Result<(), TrainError> {
     if !facts.problems.is_empty() {
         report.no_norms = Some("the adapter has problems".to_owned());
         return Ok(());

@@ -93,7 +93,10 @@ fn walk(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
 fn listed(root: &Path, dir: &Path) -> Listed {
     let inside = dir.strip_prefix(root).unwrap_or(dir);
     let name = match inside.as_os_str().is_empty() {
-        true => dir.file_name().map_or_else(|| dir.display().to_string(), |n| n.to_string_lossy().into_owned()),
+        true => dir.file_name().map_or_else(
+            || dir.display().to_string(),
+            |n| n.to_string_lossy().into_owned(),
+        ),
         false => inside.display().to_string(),
     };
     let mut listed = Listed {
@@ -115,7 +118,10 @@ fn listed(root: &Path, dir: &Path) -> Listed {
             listed.problem = match facts.problems.as_slice() {
                 [] => None,
                 [one] => Some(one.clone()),
-                all => Some(format!("{} problems; see `enamel adapter inspect`", all.len())),
+                all => Some(format!(
+                    "{} problems; see `enamel adapter inspect`",
+                    all.len()
+                )),
             };
         }
         Err(error) => {
@@ -159,7 +165,10 @@ fn method(config: &AdapterConfig) -> &'static str {
         AdapterConfig::Vera(_) => "VeRA",
         AdapterConfig::Ia3(_) => "(IA)³",
         AdapterConfig::Full(_) => "full",
-        #[allow(unreachable_patterns, reason = "methods are added without a change here")]
+        #[allow(
+            unreachable_patterns,
+            reason = "methods are added without a change here"
+        )]
         other => other.peft_type(),
     }
 }
@@ -172,7 +181,9 @@ fn rank_alpha(config: &AdapterConfig) -> (Option<usize>, Option<f64>) {
         _ => &json["r"],
     };
     let rank = rank.as_u64().and_then(|r| usize::try_from(r).ok());
-    let alpha = json["lora_alpha"].as_f64().or_else(|| json["alpha"].as_f64());
+    let alpha = json["lora_alpha"]
+        .as_f64()
+        .or_else(|| json["alpha"].as_f64());
     (rank, alpha)
 }
 
@@ -182,13 +193,19 @@ struct ByKind<T>(BTreeMap<String, T>);
 
 impl<T: Default> ByKind<T> {
     fn of(&mut self, module: &str) -> &mut T {
-        self.0.entry(enamel_adapter::host::kind_of(module).to_owned()).or_default()
+        self.0
+            .entry(enamel_adapter::infer::kind_of(module).to_owned())
+            .or_default()
     }
 }
 
 /// An error relative to a norm, both in squares; 0 of nothing.
 fn relative(error: f64, whole: f64) -> f64 {
-    if whole > 0.0 { (error / whole).sqrt() } else { 0.0 }
+    if whole > 0.0 {
+        (error / whole).sqrt()
+    } else {
+        0.0
+    }
 }
 
 /// Found before the work, not after it.

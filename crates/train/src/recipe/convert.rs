@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use enamel_adapter::{
     AdaLoraConfig, AdapterConfig, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig, LokrConfig,
-    LoraConfig, Targets, VeraConfig,
+    LoraConfig, Targets, VeraConfig, XLoraConfig,
 };
 use enamel_data::DataSpec;
 use serde_json::json;
@@ -113,6 +113,28 @@ impl AdapterSettings {
                 init_ia3_weights: self.init_ia3_weights,
                 task_type,
                 ..Ia3Config::default()
+            }
+            .into(),
+            "xlora" => XLoraConfig {
+                adapters: self
+                    .adapters
+                    .0
+                    .iter()
+                    .map(|(name, dir)| (name.clone(), dir.display().to_string()))
+                    .collect(),
+                xlora_depth: self.xlora_depth,
+                xlora_size: self.xlora_size,
+                xlora_dropout_p: self.xlora_dropout_p,
+                layerwise_scalings: self.layerwise_scalings,
+                enable_softmax: self.enable_softmax,
+                enable_softmax_topk: self.enable_softmax_topk,
+                softmax_temperature: self.softmax_temperature,
+                top_k_lora: self.top_k_lora,
+                scaling_pass_value: self.scaling_pass_value,
+                global_scaling_weight: self.global_scaling_weight,
+                use_trainable_adapters: self.use_trainable_adapters,
+                task_type,
+                ..XLoraConfig::default()
             }
             .into(),
             "full" => FullConfig {

@@ -116,7 +116,6 @@ fn every_expert_that_cannot_be_one_is_named_and_the_model_stays_as_it_was() {
     let broken = dir.path().join("broken");
     write_expert(&dir, "broken", &LoraConfig::default(), 2);
     fs::write(broken.join("adapter_model.safetensors"), "short").unwrap();
-    let mut cfg = XLoraConfig::default();
     cfg.adapters = vec![("0".into(), at("e0")), ("1".into(), at("broken"))];
     let error = attach(&mut model, &cfg, 1).unwrap_err().to_string();
     assert!(
@@ -141,13 +140,13 @@ fn experts_of_another_base_and_experts_of_the_head_are_refused() {
     fs::create_dir(&foreign).unwrap();
     let other = json!({"peft_type": "LORA", "target_modules": ["c_attn"], "base_model_name_or_path": "gpt2"});
     fs::write(foreign.join("adapter_config.json"), other.to_string()).unwrap();
-    let mut cfg = XLoraConfig::default();
-    cfg.hidden_size = Some(48);
-    cfg.adapters = vec![
-        ("0".into(), at("e0")),
-        ("1".into(), at("head")),
-        ("2".into(), at("foreign")),
-    ];
+    let mut cfg = XLoraConfig {
+        hidden_size: Some(48),
+        adapters: ["e0", "head", "foreign"]
+            .map(|name| (name.into(), at(name)))
+            .to_vec(),
+        ..XLoraConfig::default()
+    };
     let error = plan(&shapes(&roomy()), &cfg).unwrap_err();
     let all = problems(&error).join("\n");
     for part in [
