@@ -467,9 +467,11 @@ fn nothing_is_merged() {
 fn an_expert_beside_the_adapter_comes_before_one_in_the_working_directory() {
     let dir = TempDir::new().expect("a temporary directory");
     let staged = staged("depth1");
-    for name in ["adapter_model.safetensors"] {
-        copy(&staged.path().join(name), &dir.path().join(name));
-    }
+    let classifier = "adapter_model.safetensors";
+    copy(
+        &staged.path().join(classifier),
+        &dir.path().join(classifier),
+    );
     for expert in ["0", "1"] {
         let to = dir.path().join("experts").join(expert);
         fs::create_dir_all(&to).expect("a folder");

@@ -18,8 +18,8 @@ use burn::train::{
     InferenceStep, Learner, RegressionOutput, SupervisedTraining, TrainOutput, TrainStep,
 };
 use enamel_adapter::{
-    Adaptable, Linear, LoraConfig, SaveMeta, Slot, SlotRef, Targets, attach, load_pretrained, merge,
-    save_pretrained,
+    Adaptable, Linear, LoraConfig, SaveMeta, Slot, SlotRef, Targets, attach, load_pretrained,
+    merge, save_pretrained,
 };
 
 /// The model that somebody else wrote and trained: burn's own layers.
@@ -92,7 +92,10 @@ impl Batcher<(f32, f32), Points> for ToTensors {
             let rows = values.len();
             Tensor::from_data(TensorData::new(values, [rows, 1]), device)
         };
-        Points { x: column(x), y: column(y) }
+        Points {
+            x: column(x),
+            y: column(y),
+        }
     }
 }
 
@@ -136,7 +139,9 @@ fn pretrained(device: &Device) -> Plain {
     let points = ToTensors.batch(curve(256, f32::sin), device);
     let mut optimizer = AdamWConfig::new().init();
     for _ in 0..600 {
-        let loss = (model.forward(points.x.clone()) - points.y.clone()).powi_scalar(2).mean();
+        let loss = (model.forward(points.x.clone()) - points.y.clone())
+            .powi_scalar(2)
+            .mean();
         let grads = GradientsParams::from_grads(loss.backward(), &model);
         model = optimizer.step(3e-3, model, grads);
     }
@@ -159,12 +164,19 @@ fn main() {
     let config = LoraConfig {
         r: 4,
         lora_alpha: 8.0,
-        target_modules: Some(Targets::List(vec!["first".into(), "second".into(), "last".into()])),
+        target_modules: Some(Targets::List(vec![
+            "first".into(),
+            "second".into(),
+            "last".into(),
+        ])),
         rank_pattern: vec![("first".into(), 1), ("last".into(), 1)],
         ..LoraConfig::default()
     };
     let plan = attach(&mut model, &config, 42).unwrap();
-    println!("{} of {} parameters are trained", plan.trainable, plan.total);
+    println!(
+        "{} of {} parameters are trained",
+        plan.trainable, plan.total
+    );
 
     // burn-train's own loop; gradients reach the adapter alone.
     let autodiff = device.clone().autodiff();
@@ -192,10 +204,20 @@ fn main() {
     save_pretrained(&model, &config, &SaveMeta::default(), &adapter).unwrap();
     let mut fresh = model.clone();
     enamel_adapter::detach(&mut fresh);
-    assert!((error(&fresh) - before).abs() < 1e-6, "the base is what it was");
+    assert!(
+        (error(&fresh) - before).abs() < 1e-6,
+        "the base is what it was"
+    );
     load_pretrained(&mut fresh, &adapter, false).unwrap();
     assert_eq!(error(&fresh), after, "the same adapter to the bit");
     merge(&mut fresh).unwrap();
-    println!("merged: {:.4}; the adapter is in {}", error(&fresh), adapter.display());
-    assert!(after < before / 10.0, "the adapter has learnt the new curve");
+    println!(
+        "merged: {:.4}; the adapter is in {}",
+        error(&fresh),
+        adapter.display()
+    );
+    assert!(
+        after < before / 10.0,
+        "the adapter has learnt the new curve"
+    );
 }

@@ -92,7 +92,11 @@ impl RankAllocator {
     ///
     /// # Errors
     /// A gradient that cannot be read from its device.
-    pub fn note_gradients<M: Adaptable>(&mut self, model: &M, grads: &GradientsParams) -> Result<()> {
+    pub fn note_gradients<M: Adaptable>(
+        &mut self,
+        model: &M,
+        grads: &GradientsParams,
+    ) -> Result<()> {
         self.gradients.clear();
         let mut failed = None;
         for_each_trainable(model, &mut |key, param| {
@@ -242,7 +246,11 @@ impl RankAllocator {
         let mut all = Vec::new();
         for (key, (mean, spread)) in &self.importance {
             all.push((format!("importance.{key}"), vec![mean.len()], mean.clone()));
-            all.push((format!("uncertainty.{key}"), vec![spread.len()], spread.clone()));
+            all.push((
+                format!("uncertainty.{key}"),
+                vec![spread.len()],
+                spread.clone(),
+            ));
         }
         for (module, kept) in &self.kept {
             let values = kept.iter().map(|k| f32::from(u8::from(*k))).collect();
@@ -262,7 +270,10 @@ impl RankAllocator {
             } else if let Some(key) = key.strip_prefix("uncertainty.") {
                 self.importance.entry(key.into()).or_default().1 = values;
             } else if let Some(module) = key.strip_prefix("kept.") {
-                kept.insert(module.to_string(), values.iter().map(|v| *v > 0.5).collect());
+                kept.insert(
+                    module.to_string(),
+                    values.iter().map(|v| *v > 0.5).collect(),
+                );
             }
         }
         let names = self.modules.iter();
@@ -283,7 +294,10 @@ pub fn orthogonality<M: Adaptable>(model: &M, weight: f64) -> Option<Tensor<1>> 
         if r == 0 {
             return;
         }
-        let grams = [a.clone().matmul(a.transpose()), b.clone().transpose().matmul(b)];
+        let grams = [
+            a.clone().matmul(a.transpose()),
+            b.clone().transpose().matmul(b),
+        ];
         for gram in grams {
             let off = gram.clone() - Tensor::eye(r, &gram.device());
             // The square root has no slope at zero; this much below any rounding gives it one.
@@ -344,13 +358,21 @@ pub fn trim<M: Adaptable>(
     }
     let plan = plan_for_load(&shapes(model), &config)?;
     detach(model);
-    install(model, DEFAULT, &config, &plan, true, Vec::new(), &mut |target, _| {
-        let mut take = |parameter| state.remove(&target.key(parameter)).unwrap_or_default().1;
-        Ok(Values {
-            values: vec![take(A), take(B), take(E)],
-            origin: None,
-        })
-    })?;
+    install(
+        model,
+        DEFAULT,
+        &config,
+        &plan,
+        true,
+        Vec::new(),
+        &mut |target, _| {
+            let mut take = |parameter| state.remove(&target.key(parameter)).unwrap_or_default().1;
+            Ok(Values {
+                values: vec![take(A), take(B), take(E)],
+                origin: None,
+            })
+        },
+    )?;
     for_each_trainable_mut(model, &mut |key, mut param| {
         if let Some((_, values)) = state.remove(key) {
             param.write(values);
@@ -360,7 +382,9 @@ pub fn trim<M: Adaptable>(
 }
 
 fn is_factor(key: &str) -> bool {
-    [A, B, E].iter().any(|p| key.strip_suffix(p).is_some_and(|head| head.ends_with('.')))
+    [A, B, E]
+        .iter()
+        .any(|p| key.strip_suffix(p).is_some_and(|head| head.ends_with('.')))
 }
 
 fn each_module<M: Adaptable>(

@@ -37,7 +37,9 @@ pub fn set_rows<M: Adaptable>(model: &mut M, rows: &[Option<&str>]) -> Result<()
     refuse_merged(model)?;
     let mut problems = Vec::new();
     if model.gate().is_some() && names.contains(&DEFAULT) {
-        problems.push("X-LoRA (\"default\") is for whole batches; a row can have one of its experts".into());
+        problems.push(
+            "X-LoRA (\"default\") is for whole batches; a row can have one of its experts".into(),
+        );
     }
     let mut has_head = false;
     model.for_each_slot_ref(&mut |module, _| has_head |= model.is_head(module));
@@ -82,7 +84,10 @@ pub(crate) fn conflicts<M: Adaptable>(model: &M, names: &[&str]) -> Vec<String> 
         let mut refuse = |what: &str, by: Vec<&str>| {
             let by: Vec<&str> = by.into_iter().filter(|name| asked(name)).collect();
             if by.len() > 1 {
-                problems.push(format!("{module}{what} is trained whole by {}", by.join(" and ")));
+                problems.push(format!(
+                    "{module}{what} is trained whole by {}",
+                    by.join(" and ")
+                ));
             }
         };
         match slot {
@@ -156,7 +161,10 @@ fn require<M: Adaptable>(model: &M, names: &[&str]) -> Result<()> {
     let problems: Vec<String> = missing
         .map(|name| match have.as_slice() {
             [] => format!("there is no adapter {name:?}; the model carries none"),
-            have => format!("there is no adapter {name:?}; there are {}", have.join(", ")),
+            have => format!(
+                "there is no adapter {name:?}; there are {}",
+                have.join(", ")
+            ),
         })
         .collect();
     if problems.is_empty() {

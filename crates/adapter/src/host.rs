@@ -3,23 +3,23 @@
 //! Every number comes from the methods' own definitions: a module is built alone, the adapter is attached
 //! to it, and it is folded.
 
+mod one_module;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::Device;
 
+use self::one_module::{Module, OneModule};
 use crate::combine::LoraFactors;
-use crate::embedding::Embedding;
 use crate::error::{AdapterError, Result};
-use crate::frozen::Frozen;
 use crate::infer::module_of;
 use crate::linalg::{LinalgError, Matrix};
-use crate::linear::Linear;
 use crate::methods::{AdapterConfig, to_host};
 use crate::peft_dir::{Checked, install_checked, read_checked};
 use crate::plan::{AdapterPlan, PREFIX};
 use crate::routing::DEFAULT;
-use crate::slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
+use crate::slot::{Adaptable, ModuleKind, ModuleShape};
 use crate::store::load_config;
 use crate::trainable::HostTensor;
 
@@ -423,94 +423,5 @@ fn no_delta(module: &str, reason: &str) -> AdapterError {
     AdapterError::Start {
         module: module.to_string(),
         reason: reason.to_string(),
-    }
-}
-
-/// A model of one module.
-struct OneModule {
-    name: String,
-    module: Module,
-}
-
-#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
-enum Module {
-    Linear(Linear),
-    Embedding(Embedding),
-    Norm(Frozen<1>),
-}
-
-impl OneModule {
-    fn new(shape: &ModuleShape, base: &HostModule, device: &Device) -> Self {
-        let name = &shape.name;
-        let sides = |i: usize| shape.shape.get(i).copied().unwrap_or(1);
-        let matrix = || {
-            let data = TensorData::new(base.weight.clone(), [sides(0), sides(1)]);
-            Tensor::<2>::from_data(data, device)
-        };
-        let vector = |values: &Vec<f32>| {
-            let data = TensorData::new(values.clone(), [values.len()]);
-            Tensor::<1>::from_data(data, device)
-        };
-        let module = match shape.kind {
-            ModuleKind::Linear | ModuleKind::Head => {
-                Module::Linear(Linear::new(name, matrix(), base.bias.as_ref().map(vector)))
-            }
-            ModuleKind::Embedding => {
-                Module::Embedding(Embedding::new(&format!("{name}.weight"), matrix()))
-            }
-            ModuleKind::Norm => {
-                Module::Norm(Frozen::new(&format!("{name}.weight"), vector(&base.weight)))
-            }
-        };
-        Self {
-            name: name.clone(),
-            module,
-        }
-    }
-
-    /// Puts another base under the adapter.
-    fn rebase(&mut self, other: Self) {
-        match (&mut self.module, other.module) {
-            (Module::Linear(own), Module::Linear(other)) => {
-                own.weight = other.weight;
-                own.bias = other.bias;
-            }
-            (Module::Embedding(own), Module::Embedding(other)) => own.weight = other.weight,
-            (Module::Norm(own), Module::Norm(other)) => own.weight = other.weight,
-            _ => {}
-        }
-    }
-
-    fn folded(self) -> Result<HostModule> {
-        let names = [DEFAULT.to_string()];
-        let name = &self.name;
-        let (weight, bias) = match &self.module {
-            Module::Linear(linear) => {
-                let folded = linear.folded(&names);
-                let bias = folded.bias.map(|b| to_host(name, b)).transpose()?;
-                (to_host(name, folded.weight)?, bias)
-            }
-            Module::Embedding(table) => (to_host(name, table.folded(&names))?, None),
-            Module::Norm(norm) => (to_host(name, norm.folded(&names))?, None),
-        };
-        Ok(HostModule { weight, bias })
-    }
-}
-
-impl Adaptable for OneModule {
-    fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>)) {
-        match &mut self.module {
-            Module::Linear(linear) => f(&self.name, Slot::Linear(linear)),
-            Module::Embedding(table) => f(&self.name, Slot::Embedding(table)),
-            Module::Norm(norm) => f(&self.name, Slot::Norm(norm)),
-        }
-    }
-
-    fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
-        match &self.module {
-            Module::Linear(linear) => f(&self.name, SlotRef::Linear(linear)),
-            Module::Embedding(table) => f(&self.name, SlotRef::Embedding(table)),
-            Module::Norm(norm) => f(&self.name, SlotRef::Norm(norm)),
-        }
     }
 }

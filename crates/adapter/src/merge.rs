@@ -51,7 +51,9 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
         return Err(AdapterError::NoAdapter);
     }
     let missing = names.iter().filter(|name| !have.iter().any(|h| h == *name));
-    let problems: Vec<String> = missing.map(|name| format!("there is no adapter {name:?}")).collect();
+    let problems: Vec<String> = missing
+        .map(|name| format!("there is no adapter {name:?}"))
+        .collect();
     if !problems.is_empty() {
         return Err(AdapterError::Choice { problems });
     }
@@ -75,7 +77,9 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
                 linear.bias = match (&old.bias, base.bias) {
                     (Some(old), Some(new)) => Some(with_value(old, new)),
                     // An adapter with a bias of its own on a layer that had none.
-                    (None, Some(new)) => Some(frozen_param(&format!("{name}.bias"), untracked(new))),
+                    (None, Some(new)) => {
+                        Some(frozen_param(&format!("{name}.bias"), untracked(new)))
+                    }
                     (_, None) => None,
                 };
                 linear.unmerged = Some(old);
@@ -136,7 +140,9 @@ fn in_use<M: Adaptable>(model: &M) -> Result<Arc<[String]>> {
     match routing(model) {
         Routing::Active(names) => Ok(names),
         Routing::Rows(_) => Err(AdapterError::Choice {
-            problems: vec!["the rows of a batch have adapters of their own; choose one first".into()],
+            problems: vec![
+                "the rows of a batch have adapters of their own; choose one first".into(),
+            ],
         }),
         Routing::Gated(_) => Err(no_weights()),
     }
@@ -149,7 +155,9 @@ fn refuse_mixture<M: Adaptable>(model: &M) -> Result<()> {
 
 fn no_weights() -> AdapterError {
     AdapterError::Choice {
-        problems: vec!["X-LoRA mixes its experts anew for each token, so no weights stand for it".into()],
+        problems: vec![
+            "X-LoRA mixes its experts anew for each token, so no weights stand for it".into(),
+        ],
     }
 }
 

@@ -83,7 +83,10 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
     let tag = config.peft_type().to_lowercase();
     line(format!("tags:\n- {tag}\n- enamel\n---\n"));
     let name = method_name(config);
-    line(format!("# {name} adapter for {}\n", base.unwrap_or("its base model")));
+    line(format!(
+        "# {name} adapter for {}\n",
+        base.unwrap_or("its base model")
+    ));
     line(format!(
         "{} trained parameters{}, in {} adapted modules{}.\n",
         plan.trainable,
@@ -108,7 +111,8 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
             _ => false,
         };
         // PEFT's file has an `r` that AdaLoRA does not use, and which of its ranks are left fills pages.
-        let idle = matches!(config, AdapterConfig::AdaLora(_)) && ["r", "rank_pattern"].contains(&key);
+        let idle =
+            matches!(config, AdapterConfig::AdaLora(_)) && ["r", "rank_pattern"].contains(&key);
         if !empty && !idle {
             line(format!("- {key}: {value}"));
         }

@@ -1,6 +1,8 @@
 //! PEFT's adapter directory and a model: `adapter_config.json`, `adapter_model.safetensors`,
 //! `README.md`.
 
+mod exchange;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
@@ -18,6 +20,8 @@ use crate::store::{
 use crate::trainable::{
     HostTensor, export_origin_of, export_params_of, export_shared_of, for_each_param_of_mut,
 };
+
+pub(crate) use exchange::converted;
 
 /// Where an adapter that took a part of the base's weights keeps what it started from, in the form
 /// that PEFT wants for `path_initial_model_for_weight_conversion`.
@@ -93,6 +97,8 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
             start.write(&dir.join(ORIGIN), None)?;
         }
     }
+    // What is handed over may have another rank than what was trained.
+    let plan = plan_for_load(&shapes(model), &file.config)?;
     let card = model_card(&file.config, &plan, meta);
     file.write(dir, Some(&card))
 }
@@ -209,7 +215,9 @@ pub fn hotswap<M: Adaptable>(model: &mut M, adapter: &str, dir: &Path) -> Result
     let config = load_config(dir)?;
     if let AdapterConfig::XLora(_) = config {
         return Err(AdapterError::Choice {
-            problems: vec!["an X-LoRA cannot be exchanged in place; detach it and load the other".into()],
+            problems: vec![
+                "an X-LoRA cannot be exchanged in place; detach it and load the other".into(),
+            ],
         });
     }
     if config.takes_from_base() || export_origin_of(model, adapter)?.is_some() {
@@ -225,12 +233,16 @@ pub fn hotswap<M: Adaptable>(model: &mut M, adapter: &str, dir: &Path) -> Result
     let (plan, mut values) = (checked.plan, checked.values);
     let shared = export_shared_of(model, adapter)?;
     let same = |(key, shape, values): &(&'static str, [usize; 2], Vec<f32>)| {
-        shared.iter().any(|(k, s, v)| k == key && s == shape && v == values)
+        shared
+            .iter()
+            .any(|(k, s, v)| k == key && s == shape && v == values)
     };
     if let Some((key, ..)) = checked.shared.iter().find(|shared| !same(shared)) {
         return Err(AdapterError::Mismatch {
             path: dir.join(WEIGHTS),
-            problems: vec![format!("{key} is another matrix than the one that is attached")],
+            problems: vec![format!(
+                "{key} is another matrix than the one that is attached"
+            )],
             note: "Delete the adapter and load the other.".into(),
         });
     }
@@ -307,7 +319,13 @@ pub(crate) fn read_checked(
     // Without them in the file, their own generator makes them again.
     let absent = |key: &str| !config.stores_shared() && !stored.contains_key(key);
     want.retain(|key, _| !(plan.shared.iter().any(|(k, _)| k == key) && absent(key)));
-    let mut values = compared(&dir.join(WEIGHTS), (modules, is_base), config, stored, &want)?;
+    let mut values = compared(
+        &dir.join(WEIGHTS),
+        (modules, is_base),
+        config,
+        stored,
+        &want,
+    )?;
     let mut made = config.initial_shared(&plan.shared).into_iter();
     let shared = plan.shared.iter().map(|(key, shape)| {
         let made = made.next().unwrap_or_default();
@@ -330,7 +348,13 @@ pub(crate) fn read_checked(
                 })
                 .collect();
             let path = start.join(WEIGHTS);
-            Some(compared(&path, (modules, is_base), config, stored, &factors)?)
+            Some(compared(
+                &path,
+                (modules, is_base),
+                config,
+                stored,
+                &factors,
+            )?)
         }
         (true, false) => {
             refuse_unknown_start(config, dir)?;
@@ -396,53 +420,6 @@ fn resolved<M: Adaptable>(
         config.set_targets(Targets::List(names));
     }
     config
-}
-
-/// Plain LoRA that adds on the untouched base what this adapter and its start add together:
-/// `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`, of twice the rank and, for the same scale, `scale·2r` as alpha.
-pub(crate) fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFile {
-    let AdapterConfig::Lora(mut config) = file.config else {
-        return file;
-    };
-    let double = |r: usize| 2 * r;
-    // alpha/(2r) = old/r, and alpha/√(2r) = old/√r.
-    let factor = if config.use_rslora { 2.0_f64.sqrt() } else { 2.0 };
-    config.r = double(config.r);
-    // Fifteen digits, which come back from JSON as the same number whoever reads them.
-    let scaled = |alpha: f64| {
-        let product = alpha * factor;
-        format!("{product:.14e}").parse().unwrap_or(product)
-    };
-    config.lora_alpha = scaled(config.lora_alpha);
-    // A pattern of one kind alone would leave the other's default in force.
-    config.rank_pattern.iter_mut().for_each(|(_, r)| *r = double(*r));
-    config.alpha_pattern.iter_mut().for_each(|(_, alpha)| *alpha = scaled(*alpha));
-    config.init_lora_weights = InitLora::Default;
-    let mut origin: HashMap<String, Vec<f32>> =
-        origin.into_iter().map(|(key, _, values)| (key, values)).collect();
-    let tensors = file.tensors.into_iter().map(|(key, shape, values)| {
-        let start = match origin.remove(&key) {
-            Some(start) => start,
-            // An embedding's factors took nothing, but the rank is theirs too.
-            None if key.contains(".lora_embedding_") => vec![0.0; values.len()],
-            None => return (key, shape, values),
-        };
-        let [rows, cols] = [shape[0], shape[1]];
-        if key.ends_with("lora_A.weight") || key.ends_with("lora_embedding_A") {
-            let both = values.into_iter().chain(start).collect();
-            return (key, vec![2 * rows, cols], both);
-        }
-        let mut both = Vec::with_capacity(2 * values.len());
-        for (now, then) in values.chunks(cols).zip(start.chunks(cols)) {
-            both.extend_from_slice(now);
-            both.extend(then.iter().map(|v| -v));
-        }
-        (key, vec![rows, 2 * cols], both)
-    });
-    AdapterFile {
-        tensors: tensors.collect(),
-        config: config.into(),
-    }
 }
 
 /// Keys and shapes of every tensor of the file.

@@ -219,7 +219,10 @@ fn build<C: MethodConfig>(
     // Biases are the base's own, so they do not add to the total.
     let new = targets.iter().map(|t| t.params).sum::<usize>()
         + saved.iter().map(|s| s.params).sum::<usize>()
-        + tokens.iter().map(|t| t.indices.len() * t.width).sum::<usize>();
+        + tokens
+            .iter()
+            .map(|t| t.indices.len() * t.width)
+            .sum::<usize>();
     Ok(AdapterPlan {
         shared: cfg.shared(&targets),
         trainable: new + biases.iter().map(|b| b.len).sum::<usize>(),
@@ -255,7 +258,9 @@ fn token_rows(
         return Err(format!("trainable_token_indices: {twice} is there twice"));
     }
     if indices.is_empty() {
-        return Err(format!("trainable_token_indices: no rows of {name} are named"));
+        return Err(format!(
+            "trainable_token_indices: no rows of {name} are named"
+        ));
     }
     Ok(TokensPlan {
         name: name.clone(),

@@ -61,12 +61,17 @@ impl AdapterFile {
     /// # Errors
     /// When the disk refuses, or a value is not finite: then nothing is written.
     pub fn write(&self, dir: &Path, card: Option<&str>) -> Result<()> {
-        let bad = self.tensors.iter().find(|(_, _, v)| v.iter().any(|v| !v.is_finite()));
+        let bad = self
+            .tensors
+            .iter()
+            .find(|(_, _, v)| v.iter().any(|v| !v.is_finite()));
         if let Some((key, ..)) = bad {
             return Err(AdapterError::NonFinite(key.clone()));
         }
-        let format = |path: std::path::PathBuf, reason: String| AdapterError::Format { path, reason };
-        let bytes = serialize(&self.tensors).map_err(|e| format(dir.join(WEIGHTS), e.to_string()))?;
+        let format =
+            |path: std::path::PathBuf, reason: String| AdapterError::Format { path, reason };
+        let bytes =
+            serialize(&self.tensors).map_err(|e| format(dir.join(WEIGHTS), e.to_string()))?;
         let mut json = serde_json::to_string_pretty(&self.config.to_json())
             .map_err(|e| format(dir.join(CONFIG), e.to_string()))?;
         json.push('\n');

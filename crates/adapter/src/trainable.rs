@@ -44,7 +44,10 @@ pub fn for_each_param_of<M: Adaptable>(
                     }
                 }
                 if let Some(bias) = &part.bias {
-                    f(&key(bias_name(part.adapter.is_some())), ParamRef::Vector(bias));
+                    f(
+                        &key(bias_name(part.adapter.is_some())),
+                        ParamRef::Vector(bias),
+                    );
                 }
             }
             SlotRef::Embedding(table) => {
@@ -77,7 +80,9 @@ pub fn for_each_param_of<M: Adaptable>(
     if let Some(gate) = model.gate() {
         gate.for_each_param(adapter, f);
         for expert in gate.trained_along(adapter).iter() {
-            for_each_param_of(model, expert, &mut |key, param| f(&format!("{expert}/{key}"), param));
+            for_each_param_of(model, expert, &mut |key, param| {
+                f(&format!("{expert}/{key}"), param)
+            });
         }
     }
 }
@@ -101,7 +106,10 @@ pub fn for_each_param_of_mut<M: Adaptable>(
         match slot {
             Slot::Linear(linear) => {
                 if whole && linear.trains_base {
-                    f(&format!("{name}.weight"), ParamMut::Matrix(&mut linear.weight));
+                    f(
+                        &format!("{name}.weight"),
+                        ParamMut::Matrix(&mut linear.weight),
+                    );
                     if let Some(bias) = &mut linear.bias {
                         f(&format!("{name}.bias"), ParamMut::Vector(bias));
                     }
@@ -124,7 +132,10 @@ pub fn for_each_param_of_mut<M: Adaptable>(
             }
             Slot::Embedding(table) => {
                 if whole && table.trains_base {
-                    f(&format!("{name}.weight"), ParamMut::Matrix(&mut table.weight));
+                    f(
+                        &format!("{name}.weight"),
+                        ParamMut::Matrix(&mut table.weight),
+                    );
                 }
                 for part in table.parts.iter_mut().filter(|p| p.name == adapter) {
                     if let Some(lora) = &mut part.lora {
@@ -140,7 +151,10 @@ pub fn for_each_param_of_mut<M: Adaptable>(
             }
             Slot::Norm(norm) => {
                 if whole && norm.trains_base {
-                    f(&format!("{name}.weight"), ParamMut::Vector(&mut norm.weight));
+                    f(
+                        &format!("{name}.weight"),
+                        ParamMut::Vector(&mut norm.weight),
+                    );
                 }
                 for part in norm.parts.iter_mut().filter(|p| p.name == adapter) {
                     f(&key("weight"), ParamMut::Vector(&mut part.saved));
@@ -151,7 +165,9 @@ pub fn for_each_param_of_mut<M: Adaptable>(
     let Some(gate) = model.gate_mut() else { return };
     gate.for_each_param_mut(adapter, f);
     for expert in gate.trained_along(adapter).iter() {
-        for_each_param_of_mut(model, expert, &mut |key, param| f(&format!("{expert}/{key}"), param));
+        for_each_param_of_mut(model, expert, &mut |key, param| {
+            f(&format!("{expert}/{key}"), param)
+        });
     }
 }
 

@@ -160,7 +160,11 @@ impl CausalLm {
             && has(EMBEDDING)
             && has(HEAD)
             && checkpoint.read_f32(EMBEDDING)? != checkpoint.read_f32(HEAD)?;
-        let config = if parted { config.untied() } else { config.clone() };
+        let config = if parted {
+            config.untied()
+        } else {
+            config.clone()
+        };
         Ok((config, embedding))
     }
 

@@ -190,10 +190,16 @@ pub fn bench(
                 }
             }
         }
-        let first = lanes.first().map(|lane| lane.seconds.clone()).unwrap_or_default();
+        let first = lanes
+            .first()
+            .map(|lane| lane.seconds.clone())
+            .unwrap_or_default();
         for lane in &lanes {
             let seconds = median(lane.seconds.clone());
-            let ratios = first.iter().zip(&lane.seconds).map(|(first, own)| first / own);
+            let ratios = first
+                .iter()
+                .zip(&lane.seconds)
+                .map(|(first, own)| first / own);
             on_step(&StepFigures {
                 method: lane.method.clone(),
                 trainable: lane.trainable,

@@ -38,7 +38,9 @@ pub struct Row {
 /// The folder of a variant: its name in small letters, digits and hyphens.
 pub fn folder(name: &str) -> String {
     let plain = name.to_lowercase().replace('+', "-plus");
-    let mapped = plain.chars().map(|c| if c.is_alphanumeric() { c } else { '-' });
+    let mapped = plain
+        .chars()
+        .map(|c| if c.is_alphanumeric() { c } else { '-' });
     let parts: String = mapped.collect();
     let parts: Vec<&str> = parts.split('-').filter(|p| !p.is_empty()).collect();
     parts.join("-")
@@ -54,11 +56,13 @@ pub fn finished(dir: &Path, name: &str, recipe: &Recipe) -> Result<Option<Row>, 
         return Ok(None);
     }
     // Where a run went does not change what it is.
-    let same = |then: Recipe| Recipe {
-        output: recipe.output.clone(),
-        device: recipe.device.clone(),
-        ..then
-    } == *recipe;
+    let same = |then: Recipe| {
+        Recipe {
+            output: recipe.output.clone(),
+            device: recipe.device.clone(),
+            ..then
+        } == *recipe
+    };
     if !Recipe::load::<&str>(&dir.join(LOCK), &[]).is_ok_and(same) {
         return Ok(None);
     }
@@ -86,7 +90,10 @@ pub fn finished(dir: &Path, name: &str, recipe: &Recipe) -> Result<Option<Row>, 
 fn weight_bytes(dir: &Path) -> u64 {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let files = entries.filter(|e| e.path().extension().is_some_and(|e| e == "safetensors"));
-    files.filter_map(|e| e.metadata().ok()).map(|m| m.len()).sum()
+    files
+        .filter_map(|e| e.metadata().ok())
+        .map(|m| m.len())
+        .sum()
 }
 
 /// The rows as a Markdown table.
@@ -99,7 +106,9 @@ pub fn table(rows: &[Row]) -> String {
         let _ = writeln!(out, "| (base) | 0 | {loss:.4} | | | |");
     }
     for row in rows {
-        let loss = row.valid_loss.map_or_else(|| "–".to_owned(), |loss| format!("{loss:.4}"));
+        let loss = row
+            .valid_loss
+            .map_or_else(|| "–".to_owned(), |loss| format!("{loss:.4}"));
         let _ = writeln!(
             out,
             "| {} | {} | {loss} | {:.0} | {:.2} GiB | {:.2} MB |",

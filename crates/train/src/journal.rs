@@ -63,7 +63,9 @@ pub enum Entry {
 impl Entry {
     fn step(&self) -> usize {
         match self {
-            Self::Train { step, .. } | Self::Valid { step, .. } | Self::Budget { step, .. } => *step,
+            Self::Train { step, .. } | Self::Valid { step, .. } | Self::Budget { step, .. } => {
+                *step
+            }
         }
     }
 }

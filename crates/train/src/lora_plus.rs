@@ -19,15 +19,20 @@ pub fn scheduler(
     at_rate: &dyn Fn(f64) -> Schedule,
 ) -> ModuleLrScheduler {
     let (mut fast, mut embedding) = (Vec::new(), Vec::new());
-    for_each_trainable(model, &mut |key, param| match group(key, param.shape().len()) {
-        Group::Fast => fast.push(param.id()),
-        Group::Embedding => embedding.push(param.id()),
-        Group::Plain => {}
-    });
+    for_each_trainable(
+        model,
+        &mut |key, param| match group(key, param.shape().len()) {
+            Group::Fast => fast.push(param.id()),
+            Group::Embedding => embedding.push(param.id()),
+            Group::Plain => {}
+        },
+    );
     let mut all: ModuleLrScheduler = at_rate(settings.learning_rate).into();
     let mut add = |ids: Vec<ParamId>, rate| {
         if !ids.is_empty() {
-            all = all.clone().with_group(ParamGroup::from_ids(ids), at_rate(rate));
+            all = all
+                .clone()
+                .with_group(ParamGroup::from_ids(ids), at_rate(rate));
         }
     };
     add(fast, settings.learning_rate * ratio);

@@ -116,7 +116,11 @@ fn modules(
 ) -> Result<(String, Vec<ModuleShape>, String), TrainError> {
     let Some(json) = config_only(Path::new(&recipe.model.base))? else {
         let base = OpenBase::open(&recipe.model.base, None, progress)?;
-        return Ok((shape(&base.config), base.config.modules(), base.local.source_note));
+        return Ok((
+            shape(&base.config),
+            base.config.modules(),
+            base.local.source_note,
+        ));
     };
     if json.get("model_type").and_then(Value::as_str) == Some("vit") {
         let modules = vit_modules(&json)?;
@@ -187,21 +191,32 @@ fn method(config: &AdapterConfig) -> String {
     let json = config.to_json();
     let on = |key: &str| json[key].as_bool() == Some(true);
     let (name, keys): (&str, &[&str]) = match config {
-        AdapterConfig::Lora(lora) if lora.use_dora => ("DoRA", &["r", "lora_alpha", "lora_dropout"]),
+        AdapterConfig::Lora(lora) if lora.use_dora => {
+            ("DoRA", &["r", "lora_alpha", "lora_dropout"])
+        }
         AdapterConfig::Lora(_) => ("LoRA", &["r", "lora_alpha", "lora_dropout"]),
         AdapterConfig::Loha(_) => ("LoHa", &["r", "alpha"]),
         AdapterConfig::Lokr(_) => ("LoKr", &["r", "alpha", "decompose_factor"]),
-        AdapterConfig::AdaLora(_) => ("AdaLoRA", &["init_r", "target_r", "lora_alpha", "lora_dropout"]),
+        AdapterConfig::AdaLora(_) => (
+            "AdaLoRA",
+            &["init_r", "target_r", "lora_alpha", "lora_dropout"],
+        ),
         AdapterConfig::Vera(_) => ("VeRA", &["r", "d_initial", "vera_dropout"]),
         AdapterConfig::Ia3(_) => ("(IA)³", &[]),
-        AdapterConfig::XLora(_) => ("X-LoRA", &["xlora_depth", "xlora_size", "layerwise_scalings"]),
+        AdapterConfig::XLora(_) => (
+            "X-LoRA",
+            &["xlora_depth", "xlora_size", "layerwise_scalings"],
+        ),
         AdapterConfig::Full(_) => ("full fine-tuning", &[]),
     };
     let mut text = name.to_owned();
     for key in keys {
         text.push_str(&format!(", {key} = {}", json[key]));
     }
-    for (key, word) in [("use_rslora", "rsLoRA"), ("decompose_both", "both factors decomposed")] {
+    for (key, word) in [
+        ("use_rslora", "rsLoRA"),
+        ("decompose_both", "both factors decomposed"),
+    ] {
         if on(key) {
             text.push_str(&format!(", {word}"));
         }
@@ -363,7 +378,10 @@ impl fmt::Display for PlanReport {
             line(f, rows, tokens.indices.len() * tokens.width)?;
         }
         for (key, [rows, columns]) in &self.adapter.shared {
-            writeln!(f, "           {key:width$}  [{rows}, {columns}], shared and not trained")?;
+            writeln!(
+                f,
+                "           {key:width$}  [{rows}, {columns}], shared and not trained"
+            )?;
         }
         writeln!(
             f,

@@ -244,7 +244,9 @@ impl Run<'_> {
         let Some(kept) = done.kept else {
             return Ok(());
         };
-        let ranks = kept.iter().map(|(_, kept)| kept.iter().filter(|k| **k).count());
+        let ranks = kept
+            .iter()
+            .map(|(_, kept)| kept.iter().filter(|k| **k).count());
         self.write(&Entry::Budget {
             step: step + 1,
             budget: done.budget,
@@ -477,10 +479,11 @@ impl Run<'_> {
 
     fn save(&mut self) -> Result<(), TrainError> {
         let model = self.model.valid();
-        let path = self
-            .s
-            .checkpoints
-            .save(&self.state, &self.optimizer, self.allocator.as_ref(), |dir| {
+        let path = self.s.checkpoints.save(
+            &self.state,
+            &self.optimizer,
+            self.allocator.as_ref(),
+            |dir| {
                 let (config, meta) = (&self.s.adapter, &self.s.meta);
                 let form = SaveForm::Resume;
                 Ok(enamel_adapter::save_pretrained_as(
@@ -491,7 +494,8 @@ impl Run<'_> {
                     dir,
                     form,
                 )?)
-            })?;
+            },
+        )?;
         self.end.checkpoint = Some(path);
         Ok(())
     }

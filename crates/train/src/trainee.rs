@@ -127,7 +127,9 @@ impl Trainee {
         let (places, labels): (Vec<i64>, Vec<i64>) =
             trained.map(|(place, label)| (place as i64, *label)).unzip();
         let count = places.len();
-        let int = |values: Vec<i64>| Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device);
+        let int = |values: Vec<i64>| {
+            Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
+        };
         let logits = self.model.logits(hidden.select(0, int(places)));
         let log_probs = burn::tensor::activation::log_softmax(logits, 1);
         -log_probs.gather(1, int(labels).unsqueeze_dim(1)).sum()

@@ -119,7 +119,10 @@ impl TokenIndices {
         };
         let list = match self {
             Self::Input(list) => ends("embed_tokens").then_some(list),
-            Self::Named(map) => map.iter().find(|(name, _)| ends(name)).map(|(_, list)| list),
+            Self::Named(map) => map
+                .iter()
+                .find(|(name, _)| ends(name))
+                .map(|(_, list)| list),
         };
         list.map(Vec::as_slice)
     }
@@ -233,7 +236,9 @@ impl LoraConfig {
 
     fn init_problem(&self, purpose: Purpose) -> Option<String> {
         let name = self.init_lora_weights.write();
-        if purpose == Purpose::Initialise && self.use_dora && self.init_lora_weights.takes_from_base()
+        if purpose == Purpose::Initialise
+            && self.use_dora
+            && self.init_lora_weights.takes_from_base()
         {
             return Some(format!(
                 "init_lora_weights = {name} together with use_dora is not supported: the length of \

@@ -232,7 +232,10 @@ impl MethodConfig for AdaLoraConfig {
                 self.target_r, self.init_r
             ));
         }
-        for (key, value) in [("lora_alpha", self.lora_alpha), ("orth_reg_weight", self.orth_reg_weight)] {
+        for (key, value) in [
+            ("lora_alpha", self.lora_alpha),
+            ("orth_reg_weight", self.orth_reg_weight),
+        ] {
             if !value.is_finite() || value <= 0.0 {
                 problems.push(format!("{key} = {value}: must be greater than 0"));
             }

@@ -106,7 +106,9 @@ impl Ia3Config {
         match &self.feedforward_modules {
             Some(targets) => names_module(targets, module),
             None => FEEDFORWARD.iter().any(|name| {
-                module.strip_suffix(name).is_some_and(|head| head.is_empty() || head.ends_with('.'))
+                module
+                    .strip_suffix(name)
+                    .is_some_and(|head| head.is_empty() || head.ends_with('.'))
             }),
         }
     }

@@ -82,8 +82,10 @@ impl Loha {
     fn khatri_rao(&self) -> (Tensor<2>, Tensor<2>) {
         let [out, r] = self.w1_a.dims();
         let [_, width] = self.w1_b.dims();
-        let left: Tensor<3> = self.w1_a.val().unsqueeze_dim::<3>(2) * self.w2_a.val().unsqueeze_dim(1);
-        let right: Tensor<3> = self.w1_b.val().unsqueeze_dim::<3>(1) * self.w2_b.val().unsqueeze_dim(0);
+        let left: Tensor<3> =
+            self.w1_a.val().unsqueeze_dim::<3>(2) * self.w2_a.val().unsqueeze_dim(1);
+        let right: Tensor<3> =
+            self.w1_b.val().unsqueeze_dim::<3>(1) * self.w2_b.val().unsqueeze_dim(0);
         (left.reshape([out, r * r]), right.reshape([r * r, width]))
     }
 
@@ -160,11 +162,15 @@ impl Method for Loha {
     }
 
     fn drops(&self) -> bool {
-        super::at_work(&self.rank_dropout, &self.w1_a) || super::at_work(&self.module_dropout, &self.w1_a)
+        super::at_work(&self.rank_dropout, &self.w1_a)
+            || super::at_work(&self.module_dropout, &self.w1_a)
     }
 
     fn for_each_param(&self, f: &mut dyn FnMut(&'static str, ParamRef<'_>)) {
-        for (name, param) in NAMES.iter().zip([&self.w1_a, &self.w1_b, &self.w2_a, &self.w2_b]) {
+        for (name, param) in NAMES
+            .iter()
+            .zip([&self.w1_a, &self.w1_b, &self.w2_a, &self.w2_b])
+        {
             f(name, ParamRef::Matrix(param));
         }
     }
@@ -253,7 +259,10 @@ impl MethodConfig for LohaConfig {
         let mut param = |name: &str, shape| {
             place.param(&target.key(name), values.next().unwrap_or_default(), shape)
         };
-        let (left, right) = ([target.out_features, target.r], [target.r, target.in_features]);
+        let (left, right) = (
+            [target.out_features, target.r],
+            [target.r, target.in_features],
+        );
         Adapter::Loha(Loha {
             w1_a: param(NAMES[0], left),
             w1_b: param(NAMES[1], right),

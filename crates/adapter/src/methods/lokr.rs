@@ -39,7 +39,9 @@ impl PeftValue for InitLokr {
             Value::Bool(false) => Some(Self::Random),
             Value::String(name) if name == "lycoris" => Some(Self::Lycoris),
             _ => {
-                problems.push(format!("{key} = {value}: must be true, false or \"lycoris\""));
+                problems.push(format!(
+                    "{key} = {value}: must be true, false or \"lycoris\""
+                ));
                 None
             }
         }

@@ -84,9 +84,7 @@ impl Lora {
     fn residual(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
         let weight = base.weight.clone();
         match &self.origin {
-            Some(origin) => {
-                lora_linear(x, weight, origin.a.clone(), -origin.b.clone(), self.scale)
-            }
+            Some(origin) => lora_linear(x, weight, origin.a.clone(), -origin.b.clone(), self.scale),
             None => linear(x, weight),
         }
     }
@@ -109,7 +107,8 @@ impl Magnitude {
         // `[r, out]`: few rows times the weight, which is read once.
         let across = linear(a.clone(), weight).transpose();
         let gram = a.clone().matmul(a.transpose());
-        let both = across.mul_scalar(2.0 * scale) + b.clone().matmul(gram).mul_scalar(scale * scale);
+        let both =
+            across.mul_scalar(2.0 * scale) + b.clone().matmul(gram).mul_scalar(scale * scale);
         let squares = self.base_squares.clone() + (both * b).sum_dim(1).reshape([out]);
         // Rounding may leave a row of zeros slightly below zero.
         self.length.val() / squares.clamp_min(0.0).sqrt()
@@ -280,7 +279,9 @@ impl MethodConfig for LoraConfig {
         let mut next = || values.next().unwrap_or_default();
         let lora_a = place.param(&target.key(A), next(), [r, width]);
         let lora_b = place.param(&target.key(B), next(), [out, r]);
-        let bias = self.lora_bias.then(|| place.param(&target.key(B_BIAS), next(), [out]));
+        let bias = self
+            .lora_bias
+            .then(|| place.param(&target.key(B_BIAS), next(), [out]));
         let magnitude = self.use_dora.then(|| Magnitude {
             length: place.param(&target.key(MAGNITUDE), next(), [out]),
             base_squares: {

@@ -51,7 +51,10 @@ fn factors(
     Ok(match &config.init_lora_weights {
         InitLora::Random => {
             // PEFT's `False` leaves torch's own initialisation of a linear layer on B too.
-            (kaiming(&mut rng_a, r, width), kaiming(&mut start.rng(target, B), out, r))
+            (
+                kaiming(&mut rng_a, r, width),
+                kaiming(&mut start.rng(target, B), out, r),
+            )
         }
         InitLora::Gaussian => (gaussian(&mut rng_a, r * width, 1.0 / r as f64), zero()),
         InitLora::Orthogonal => orthogonal(target, start).map_err(|e| failed(target, e))?,
@@ -63,7 +66,8 @@ fn factors(
             None => {
                 return Err(AdapterError::Start {
                     module: target.name.clone(),
-                    reason: "EVA starts from the inputs of the layer, and no data were shown to it".into(),
+                    reason: "EVA starts from the inputs of the layer, and no data were shown to it"
+                        .into(),
                 });
             }
         },
@@ -73,16 +77,10 @@ fn factors(
 }
 
 /// PEFT: A zero and B normal, or both normal.
-fn embedding(
-    config: &LoraConfig,
-    target: &TargetPlan,
-    start: &Start<'_>,
-) -> Result<Vec<Vec<f32>>> {
+fn embedding(config: &LoraConfig, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
     let (r, rows, width) = (target.r, target.in_features, target.out_features);
     let a = match config.init_lora_weights {
-        InitLora::Random => {
-            gaussian(&mut start.rng(target, lora_embedding::A), r * rows, 1.0)
-        }
+        InitLora::Random => gaussian(&mut start.rng(target, lora_embedding::A), r * rows, 1.0),
         _ => vec![0.0; r * rows],
     };
     let b = gaussian(&mut start.rng(target, lora_embedding::B), width * r, 1.0);
@@ -118,10 +116,14 @@ fn lengths(
     let weight = (start.weight)()?;
     let mut row = vec![0.0_f64; width];
     let lengths = weight.chunks(width).zip(b.chunks(r)).map(|(weight, b)| {
-        row.iter_mut().zip(weight).for_each(|(sum, w)| *sum = f64::from(*w));
+        row.iter_mut()
+            .zip(weight)
+            .for_each(|(sum, w)| *sum = f64::from(*w));
         for (factor, a) in b.iter().zip(a.chunks(width)).filter(|(b, _)| **b != 0.0) {
             let factor = scale * f64::from(*factor);
-            row.iter_mut().zip(a).for_each(|(sum, a)| *sum += factor * f64::from(*a));
+            row.iter_mut()
+                .zip(a)
+                .for_each(|(sum, a)| *sum += factor * f64::from(*a));
         }
         row.iter().map(|v| v * v).sum::<f64>().sqrt() as f32
     });
@@ -152,7 +154,12 @@ fn pissa(
     }
     let mut b = Vec::with_capacity(out * r);
     for i in 0..out {
-        b.extend(u.row(i).iter().zip(&roots).map(|(u, root)| (f64::from(*u) * root) as f32));
+        b.extend(
+            u.row(i)
+                .iter()
+                .zip(&roots)
+                .map(|(u, root)| (f64::from(*u) * root) as f32),
+        );
     }
     Ok((a, b))
 }
@@ -187,7 +194,9 @@ fn orthogonal(
     let mix = |count: usize, rng: &mut rand_chacha::ChaCha8Rng| {
         Matrix::new(count, half, gaussian(rng, count * half, 1.0))
     };
-    let a = mix(width, &mut start.rng(target, A))?.matmul(&rows(0)?)?.transpose();
+    let a = mix(width, &mut start.rng(target, A))?
+        .matmul(&rows(0)?)?
+        .transpose();
     let b = mix(out, &mut start.rng(target, B))?.matmul(&rows(1)?)?;
     let tenth = |m: Matrix| m.data().iter().map(|v| v / 10.0).collect();
     Ok((tenth(a), tenth(b)))

@@ -136,6 +136,9 @@ pub trait MethodConfig {
     }
 }
 
+/// First values of A, row-major `[r, in]`, by module.
+pub type Given<'a> = dyn Fn(&str) -> Option<Vec<f32>> + 'a;
+
 /// What first values may depend on.
 pub struct Start<'a> {
     /// The run's seed.
@@ -143,8 +146,8 @@ pub struct Start<'a> {
     /// The base's weight `[out, in]` (`[vocabulary, hidden]` for an embedding), row-major, when asked
     /// for.
     pub weight: &'a dyn Fn() -> Result<Vec<f32>>,
-    /// First values from elsewhere (EVA), by module: A's rows `[r, in]`.
-    pub given: Option<&'a dyn Fn(&str) -> Option<Vec<f32>>>,
+    /// First values from elsewhere (EVA).
+    pub given: Option<&'a Given<'a>>,
 }
 
 impl Start<'_> {

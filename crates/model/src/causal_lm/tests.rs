@@ -231,7 +231,13 @@ fn gradients_reach_what_is_trained_and_nothing_else() {
         let gradients = model.logits(hidden).powf_scalar(2.0).sum().backward();
         let CausalLm::Llama(llama) = &model;
         let norm = &llama.layers[0].input_layernorm;
-        let trained = norm.part(DEFAULT).unwrap().saved.val().grad(&gradients).unwrap();
+        let trained = norm
+            .part(DEFAULT)
+            .unwrap()
+            .saved
+            .val()
+            .grad(&gradients)
+            .unwrap();
         let largest = values(trained)
             .into_iter()
             .fold(0.0, |a: f32, b| a.max(b.abs()));

@@ -32,7 +32,10 @@ pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
     if !problems.is_empty() {
         return Err(ConfigError::Invalid { problems });
     }
-    let bias = config.get("qkv_bias").and_then(Value::as_bool).unwrap_or(true);
+    let bias = config
+        .get("qkv_bias")
+        .and_then(Value::as_bool)
+        .unwrap_or(true);
     let labels = config.get("id2label").and_then(Value::as_object);
     let labels = labels.map_or(2, |labels| labels.len());
     let module = |name: &str, kind, shape: &[usize], bias| ModuleShape {
@@ -77,7 +80,12 @@ pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
     }
     all.push(module("vit.layernorm", whole, &[hidden], true));
     // As PEFT takes it: the classifier is a linear layer like others, and yields the logits.
-    all.push(module("classifier", ModuleKind::Head, &[labels, hidden], true));
+    all.push(module(
+        "classifier",
+        ModuleKind::Head,
+        &[labels, hidden],
+        true,
+    ));
     Ok(all)
 }
 
@@ -103,6 +111,9 @@ mod tests {
     fn senseless_sizes_are_reported_together() {
         let error = vit_modules(&json!({"hidden_size": 0, "patch_size": "x"})).unwrap_err();
         let text = error.to_string();
-        assert!(text.contains("hidden_size") && text.contains("patch_size"), "{text}");
+        assert!(
+            text.contains("hidden_size") && text.contains("patch_size"),
+            "{text}"
+        );
     }
 }

@@ -140,7 +140,9 @@ const LYCORIS: &[&str] = &["loha", "lokr"];
 const RANKED: &[&str] = &["lora", "dora", "loha", "lokr"];
 const TARGETED: &[&str] = &["lora", "dora", "loha", "lokr", "adalora", "vera", "ia3"];
 const LAYERED: &[&str] = &["lora", "dora", "loha", "lokr", "adalora", "vera"];
-const SAVING: &[&str] = &["lora", "dora", "loha", "lokr", "adalora", "vera", "ia3", "head"];
+const SAVING: &[&str] = &[
+    "lora", "dora", "loha", "lokr", "adalora", "vera", "ia3", "head",
+];
 
 /// Which methods a setting means something to; what is not here is for all.
 const OWNERS: &[(&str, &[&str])] = &[
@@ -151,7 +153,10 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("rank_dropout_scale", &["lokr"]),
     ("module_dropout", LYCORIS),
     ("target_modules", TARGETED),
-    ("exclude_modules", &["lora", "dora", "loha", "lokr", "adalora", "ia3"]),
+    (
+        "exclude_modules",
+        &["lora", "dora", "loha", "lokr", "adalora", "ia3"],
+    ),
     ("modules_to_save", SAVING),
     ("layers_to_transform", LAYERED),
     ("layers_pattern", LAYERED),
@@ -209,7 +214,9 @@ impl AdapterSettings {
 
 /// Settings that differ from their defaults and mean nothing to the method, with the methods they are
 /// for.
-pub(super) fn misplaced(settings: &AdapterSettings) -> Vec<(&'static str, &'static [&'static str])> {
+pub(super) fn misplaced(
+    settings: &AdapterSettings,
+) -> Vec<(&'static str, &'static [&'static str])> {
     let table = |settings: &AdapterSettings| match toml::Value::try_from(settings) {
         Ok(toml::Value::Table(table)) => table,
         _ => toml::Table::new(),
@@ -302,7 +309,9 @@ fn supported_method<S: AsRef<str>>(value: &S) -> Verdict {
         .map(|method| (strsim::jaro_winkler(&plain, method), method))
         .filter(|(score, _)| *score > 0.8)
         .max_by(|a, b| a.0.total_cmp(&b.0));
-    let hint = near.map_or(String::new(), |(_, method)| format!(" (did you mean `{method}`?)"));
+    let hint = near.map_or(String::new(), |(_, method)| {
+        format!(" (did you mean `{method}`?)")
+    });
     Err(format!(
         "there is no method `{value}`{hint}; there are {}",
         METHODS.join(", ")
@@ -320,7 +329,10 @@ fn modules(value: &Modules) -> Verdict {
 }
 
 fn all_positive(value: &Ordered<usize>) -> Verdict {
-    verdict(value.0.iter().all(|(_, r)| *r > 0), "every rank must be at least 1")
+    verdict(
+        value.0.iter().all(|(_, r)| *r > 0),
+        "every rank must be at least 1",
+    )
 }
 
 fn known_start(value: &InitWeights) -> Verdict {

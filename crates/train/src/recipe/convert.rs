@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use enamel_adapter::{
-    AdaLoraConfig, AdapterConfig, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig, LokrConfig,
-    LoraConfig, Targets, VeraConfig, XLoraConfig,
+    AdaLoraConfig, AdapterConfig, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig,
+    LokrConfig, LoraConfig, Targets, VeraConfig, XLoraConfig,
 };
 use enamel_data::DataSpec;
 use serde_json::json;
@@ -181,7 +181,8 @@ impl AdapterSettings {
 
     /// Rank of the update, by the method's default if it was left out.
     pub fn rank(&self) -> usize {
-        self.r.unwrap_or(if self.method == "vera" { 256 } else { 8 })
+        self.r
+            .unwrap_or(if self.method == "vera" { 256 } else { 8 })
     }
 }
 

@@ -20,11 +20,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use adapter::{AdapterSettings, InitWeights, Modules, Ordered};
 pub use error::{Origin, Problem, Problems, RecipeError};
 pub use lock::{FileHash, LockInfo, write_lock};
 pub use read::{RecipeFile, Variant};
 pub use reference::reference;
-pub use adapter::{AdapterSettings, InitWeights, Modules, Ordered};
 pub use section::Setting;
 pub use settings::{
     DataSettings, ModelSettings, OutputSettings, Paths, Schedule, Strategy, TrainSettings,

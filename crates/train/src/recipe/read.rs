@@ -7,9 +7,9 @@ use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
+use super::adapter::AdapterSettings;
 use super::error::{Origin, Problem, Problems, RecipeError};
 use super::lock::LockInfo;
-use super::adapter::AdapterSettings;
 use super::section::{Section, Setting};
 use super::settings::{DataSettings, General, ModelSettings, OutputSettings, TrainSettings};
 use super::{Recipe, resolve};
@@ -137,16 +137,21 @@ impl RecipeFile {
                 }
             }
         });
-        let compare = written.compare.take().map_or(Vec::new(), |(origin, value)| {
-            read_value::<Vec<Variant>>(value).unwrap_or_else(|message| {
-                problems.push(Problem {
-                    origin,
-                    message: format!("[[compare]]: {message}"),
-                    help: Some("each has a name, and a list `set` of section.name=value".into()),
-                });
-                Vec::new()
-            })
-        });
+        let compare = written
+            .compare
+            .take()
+            .map_or(Vec::new(), |(origin, value)| {
+                read_value::<Vec<Variant>>(value).unwrap_or_else(|message| {
+                    problems.push(Problem {
+                        origin,
+                        message: format!("[[compare]]: {message}"),
+                        help: Some(
+                            "each has a name, and a list `set` of section.name=value".into(),
+                        ),
+                    });
+                    Vec::new()
+                })
+            });
         written.report_rest(&mut problems);
         let recipe = resolve::resolve(recipe, &self.path, &origins, &mut problems);
         if problems.is_empty() {

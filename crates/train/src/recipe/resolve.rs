@@ -181,7 +181,10 @@ fn check_adapter(recipe: &mut Recipe, found: &mut Findings<'_>) {
     if adapter.init_from.is_some() && ["full", "head", "xlora"].contains(&adapter.method.as_str()) {
         found.add(
             "adapter.init_from",
-            &format!("adapter.init_from does not go with method = {:?}", adapter.method),
+            &format!(
+                "adapter.init_from does not go with method = {:?}",
+                adapter.method
+            ),
             "remove it",
         );
     }

@@ -6,7 +6,8 @@ use enamel_data::{OnBadRow, RecordFormat, TrainOn, Truncation};
 use serde::{Deserialize, Serialize};
 
 use super::section::{
-    any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive, positive_number, section,
+    any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive,
+    positive_number, section,
 };
 
 section! {

@@ -103,8 +103,8 @@ fn wrong_values_say_what_is_accepted() {
         &["`cosin`", "`cosine`"],
     );
     refuses(
-        "[adapter]\nmethod = 'dora'\n",
-        &["`dora` is not supported yet"],
+        "[adapter]\nmethod = 'prefix'\n",
+        &["there is no method `prefix`", "lora, dora, loha"],
     );
     refuses(
         "[adapter]\nmethod = 'lara'\n",
@@ -221,7 +221,13 @@ fn overrides_take_toml_values_and_bare_words() {
     );
     assert_eq!(recipe.adapter.modules_to_save, ["lm_head"]);
     // In the order in which they were given: of two that match, the first counts.
-    let ranks: Vec<_> = recipe.adapter.rank_pattern.0.iter().map(|(k, r)| (k.as_str(), *r)).collect();
+    let ranks: Vec<_> = recipe
+        .adapter
+        .rank_pattern
+        .0
+        .iter()
+        .map(|(k, r)| (k.as_str(), *r))
+        .collect();
     assert_eq!(ranks, [("q_proj", 4), ("v_proj", 2)]);
     assert!(!recipe.data.shuffle);
     assert_eq!(recipe.device, "cuda:0");
