@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds Enamel with CUDA, trains a few steps on the GPU and on Flex, compares the losses to 1e-3 and
-# times both. Run it on any machine with an NVIDIA driver; building needs LLVM (ARCHITECTURE.md,
+# Builds Enamel with CUDA, trains a few steps on the GPU and on Flex, with every adapter method,
+# compares the losses to 1e-3 and times both. Run it on any machine with an NVIDIA driver; building needs LLVM (ARCHITECTURE.md,
 # "Building with CUDA"). ENAMEL_BIN skips the build.
 #
 #   scripts/gpu_check.sh [RECIPE] > docs/measurements/cuda.md
@@ -19,6 +19,11 @@ fi
 for device in flex cuda; do
   "$ENAMEL_BIN" train "$recipe" --no-tui --device "$device" --output "$work/$device" \
     --set train.max_steps="$steps" --set train.samples=0 --set train.logging_steps=1 >&2
+  for method in dora loha lokr adalora vera ia3 full; do
+    "$ENAMEL_BIN" train "$recipe" --no-tui --device "$device" --output "$work/$device-$method" \
+      --set adapter.method="$method" --set train.max_steps=5 --set train.samples=0 --set train.logging_steps=1 \
+      --set train.eval_strategy=no --set train.save_strategy=no --set train.load_best_model_at_end=false >&2
+  done
 done
 
 python3 - "$work" "$steps" <<'PY'
@@ -39,5 +44,11 @@ print("| device | tokens/s (median step, first three left out) |\n|---|---|")
 for label, r in (("flex", flex), ("cuda", cuda)):
     print(f"| {label} | {statistics.median(x['tokens_per_second'] for x in r[3:] or r):.0f} |")
 print(f"\nLargest difference of a step's loss: {worst:.2e} (bound: 1e-3).")
+print("\n| method, five steps | largest difference of a loss | cuda, tokens/s (median) |\n|---|---|---|")
+for method in ["dora", "loha", "lokr", "adalora", "vera", "ia3", "full"]:
+    flex, cuda = rows(f"flex-{method}"), rows(f"cuda-{method}")
+    off = max(abs(a["loss"] - b["loss"]) for a, b in zip(flex, cuda, strict=True))
+    worst = max(worst, off)
+    print(f"| {method} | {off:.2e} | {statistics.median(x['tokens_per_second'] for x in cuda):.0f} |")
 sys.exit(0 if worst <= 1e-3 else 1)
 PY

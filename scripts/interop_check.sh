@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Real interoperability with transformers and PEFT, recorded: builds Enamel, runs interop_check.py with
-# PYTHON (which must have torch, transformers, peft and gguf) and writes docs/measurements/interop.md.
+# Real interoperability with transformers and PEFT, recorded: builds Enamel, runs interop_check.py (a real
+# model) and interop_methods.py (every method) with PYTHON, which must have torch, transformers, peft and
+# gguf, and writes docs/measurements/interop.md and interop_methods.md.
 # ENAMEL_BIN skips the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,9 +9,12 @@ if [ -z "${ENAMEL_BIN:-}" ]; then
   cargo build --release --locked
   ENAMEL_BIN=${CARGO_TARGET_DIR:-target}/release/enamel
 fi
-out=docs/measurements/interop.md
-mkdir -p "$(dirname "$out")"
+mkdir -p docs/measurements
 status=0
-"${PYTHON:-python3}" scripts/interop_check.py --enamel "$ENAMEL_BIN" >"$out.new" || status=$?
-if [ -s "$out.new" ]; then mv "$out.new" "$out"; cat "$out"; else rm -f "$out.new"; fi
+for name in interop interop_methods; do
+  out=docs/measurements/$name.md
+  script=scripts/${name/%interop/interop_check}.py
+  "${PYTHON:-python3}" "$script" --enamel "$ENAMEL_BIN" >"$out.new" || status=$?
+  if [ -s "$out.new" ]; then mv "$out.new" "$out"; cat "$out"; else rm -f "$out.new"; fi
+done
 exit "$status"

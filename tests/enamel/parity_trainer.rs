@@ -1,28 +1,39 @@
 //! Twenty steps through `enamel train` against PEFT and torch's AdamW, loss by loss.
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use crate::enamel_process::Workshop;
-use crate::goldens::{Tensors, assert_close_to_largest, copy, json};
+use crate::goldens::{Tensors, assert_close_to_largest, copy, fixtures, json};
 use crate::parity_lora::folder;
 
 /// Runs the golden curve `name` of a LoRA case on `device` and compares it step by step.
 fn check(case: &str, name: &str, device: &str) {
-    let golden = json(&folder(case).join(format!("curve_{name}.json")));
+    check_in(&folder(case), case, name, device);
+}
+
+/// The same for a case of any method.
+fn check_method(case: &str, name: &str) {
+    check_in(&fixtures().join("methods").join(case), case, name, "flex");
+}
+
+fn check_in(folder: &Path, case: &str, name: &str, device: &str) {
+    let golden = json(&folder.join(format!("curve_{name}.json")));
     let settings = &golden["settings"];
     let workshop = Workshop::new();
     copy(
-        &folder(case).join(format!("curve_{name}.jsonl")),
+        &folder.join(format!("curve_{name}.jsonl")),
         &workshop.path("rows.jsonl"),
     );
     workshop.recipe(
         "curve.toml",
-        &format!("init_from = {:?}", folder(case).join("adapter")),
+        &format!("init_from = {:?}", folder.join("adapter")),
         "train = \"rows.jsonl\"\nformat = \"tokens\"\nmax_length = 64\nshuffle = false",
         &format!(
             "max_steps = 20\nbatch_size = {}\ngradient_accumulation_steps = {}\nlearning_rate = {}\n\
              lr_scheduler_type = {}\nwarmup_steps = {}\nmax_grad_norm = {}\nweight_decay = {}\n\
-             adam_beta1 = {}\nadam_beta2 = {}\nadam_epsilon = {}\nlogging_steps = 1\nsamples = 0",
+             adam_beta1 = {}\nadam_beta2 = {}\nadam_epsilon = {}\nlogging_steps = 1\nsamples = 0{}",
             settings["rows_per_batch"],
             settings["accumulate"],
             settings["lr"],
@@ -33,6 +44,10 @@ fn check(case: &str, name: &str, device: &str) {
             settings["betas"][0],
             settings["betas"][1],
             settings["eps"],
+            match &settings["loraplus_lr_ratio"] {
+                Value::Null => String::new(),
+                ratio => format!("\nloraplus_lr_ratio = {ratio}"),
+            },
         ),
     );
     workshop.run(&["train", "curve.toml", "--device", device]);
@@ -61,7 +76,7 @@ fn check(case: &str, name: &str, device: &str) {
     }
 
     let ours = Tensors::open(workshop.path("run/adapter/adapter_model.safetensors"));
-    let theirs = Tensors::open(folder(case).join(format!("after_{name}.safetensors")));
+    let theirs = Tensors::open(folder.join(format!("after_{name}.safetensors")));
     assert_eq!(ours.names(), theirs.names());
     for tensor in theirs.names() {
         // An entry whose gradient is near nothing may step either way in its first steps, by the
@@ -109,4 +124,27 @@ fn embedding_and_head_trained_whole() {
 fn on_ndarray() {
     check("all_linear", "plain", "ndarray");
     check("all_linear", "accumulate", "ndarray");
+}
+
+#[test]
+fn lora_plus_gives_b_and_embeddings_rates_of_their_own() {
+    check_method("lora_plus", "plus");
+    check_method("lora_plus_embed", "plus");
+}
+
+#[test]
+fn every_other_method_on_the_untied_model() {
+    for case in [
+        "lora_dora",
+        "lora_embed",
+        "lora_trainable_tokens",
+        "loha",
+        "lokr",
+        "lokr_full",
+        "vera",
+        "ia3",
+        "head",
+    ] {
+        check_method(case, "plain");
+    }
 }

@@ -1,7 +1,7 @@
 //! Adapts a plain Burn model that knows nothing of adapters, trains the adapter with burn-train, and saves
 //! it in PEFT's format.
 //!
-//!     cargo run --release -p enamel-adapter --example own_model
+//!     cargo run --release --example own_model
 //!
 //! A small network has learnt `sin x`. A LoRA on its layers teaches it `sin x + cos 2x` from few points;
 //! the network itself stays as it is.

@@ -11,6 +11,8 @@ mod cpu;
 
 pub mod attention;
 pub mod cross_entropy;
+pub mod dora_linear;
+pub mod khatri_rao;
 pub mod kron_linear;
 pub mod lora_linear;
 pub mod rms_norm;
@@ -21,6 +23,8 @@ pub use cpu::cpu_path;
 
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};
+pub use dora_linear::dora_linear;
+pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};
 pub use kron_linear::{kron, kron_linear};
 pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
 pub use rms_norm::rms_norm;

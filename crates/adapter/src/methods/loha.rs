@@ -10,7 +10,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
-use enamel_kernels::{linear, lora_linear};
+use enamel_kernels::{khatri_rao_columns, khatri_rao_rows, linear, lora_linear};
 
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
 use crate::config::fields::peft_config;
@@ -80,13 +80,10 @@ pub struct Loha {
 impl Loha {
     /// `w1_a ∗ w2_a` `[out, r²]` and `w1_b ∗ w2_b` `[r², in]`.
     fn khatri_rao(&self) -> (Tensor<2>, Tensor<2>) {
-        let [out, r] = self.w1_a.dims();
-        let [_, width] = self.w1_b.dims();
-        let left: Tensor<3> =
-            self.w1_a.val().unsqueeze_dim::<3>(2) * self.w2_a.val().unsqueeze_dim(1);
-        let right: Tensor<3> =
-            self.w1_b.val().unsqueeze_dim::<3>(1) * self.w2_b.val().unsqueeze_dim(0);
-        (left.reshape([out, r * r]), right.reshape([r * r, width]))
+        (
+            khatri_rao_rows(self.w1_a.val(), self.w2_a.val()),
+            khatri_rao_columns(self.w1_b.val(), self.w2_b.val()),
+        )
     }
 
     /// The update without its scale, `[out, in]`.

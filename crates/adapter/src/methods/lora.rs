@@ -8,7 +8,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
-use enamel_kernels::{linear, lora_linear};
+use enamel_kernels::{dora_linear, linear, lora_linear};
 
 use super::lora_embedding::{self, LoraEmbedding};
 use super::lora_start;
@@ -98,23 +98,6 @@ impl Lora {
     }
 }
 
-impl Magnitude {
-    /// What each output is multiplied by: the learnt length over that of `W + s·B·A`, which is not
-    /// formed: `‖w + s·b·A‖² = ‖w‖² + 2s·(w·Aᵀ)·b + s²·b·(A·Aᵀ)·b` for a row w and its b. `[out]`
-    fn factor(&self, weight: &Tensor<2>, a: Tensor<2>, b: Tensor<2>, scale: f64) -> Tensor<1> {
-        let (weight, a, b) = (untracked(weight.clone()), untracked(a), untracked(b));
-        let [out, _] = weight.dims();
-        // `[r, out]`: few rows times the weight, which is read once.
-        let across = linear(a.clone(), weight).transpose();
-        let gram = a.clone().matmul(a.transpose());
-        let both =
-            across.mul_scalar(2.0 * scale) + b.clone().matmul(gram).mul_scalar(scale * scale);
-        let squares = self.base_squares.clone() + (both * b).sum_dim(1).reshape([out]);
-        // Rounding may leave a row of zeros slightly below zero.
-        self.length.val() / squares.clamp_min(0.0).sqrt()
-    }
-}
-
 /// Out of the graph: a leaf that is trained stays one when it is detached.
 pub(super) fn untracked<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     tensor.detach().set_require_grad(false)
@@ -143,15 +126,18 @@ impl Method for Lora {
             }
             (Some(magnitude), dropping) => {
                 let (a, b) = (self.lora_a.val(), self.lora_b.val());
-                let factor = magnitude.factor(&weight, a.clone(), b.clone(), self.scale);
-                let factor: Tensor<2> = factor.unsqueeze();
+                // The LoRA map, each output times the learnt length over that of a row of `W + s·B·A`.
+                let scaled = |x| {
+                    let (length, squares) =
+                        (magnitude.length.val(), magnitude.base_squares.clone());
+                    dora_linear(x, weight.clone(), a, b, length, squares, self.scale)
+                };
                 if dropping {
                     // PEFT scales what the dropped input makes and leaves the rest as the base has it.
                     let kept = self.dropout.forward(x.clone());
-                    let rest = linear(x - kept.clone(), weight.clone());
-                    rest + lora_linear(kept, weight, a, b, self.scale) * factor
+                    linear(x - kept.clone(), weight.clone()) + scaled(kept)
                 } else {
-                    lora_linear(x, weight, a, b, self.scale) * factor
+                    scaled(x)
                 }
             }
         };

@@ -3,6 +3,7 @@
 
 use burn::backend::autodiff::Autodiff;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
@@ -73,7 +74,7 @@ pub(super) fn lora_linear(
     ))
 }
 
-pub(super) fn dims(t: &FlexTensor) -> (usize, usize) {
+pub(crate) fn dims(t: &FlexTensor) -> (usize, usize) {
     (t.layout().shape()[0], t.layout().shape()[1])
 }
 
@@ -202,13 +203,48 @@ impl<B: LinearOps> Backward<B, 2> for LinearStep {
 
 /// What the backward of a LoRA linear needs, each only if some tracked parent's gradient uses it.
 #[derive(Clone, Debug)]
-pub(super) struct LoraState<B: Backend> {
-    pub(super) x: Option<FloatTensor<B>>,
-    pub(super) w: Option<FloatTensor<B>>,
-    pub(super) a: Option<FloatTensor<B>>,
-    pub(super) b: Option<FloatTensor<B>>,
-    pub(super) low: Option<FloatTensor<B>>,
-    pub(super) scale: f64,
+pub(crate) struct LoraState<B: Backend> {
+    pub(crate) x: Option<FloatTensor<B>>,
+    pub(crate) w: Option<FloatTensor<B>>,
+    pub(crate) a: Option<FloatTensor<B>>,
+    pub(crate) b: Option<FloatTensor<B>>,
+    pub(crate) low: Option<FloatTensor<B>>,
+    pub(crate) scale: f64,
+}
+
+impl<B: LinearOps> LoraState<B> {
+    /// Registers the gradients of x, w, a and b, where they have a node, for `grad` of the output.
+    pub(crate) fn backward(
+        self,
+        grad: FloatTensor<B>,
+        nodes: [Option<NodeId>; 4],
+        grads: &mut Gradients,
+    ) {
+        let [x_node, w_node, a_node, b_node] = nodes;
+        let Self {
+            x,
+            w,
+            a,
+            b,
+            low,
+            scale,
+        } = self;
+        if let (Some(node), Some(low)) = (b_node, low) {
+            grads.register::<B>(node, B::enamel_outer(grad.clone(), low, scale));
+        }
+        if let (Some(node), Some(x)) = (w_node, x.clone()) {
+            grads.register::<B>(node, B::enamel_outer(grad.clone(), x, 1.0));
+        }
+        // b is kept when a or x is tracked; both gradients go through the narrow side.
+        let Some(b) = b else { return };
+        let d_low = B::enamel_times(grad.clone(), b, scale);
+        if let (Some(node), Some(x)) = (a_node, x) {
+            grads.register::<B>(node, B::enamel_outer(d_low.clone(), x, 1.0));
+        }
+        if let (Some(node), Some(w), Some(a)) = (x_node, w, a) {
+            grads.register::<B>(node, B::enamel_times_sum(grad, w, d_low, a));
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -219,30 +255,8 @@ impl<B: LinearOps> Backward<B, 4> for LoraStep {
 
     fn backward(self, ops: Ops<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
-        let [x_node, w_node, a_node, b_node] = ops.parents;
-        let LoraState {
-            x,
-            w,
-            a,
-            b,
-            low,
-            scale,
-        } = ops.state;
-        if let (Some(node), Some(low)) = (b_node, low) {
-            grads.register::<B>(node.id, B::enamel_outer(grad.clone(), low, scale));
-        }
-        if let (Some(node), Some(x)) = (w_node, x.clone()) {
-            grads.register::<B>(node.id, B::enamel_outer(grad.clone(), x, 1.0));
-        }
-        // b is kept when a or x is tracked; both gradients go through the narrow side.
-        let Some(b) = b else { return };
-        let d_low = B::enamel_times(grad.clone(), b, scale);
-        if let (Some(node), Some(x)) = (a_node, x) {
-            grads.register::<B>(node.id, B::enamel_outer(d_low.clone(), x, 1.0));
-        }
-        if let (Some(node), Some(w), Some(a)) = (x_node, w, a) {
-            grads.register::<B>(node.id, B::enamel_times_sum(grad, w, d_low, a));
-        }
+        let nodes = ops.parents.map(|node| node.map(|n| n.id));
+        ops.state.backward(grad, nodes, grads);
     }
 }
 

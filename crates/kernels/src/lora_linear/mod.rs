@@ -1,6 +1,6 @@
 //! A frozen linear map, alone and with a low-rank adapter beside it.
 
-mod cpu;
+pub(crate) mod cpu;
 mod dropped;
 mod mask;
 mod reference;
