@@ -108,20 +108,49 @@ fn experts_trained_here_are_mixed_by_x_lora_and_the_mixture_resumes_too() {
     workshop.recipe("x.toml", mixture, DATA, TRAIN);
     workshop.run(&["train", "x.toml", "--output", "whole"]);
     let before: Vec<_> = ["one", "two"].iter().map(|e| workshop.adapter(e)).collect();
-    let from = workshop.path("whole/checkpoints/step-000004").display().to_string();
+    let from = workshop
+        .path("whole/checkpoints/step-000004")
+        .display()
+        .to_string();
     workshop.run(&["train", "x.toml", "--output", "parts", "--resume", &from]);
     assert!(workshop.adapter("whole").0 == workshop.adapter("parts").0);
     // The experts are frozen.
     let after: Vec<_> = ["one", "two"].iter().map(|e| workshop.adapter(e)).collect();
     assert!(before == after);
-    let answer = ["generate", "--model", "./model", "--adapter", "whole/adapter", "--prompt", "1 2 3", "--max-new-tokens", "4"];
+    let answer = [
+        "generate",
+        "--model",
+        "./model",
+        "--adapter",
+        "whole/adapter",
+        "--prompt",
+        "1 2 3",
+        "--max-new-tokens",
+        "4",
+    ];
     workshop.run(&answer);
-    let merge = ["merge", "--model", "./model", "--adapter", "whole/adapter", "--output", "merged"];
+    let merge = [
+        "merge",
+        "--model",
+        "./model",
+        "--adapter",
+        "whole/adapter",
+        "--output",
+        "merged",
+    ];
     let error = workshop.fail(&merge);
     assert!(error.contains("X-LoRA"), "{error}");
     assert!(!workshop.path("merged").exists());
     // An expert that has changed is another run.
-    workshop.run(&["train", "expert.toml", "--output", "one", "--overwrite", "--set", "seed=5"]);
+    workshop.run(&[
+        "train",
+        "expert.toml",
+        "--output",
+        "one",
+        "--overwrite",
+        "--set",
+        "seed=5",
+    ]);
     let error = workshop.fail(&["train", "x.toml", "--output", "parts", "--resume", &from]);
     assert!(error.contains("another"), "{error}");
     workshop.recipe("none.toml", "method = \"xlora\"", DATA, TRAIN);

@@ -40,6 +40,6 @@ pub(crate) fn gaussian(rng: &mut ChaCha8Rng, count: usize, deviation: f64) -> Ve
 }
 
 /// Uniform over `[0, 1)`, of 53 bits.
-fn unit(rng: &mut ChaCha8Rng) -> f64 {
+pub(crate) fn unit(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
 }

@@ -16,7 +16,7 @@ pub struct Args {
     /// A recipe with [[compare]] tables, each with a name and a list `set` of overrides
     #[arg(value_name = "RECIPE")]
     recipe: PathBuf,
-    /// Only the variants of these names
+    /// Train only the variants of these names; the table has all that are done
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// Where the runs go [default: the recipe's output directory]
@@ -48,14 +48,14 @@ impl Args {
         };
         let mut rows = Vec::new();
         for (variant, recipe) in &variants {
-            if !self.only.is_empty() && !self.only.contains(&variant.name) {
-                continue;
-            }
             let dir = root.join(folder(&variant.name));
             // A comparison that was interrupted goes on where it was.
             if let Some(row) = finished(&dir, &variant.name, recipe)? {
                 writeln!(out, "== {}: done before", variant.name)?;
                 rows.push(row);
+                continue;
+            }
+            if !self.only.is_empty() && !self.only.contains(&variant.name) {
                 continue;
             }
             writeln!(out, "== {}", variant.name)?;

@@ -1,10 +1,12 @@
 //! Pruning the entries of several tensors and merging them into one: TIES (Yadav et al. 2023) and DARE
 //! (Yu et al. 2024), in f32 and in the order of operations of PEFT's `merge_utils`.
 
-use rand::{RngCore, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::MajoritySign;
+use crate::frozen::fnv1a;
+use crate::random::unit;
 
 /// Which mask is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,16 +44,8 @@ impl Masks for SeededMasks {
         key[16..24].copy_from_slice(&fnv1a(draw.tensor).to_le_bytes());
         key[24..].copy_from_slice(&(draw.adapter as u64).to_le_bytes());
         let mut rng = ChaCha8Rng::from_seed(key);
-        // 53 bits, written out because a library's own draws may change between versions.
-        let mut unit = || (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
-        (0..count).map(|_| unit() < density).collect()
+        (0..count).map(|_| unit(&mut rng) < density).collect()
     }
-}
-
-fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }
 
 /// Keeps the `⌊density · n⌋` entries of largest magnitude, of equal ones the first, and zeros the rest.

@@ -16,7 +16,7 @@ use faer::linalg::qr::no_pivoting::factor::{
 };
 use faer::linalg::svd::{ComputeSvdVectors, svd, svd_scratch};
 use faer::{Conj, Mat, MatRef, Par};
-use rand::{RngCore, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{LinalgError, Matrix, Result, matmul_f64};
@@ -335,7 +335,7 @@ pub fn qr(matrix: &Matrix) -> Result<(Matrix, Matrix)> {
 pub fn svd_randomized(matrix: &Matrix, k: usize, n_iter: usize, seed: u64) -> Result<Svd> {
     let side = matrix.rows().min(matrix.cols());
     check_rank(matrix, k)?;
-    svd_randomized_from(matrix, &gaussian(side, k, seed), n_iter)
+    svd_randomized_from(matrix, &gaussian(side, k, seed)?, n_iter)
 }
 
 /// [`svd_randomized`] from a given start, `[min(rows, cols), k]`.
@@ -389,20 +389,14 @@ fn check_rank(matrix: &Matrix, k: usize) -> Result<()> {
     )))
 }
 
-/// Independent standard normal values (Box and Muller), row by row from one generator.
-fn gaussian(rows: usize, cols: usize, seed: u64) -> Matrix {
+/// Independent standard normal values, row by row from one generator.
+fn gaussian(rows: usize, cols: usize, seed: u64) -> Result<Matrix> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut unit = || (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
-    let mut result = Matrix::zeros(rows, cols);
-    for pair in result.data_mut().chunks_mut(2) {
-        // 1 - u lies in (0, 1], where the logarithm is finite.
-        let radius = (-2.0 * (1.0 - unit()).ln()).sqrt();
-        let angle = std::f64::consts::TAU * unit();
-        for (value, normal) in pair.iter_mut().zip([angle.cos(), angle.sin()]) {
-            *value = (radius * normal) as f32;
-        }
-    }
-    result
+    Matrix::new(
+        rows,
+        cols,
+        crate::random::gaussian(&mut rng, rows * cols, 1.0),
+    )
 }
 
 #[cfg(test)]

@@ -21,6 +21,10 @@ use crate::plan::TargetPlan;
 use crate::random::kaiming;
 use crate::target::{DEFAULT_TARGETS, Selection};
 
+/// Rows of input that a product with the dense update takes as long for as forming it, and passing its
+/// gradient on to the factors, takes: as measured, a few hundred.
+const FORMING: usize = 256;
+
 const NAMES: [&str; 4] = ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"];
 
 peft_config! {
@@ -94,11 +98,11 @@ impl Loha {
 
     /// Whether r² columns cost less than a dense update: in training the factored form multiplies every
     /// row of the input by `r²·(in + out)` numbers three times, the dense one by `in·out` once more than
-    /// the base does (for its gradient).
-    fn factoring_is_cheaper(&self) -> bool {
+    /// the base does (for its gradient), after the update was formed.
+    fn factoring_is_cheaper(&self, rows: usize) -> bool {
         let [out, r] = self.w1_a.dims();
         let [_, width] = self.w1_b.dims();
-        3 * r * r * (width + out) < width * out
+        3 * r * r * (width + out) * rows < width * out * (rows + FORMING)
     }
 }
 
@@ -130,7 +134,7 @@ impl Method for Loha {
             let mask = mask.clone() / mask.mean().unsqueeze();
             return base.forward(x.clone()) + self.own(x) * mask;
         }
-        let y = if self.factoring_is_cheaper() {
+        let y = if self.factoring_is_cheaper(x.dims()[0]) {
             let (left, right) = self.khatri_rao();
             lora_linear(x, weight, right, left, self.scale)
         } else {
@@ -188,7 +192,7 @@ impl Method for Loha {
 impl Loha {
     /// What the update alone makes of the input, `[rows, out]`.
     fn own(&self, x: Tensor<2>) -> Tensor<2> {
-        let y = if self.factoring_is_cheaper() {
+        let y = if self.factoring_is_cheaper(x.dims()[0]) {
             let (left, right) = self.khatri_rao();
             x.matmul(right.transpose()).matmul(left.transpose())
         } else {
@@ -269,5 +273,52 @@ impl MethodConfig for LohaConfig {
             module_dropout: DropoutConfig::new(self.module_dropout).init(),
             scale: target.scale,
         })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::{Adapter, LohaConfig};
+    use crate::attach;
+    use crate::config::Targets;
+    use crate::slot::{Adaptable, SlotRef};
+    use crate::testing::{Tiny, difference, fill, perturb};
+
+    /// Few rows take the update in factors, many the dense one.
+    #[test]
+    fn both_forms_of_the_update_are_that_of_the_merged_weight() {
+        let mut model = Tiny::new(&Device::flex());
+        let config = LohaConfig {
+            target_modules: Some(Targets::AllLinear),
+            ..LohaConfig::default()
+        };
+        attach(&mut model, &config.into(), 5).unwrap();
+        perturb(&mut model);
+        let mut forms = [0; 2];
+        model.for_each_slot_ref(&mut |_, slot| {
+            let SlotRef::Linear(linear) = slot else {
+                return;
+            };
+            let Some(Adapter::Loha(loha)) = &linear.parts[0].adapter else {
+                return;
+            };
+            let [_, width] = linear.weight.dims();
+            for rows in [1, 3, 600] {
+                forms[usize::from(loha.factoring_is_cheaper(rows))] += 1;
+                let x = fill([rows, width], 1, &Device::flex()) * 10.0;
+                let mut want = x.clone().matmul(linear.weight_in_use().transpose());
+                if let Some(bias) = linear.bias_in_use() {
+                    want = want + bias.unsqueeze();
+                }
+                let [got, want] =
+                    [linear.forward(x), want].map(|y| y.into_data().try_into_vec().unwrap());
+                // Up to 128 products of values up to 1, twice.
+                assert!(difference(&got, &want) < 1e-5);
+            }
+        });
+        assert!(forms.iter().all(|n| *n > 0), "{forms:?}");
     }
 }

@@ -53,10 +53,8 @@ pub trait DoraOps: LinearOps {
     );
 
     /// `f ∘ grad`.
-    fn enamel_dora_scaled(
-        grad: FloatTensor<Self>,
-        lengths: FloatTensor<Self>,
-    ) -> FloatTensor<Self>;
+    fn enamel_dora_scaled(grad: FloatTensor<Self>, lengths: FloatTensor<Self>)
+    -> FloatTensor<Self>;
 
     /// `f ∘ grad` and the magnitude's gradient: the columns' sums of `grad ∘ plain`, over the length.
     fn enamel_dora_backward(
@@ -320,7 +318,11 @@ impl DoraOps for Flex {
         let (mut grad, plain, out) = (owned(grad), dense(plain), dims(&lengths).1);
         let (factor, inverse) = values(&lengths).split_at(out);
         let (g, plain, level) = (grad.storage_mut::<f32>(), values(&plain), level());
-        assert_eq!(g.len(), plain.len(), "gradient and output have the same shape");
+        assert_eq!(
+            g.len(),
+            plain.len(),
+            "gradient and output have the same shape"
+        );
         // As many sums as the shape says, so that they do not depend on the number of threads.
         let partial: Vec<Vec<f32>> = g
             .par_chunks_mut(piece(out))

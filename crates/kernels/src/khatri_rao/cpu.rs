@@ -203,15 +203,23 @@ fn by_rows(n: usize, l: usize, k: usize, a: &[f32], b: &[f32], out: &mut [MaybeU
 
 fn by_columns(n: usize, k: usize, a: &[f32], b: &[f32], out: &mut [MaybeUninit<f32>]) {
     let (task, level) = (rows_a_task(n), level());
-    out.par_chunks_mut(task * n).enumerate().for_each(|(i, out)| {
-        for (j, out) in out.chunks_exact_mut(n).enumerate() {
-            let (p, q) = ((i * task + j) / k, (i * task + j) % k);
-            columns_of(level, &a[p * n..][..n], &b[q * n..][..n], out);
-        }
-    });
+    out.par_chunks_mut(task * n)
+        .enumerate()
+        .for_each(|(i, out)| {
+            for (j, out) in out.chunks_exact_mut(n).enumerate() {
+                let (p, q) = ((i * task + j) / k, (i * task + j) % k);
+                columns_of(level, &a[p * n..][..n], &b[q * n..][..n], out);
+            }
+        });
 }
 
-fn by_rows_backward(n: usize, [l, k]: [usize; 2], a: &[f32], b: &[f32], g: &[f32]) -> [Vec<f32>; 2] {
+fn by_rows_backward(
+    n: usize,
+    [l, k]: [usize; 2],
+    a: &[f32],
+    b: &[f32],
+    g: &[f32],
+) -> [Vec<f32>; 2] {
     let (task, level) = (rows_a_task(l * k), level());
     let (mut da, mut db) = (vec![0.0f32; n * l], vec![0.0f32; n * k]);
     let inputs = a.par_chunks(task * l).zip(b.par_chunks(task * k));
@@ -280,7 +288,11 @@ impl KhatriRaoOps for Flex {
         let (a, b, grad) = (dense(a), dense(b), dense(grad));
         let (n, lk, _) = sizes(dims(&a), dims(&b), pairs);
         let (av, bv, g) = (values(&a), values(&b), values(&grad));
-        assert_eq!(g.len(), n * lk[0] * lk[1], "the gradient has the product's shape");
+        assert_eq!(
+            g.len(),
+            n * lk[0] * lk[1],
+            "the gradient has the product's shape"
+        );
         let [da, db] = if g.is_empty() {
             [vec![0.0; av.len()], vec![0.0; bv.len()]]
         } else {
@@ -297,11 +309,7 @@ impl KhatriRaoOps for Flex {
 }
 
 /// The common axis, the two others, and the product's shape.
-fn sizes(
-    a: (usize, usize),
-    b: (usize, usize),
-    pairs: Pairs,
-) -> (usize, [usize; 2], Vec<usize>) {
+fn sizes(a: (usize, usize), b: (usize, usize), pairs: Pairs) -> (usize, [usize; 2], Vec<usize>) {
     let (n, other, l, k) = match pairs {
         Pairs::Rows => (a.0, b.0, a.1, b.1),
         Pairs::Columns => (a.1, b.1, a.0, b.0),

@@ -197,7 +197,7 @@ fn a_decomposition_is_the_same_every_time_and_follows_its_seed() {
 
 #[test]
 fn the_start_is_normally_distributed() {
-    let start = gaussian(101, 99, 7);
+    let start = gaussian(101, 99, 7).unwrap();
     let count = (101 * 99) as f64;
     let mean = start.data().iter().map(|&v| f64::from(v)).sum::<f64>() / count;
     let deviation = start.frobenius() / count.sqrt();
