@@ -98,11 +98,13 @@ impl Loha {
 
     /// Whether r² columns cost less than a dense update: in training the factored form multiplies every
     /// row of the input by `r²·(in + out)` numbers three times, the dense one by `in·out` once more than
-    /// the base does (for its gradient), after the update was formed.
+    /// the base does (for its gradient), after the update was formed. Factors of more numbers than the
+    /// update has cost memory and, as sums of r² terms that cancel, digits.
     fn factoring_is_cheaper(&self, rows: usize) -> bool {
         let [out, r] = self.w1_a.dims();
         let [_, width] = self.w1_b.dims();
-        3 * r * r * (width + out) * rows < width * out * (rows + FORMING)
+        let (factors, dense) = (r * r * (width + out), width * out);
+        factors < dense && 3 * factors * rows < dense * (rows + FORMING)
     }
 }
 
@@ -292,21 +294,23 @@ mod tests {
     fn both_forms_of_the_update_are_that_of_the_merged_weight() {
         let mut model = Tiny::new(&Device::flex());
         let config = LohaConfig {
+            r: 4,
             target_modules: Some(Targets::AllLinear),
             ..LohaConfig::default()
         };
-        attach(&mut model, &config.into(), 5).unwrap();
+        attach(&mut model, &config, 5).unwrap();
         perturb(&mut model);
         let mut forms = [0; 2];
         model.for_each_slot_ref(&mut |_, slot| {
             let SlotRef::Linear(linear) = slot else {
                 return;
             };
-            let Some(Adapter::Loha(loha)) = &linear.parts[0].adapter else {
+            let part = linear.parts.first().and_then(|part| part.adapter.as_ref());
+            let Some(Adapter::Loha(loha)) = part else {
                 return;
             };
             let [_, width] = linear.weight.dims();
-            for rows in [1, 3, 600] {
+            for rows in [1, 3, 1000] {
                 forms[usize::from(loha.factoring_is_cheaper(rows))] += 1;
                 let x = fill([rows, width], 1, &Device::flex()) * 10.0;
                 let mut want = x.clone().matmul(linear.weight_in_use().transpose());

