@@ -3,7 +3,8 @@
 use std::io::{Result, Write};
 
 use enamel_train::adapters::{AdapterDiff, AdapterReport, Combined, Converted, KindReport, Listed};
-use enamel_train::plan::bytes_text;
+use enamel_train::plan::{bytes_text, layer_pattern};
+use serde_json::Value;
 
 fn thousands(count: usize) -> String {
     enamel_train::thousands(count as u64)
@@ -93,7 +94,7 @@ pub fn inspect(out: &mut impl Write, report: &AdapterReport) -> Result<()> {
         .map_or(String::new(), |r| format!(" at {r}"));
     let base = report.base.as_deref().unwrap_or("not named");
     writeln!(out, "base        {base}{revision}")?;
-    writeln!(out, "targets     {}", report.targets)?;
+    writeln!(out, "targets     {}", targets(&report.targets))?;
     writeln!(
         out,
         "trained     {} parameters; {} tensors ({}), {} on disk",
@@ -308,4 +309,24 @@ pub fn converted(out: &mut impl Write, report: &Converted) -> Result<()> {
         ]);
     }
     table(out, &rows)
+}
+
+/// `target_modules` as it stands, but whole names by pattern: each layer's own would fill pages.
+fn targets(value: &Value) -> String {
+    let Some(names) = value.as_array() else {
+        return value.to_string();
+    };
+    let mut counted: Vec<(String, usize)> = Vec::new();
+    for name in names.iter().filter_map(Value::as_str) {
+        let pattern = layer_pattern(name);
+        match counted.iter_mut().find(|(known, _)| *known == pattern) {
+            Some((_, count)) => *count += 1,
+            None => counted.push((pattern, 1)),
+        }
+    }
+    let shown = counted.into_iter().map(|(pattern, count)| match count {
+        1 => pattern,
+        _ => format!("{pattern} ×{count}"),
+    });
+    shown.collect::<Vec<_>>().join(", ")
 }

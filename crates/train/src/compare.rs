@@ -40,7 +40,7 @@ pub fn folder(name: &str) -> String {
     let plain = name.to_lowercase().replace('+', "-plus");
     let mapped = plain
         .chars()
-        .map(|c| if c.is_alphanumeric() { c } else { '-' });
+        .map(|c: char| if c.is_ascii_alphanumeric() { c } else { '-' });
     let parts: String = mapped.collect();
     let parts: Vec<&str> = parts.split('-').filter(|p| !p.is_empty()).collect();
     parts.join("-")
@@ -142,7 +142,7 @@ mod tests {
         for (name, wanted) in [
             ("LoRA", "lora"),
             ("LoRA+", "lora-plus"),
-            ("(IA)³", "ia-³"),
+            ("(IA)³", "ia"),
             ("LoHa r = 8", "loha-r-8"),
         ] {
             assert_eq!(folder(name), wanted);

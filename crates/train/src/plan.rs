@@ -316,7 +316,8 @@ pub struct Memory {
     pub optimizer: usize,
 }
 
-fn layer_pattern(name: &str) -> String {
+/// A module's name with `*` for numbers.
+pub fn layer_pattern(name: &str) -> String {
     let part = |part: &str| match part.parse::<usize>() {
         Ok(_) => "*".to_owned(),
         Err(_) => part.to_owned(),
