@@ -12,9 +12,8 @@ use burn::tensor::Tensor;
 
 use crate::attach::{Values, detach, install, shapes};
 use crate::error::Result;
-use crate::linear::Linear;
 use crate::methods::adalora::{A, AdaLoraConfig, B, E};
-use crate::methods::{Adapter, ParamRef, to_host};
+use crate::methods::{Adapter, AdapterConfig, ParamRef, to_host};
 use crate::plan::{PREFIX, plan_for_load};
 use crate::routing::DEFAULT;
 use crate::slot::{Adaptable, SlotRef};
@@ -44,6 +43,15 @@ pub struct RankAllocator {
 }
 
 impl RankAllocator {
+    /// The allocator of the adapter that the model carries, before its first step; none for a method
+    /// without a budget.
+    pub fn of<M: Adaptable>(config: &AdapterConfig, model: &M) -> Option<Self> {
+        match config {
+            AdapterConfig::AdaLora(config) => Some(Self::new(config, model)),
+            _ => None,
+        }
+    }
+
     /// The allocator of the adapter that the model carries, before its first step.
     pub fn new<M: Adaptable>(config: &AdaLoraConfig, model: &M) -> Self {
         let mut modules = Vec::new();
@@ -391,15 +399,12 @@ fn each_module<M: Adaptable>(
     model: &M,
     f: &mut dyn FnMut(&str, &crate::methods::adalora::AdaLora),
 ) {
-    let adapter = |linear: &Linear| match linear.part(DEFAULT).and_then(|p| p.adapter.clone()) {
-        Some(Adapter::AdaLora(adapter)) => Some(adapter),
-        _ => None,
-    };
     model.for_each_slot_ref(&mut |name, slot| {
         if let SlotRef::Linear(linear) = slot
-            && let Some(adapter) = adapter(linear)
+            && let Some(part) = linear.part(DEFAULT)
+            && let Some(Adapter::AdaLora(adapter)) = &part.adapter
         {
-            f(name, &adapter);
+            f(name, adapter);
         }
     });
 }

@@ -234,14 +234,18 @@ impl Linear {
         }
     }
 
-    /// Whether `forward` is a product with [`Linear::weight_in_use`] and nothing else: no bias, no
-    /// dropout, no difference between rows.
-    pub fn is_one_product(&self) -> bool {
+    /// The weight `[out, in]`, if `forward` is a product with it and nothing else: no bias, no dropout, no
+    /// difference between rows.
+    pub fn as_one_product(&self) -> Option<Tensor<2>> {
         let Routing::Active(names) = &self.routing else {
-            return false;
+            return None;
         };
         let idle = !self.enabled || self.unmerged.is_some();
         let mut adapters = names.iter().filter_map(|name| self.adapter(name));
-        self.bias_in_use().is_none() && (idle || !adapters.any(Adapter::drops))
+        if !idle && adapters.any(Adapter::drops) {
+            return None;
+        }
+        let Base { weight, bias } = self.in_use();
+        bias.is_none().then_some(weight)
     }
 }

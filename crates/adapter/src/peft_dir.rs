@@ -76,7 +76,7 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
         AdapterConfig::XLora(config) => return crate::xlora::save(model, &config, meta, dir),
         config => resolved(model, adapter, config, meta),
     };
-    let plan = plan_for_load(&shapes(model), &config)?;
+    let mut plan = plan_for_load(&shapes(model), &config)?;
     let mut tensors = export_params_of(model, adapter)?;
     tensors.extend(
         export_shared_of(model, adapter)?
@@ -88,7 +88,11 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
     let mut file = AdapterFile { config, tensors };
     match (origin, form) {
         (None, _) => {}
-        (Some(origin), SaveForm::Exchange) => file = converted(file, origin),
+        (Some(origin), SaveForm::Exchange) => {
+            file = converted(file, origin);
+            // What is handed over has another rank than what was trained.
+            plan = plan_for_load(&shapes(model), &file.config)?;
+        }
         (Some(origin), SaveForm::Resume) => {
             let start = AdapterFile {
                 config: file.config.clone(),
@@ -97,8 +101,6 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
             start.write(&dir.join(ORIGIN), None)?;
         }
     }
-    // What is handed over may have another rank than what was trained.
-    let plan = plan_for_load(&shapes(model), &file.config)?;
     let card = model_card(&file.config, &plan, meta);
     file.write(dir, Some(&card))
 }
@@ -430,12 +432,7 @@ pub(crate) fn expected(
 ) -> BTreeMap<String, Vec<usize>> {
     let mut all = BTreeMap::new();
     if config.trains_everything() {
-        for module in modules {
-            if module.bias {
-                all.insert(format!("{}.bias", module.name), module.shape[..1].to_vec());
-            }
-            all.insert(format!("{}.weight", module.name), module.shape.clone());
-        }
+        all.extend(modules.iter().flat_map(ModuleShape::tensors));
     }
     for target in &plan.targets {
         let parameters = config.parameters(target).into_iter();

@@ -153,3 +153,15 @@ pub struct ModuleShape {
     /// Whether there is a bias, of `shape[0]` elements.
     pub bias: bool,
 }
+
+impl ModuleShape {
+    /// Names and shapes of its tensors in a checkpoint.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let mut tensors = Vec::new();
+        if self.bias {
+            tensors.push((format!("{}.bias", self.name), self.shape[..1].to_vec()));
+        }
+        tensors.push((format!("{}.weight", self.name), self.shape.clone()));
+        tensors
+    }
+}

@@ -30,6 +30,22 @@ pub struct Selection<'a> {
     pub alpha_pattern: &'a [(String, f64)],
 }
 
+impl Selection<'_> {
+    /// No module, and none of the options: what a method without some of them builds on.
+    pub const NOTHING: Self = Self {
+        target: Some(&Targets::Nothing),
+        default: &[],
+        exclude: None,
+        save: &[],
+        layers: &[],
+        layers_pattern: &[],
+        rank: 1,
+        alpha: 1.0,
+        rank_pattern: &[],
+        alpha_pattern: &[],
+    };
+}
+
 /// What most methods of PEFT's adapt in the Llama family when `target_modules` is not given.
 pub const DEFAULT_TARGETS: [&str; 2] = ["q_proj", "v_proj"];
 

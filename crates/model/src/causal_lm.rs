@@ -250,14 +250,14 @@ impl CausalLm {
         }
     }
 
-    /// Whether [`Self::logits`] is a product with [`Self::head_weight`] and nothing else: an adapter
-    /// on the head may add a bias, drop inputs in training, or differ between rows.
-    pub fn head_is_one_product(&self) -> bool {
+    /// [`Self::head_weight`], if [`Self::logits`] is a product with it and nothing else: an adapter on the
+    /// head may add a bias, drop inputs in training, or differ between rows.
+    pub fn head_as_one_product(&self) -> Option<Tensor<2>> {
         match self {
-            Self::Llama(model) => {
-                let head = model.lm_head.as_ref();
-                head.is_none_or(enamel_adapter::Linear::is_one_product)
-            }
+            Self::Llama(model) => match &model.lm_head {
+                Some(head) => head.as_one_product(),
+                None => Some(model.embed_tokens.head_weight()),
+            },
         }
     }
 
@@ -317,10 +317,7 @@ fn check_tensors(
         .collect();
     let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     for module in config.modules() {
-        if module.bias {
-            expected.insert(format!("{}.bias", module.name), module.shape[..1].to_vec());
-        }
-        expected.insert(format!("{}.weight", module.name), module.shape);
+        expected.extend(module.tensors());
     }
     let mut embedding = EMBEDDING;
     if config.tie_word_embeddings && found.contains_key(HEAD) {

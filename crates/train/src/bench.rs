@@ -91,10 +91,7 @@ impl Lane {
     ) -> Result<Self, TrainError> {
         let config = config(method, options)?;
         let plan = enamel_adapter::attach(&mut model, &config, 42)?;
-        let allocator = match &config {
-            AdapterConfig::AdaLora(config) => Some(RankAllocator::new(config, &model)),
-            _ => None,
-        };
+        let allocator = RankAllocator::of(&config, &model);
         Ok(Self {
             method: method.to_owned(),
             trainable: plan.trainable,

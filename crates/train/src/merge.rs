@@ -211,13 +211,7 @@ impl<'a> Merging<'a> {
 
     /// Names and shapes of all tensors to write, in the model's order.
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let mut tensors = Vec::new();
-        for module in &self.modules {
-            if module.bias {
-                tensors.push((format!("{}.bias", module.name), module.shape[..1].to_vec()));
-            }
-            tensors.push((format!("{}.weight", module.name), module.shape.clone()));
-        }
+        let mut tensors: Vec<_> = self.modules.iter().flat_map(ModuleShape::tensors).collect();
         if self.unties
             && let Some(table) = self.table()
         {

@@ -324,14 +324,11 @@ fn allocator(
     adapter: &AdapterConfig,
     checkpoint: Option<&Path>,
 ) -> Result<Option<RankAllocator>, TrainError> {
-    let AdapterConfig::AdaLora(config) = adapter else {
-        return Ok(None);
-    };
-    let mut allocator = RankAllocator::new(config, model);
-    if let Some(checkpoint) = checkpoint {
-        checkpoints::load_budget(checkpoint, &mut allocator)?;
+    let mut allocator = RankAllocator::of(adapter, model);
+    if let (Some(allocator), Some(checkpoint)) = (&mut allocator, checkpoint) {
+        checkpoints::load_budget(checkpoint, allocator)?;
     }
-    Ok(Some(allocator))
+    Ok(allocator)
 }
 
 fn save_meta(inputs: &Inputs, extra_readme: Option<String>) -> SaveMeta {

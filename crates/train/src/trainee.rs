@@ -110,11 +110,10 @@ impl Trainee {
         let [rows, len, width] = hidden.dims();
         let labels = shifted_labels(batch);
         let hidden = hidden.reshape([rows * len, width]);
-        if self.model.head_is_one_product() {
-            let head = self.model.head_weight();
-            return enamel_kernels::linear_cross_entropy(hidden, head, &labels);
+        match self.model.head_as_one_product() {
+            Some(head) => enamel_kernels::linear_cross_entropy(hidden, head, &labels),
+            None => self.loss_through_head(hidden, &labels),
         }
-        self.loss_through_head(hidden, &labels)
     }
 }
 

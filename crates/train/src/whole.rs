@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use enamel_adapter::{Adaptable, SlotRef};
+use enamel_adapter::{Adaptable, ModuleShape, SlotRef};
 use enamel_model::CausalLm;
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::save::{self, SaveDtype, SaveOptions};
@@ -26,14 +26,8 @@ pub fn write(model: &CausalLm, source: &Checkpoint, dir: &Path) -> Result<(), Tr
 
 /// Names and shapes of all weights, in the model's order.
 pub fn tensors(model: &CausalLm) -> Vec<(String, Vec<usize>)> {
-    let mut tensors = Vec::new();
-    for module in enamel_adapter::shapes(model) {
-        if module.bias {
-            tensors.push((format!("{}.bias", module.name), module.shape[..1].to_vec()));
-        }
-        tensors.push((format!("{}.weight", module.name), module.shape));
-    }
-    tensors
+    let modules = enamel_adapter::shapes(model);
+    modules.iter().flat_map(ModuleShape::tensors).collect()
 }
 
 /// The values of one of [`tensors`].

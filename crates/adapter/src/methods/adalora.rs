@@ -210,8 +210,7 @@ impl MethodConfig for AdaLoraConfig {
             layers_pattern: self.layers_pattern.as_deref().unwrap_or_default(),
             rank: self.init_r,
             alpha: self.lora_alpha,
-            rank_pattern: &[],
-            alpha_pattern: &[],
+            ..Selection::NOTHING
         }
     }
 

@@ -23,18 +23,7 @@ peft_config! {
 
 impl MethodConfig for FullConfig {
     fn selection(&self) -> Selection<'_> {
-        Selection {
-            target: Some(&Targets::Nothing),
-            default: &[],
-            exclude: None,
-            save: &[],
-            layers: &[],
-            layers_pattern: &[],
-            rank: 1,
-            alpha: 1.0,
-            rank_pattern: &[],
-            alpha_pattern: &[],
-        }
+        Selection::NOTHING
     }
 
     fn problems(&self, _: Purpose) -> Vec<String> {

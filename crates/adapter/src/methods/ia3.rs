@@ -129,12 +129,7 @@ impl MethodConfig for Ia3Config {
             default: &TARGETS,
             exclude: self.exclude_modules.as_ref(),
             save: self.modules_to_save.as_deref().unwrap_or_default(),
-            layers: &[],
-            layers_pattern: &[],
-            rank: 1,
-            alpha: 1.0,
-            rank_pattern: &[],
-            alpha_pattern: &[],
+            ..Selection::NOTHING
         }
     }
 

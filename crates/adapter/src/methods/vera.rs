@@ -140,14 +140,11 @@ impl MethodConfig for VeraConfig {
         Selection {
             target: self.target_modules.as_ref(),
             default: &DEFAULT_TARGETS,
-            exclude: None,
             save: self.modules_to_save.as_deref().unwrap_or_default(),
             layers: self.layers_to_transform.as_deref().unwrap_or_default(),
             layers_pattern: self.layers_pattern.as_deref().unwrap_or_default(),
             rank: self.r,
-            alpha: 1.0,
-            rank_pattern: &[],
-            alpha_pattern: &[],
+            ..Selection::NOTHING
         }
     }
 

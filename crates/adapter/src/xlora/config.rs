@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::config::fields::{PeftValue, peft_config};
-use crate::config::{Bias, LoraConfig, Pattern, Purpose, Targets, probability};
+use crate::config::{Bias, LoraConfig, Pattern, Purpose, probability};
 use crate::error::{AdapterError, Result};
 use crate::methods::{Adapter, AdapterConfig, MethodConfig, Parameters, Placement, Start};
 use crate::plan::TargetPlan;
@@ -185,18 +185,7 @@ fn expert(dir: &Path) -> std::result::Result<LoraConfig, Vec<String>> {
 
 impl MethodConfig for XLoraConfig {
     fn selection(&self) -> Selection<'_> {
-        Selection {
-            target: Some(&Targets::Nothing),
-            default: &[],
-            exclude: None,
-            save: &[],
-            layers: &[],
-            layers_pattern: &[],
-            rank: 1,
-            alpha: 1.0,
-            rank_pattern: &[],
-            alpha_pattern: &[],
-        }
+        Selection::NOTHING
     }
 
     fn problems(&self, _: Purpose) -> Vec<String> {
