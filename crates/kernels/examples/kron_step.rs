@@ -34,7 +34,7 @@ fn main() {
         |rows, cols| Tensor::<2>::random([rows, cols], Distribution::Normal(0.0, 0.04), &device);
     println!(
         "cpu path: {}, threads: {}, rows: {rows}; median and least of {repeats}, milliseconds",
-        enamel_kernels::cpu_path(),
+        enamel_kernels::CpuPath::chosen().name(),
         rayon::current_num_threads()
     );
     for ([l, k], [m, n]) in SHAPES {

@@ -98,7 +98,7 @@ fn main() {
     };
     println!(
         "cpu path: {}, threads: {}",
-        enamel_kernels::cpu_path(),
+        enamel_kernels::CpuPath::chosen().name(),
         rayon::current_num_threads()
     );
     for step in 0..steps {

@@ -15,11 +15,13 @@ pub mod dora_linear;
 pub mod khatri_rao;
 pub mod kron_linear;
 pub mod lora_linear;
+pub mod profile;
 pub mod rms_norm;
 pub mod rope;
 pub mod silu_mul;
 
-pub use cpu::cpu_path;
+pub use cpu::gemm::Compute;
+pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};

@@ -86,7 +86,7 @@ pub fn list() -> Vec<DeviceInfo> {
             memory: ram,
             note: format!(
                 "CPU, {threads} threads, {} kernels",
-                enamel_kernels::cpu_path()
+                enamel_kernels::CpuPath::chosen().name()
             ),
         },
         DeviceInfo {

@@ -86,6 +86,20 @@ impl<'a> MatRef<'a> {
         }
     }
 
+    pub(crate) fn rows(self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(self) -> usize {
+        self.cols
+    }
+
+    pub(crate) fn get(self, i: usize, j: usize) -> f32 {
+        assert!(i < self.rows && j < self.cols);
+        // SAFETY: the view was checked when made, and the element is inside it.
+        unsafe { *self.ptr.offset(i as isize * self.rs + j as isize * self.cs) }
+    }
+
     fn row(self, i: usize) -> &'a [f32] {
         assert!(i < self.rows && self.cs == 1);
         let start = self.ptr.wrapping_offset(i as isize * self.rs);

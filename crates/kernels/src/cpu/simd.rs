@@ -1,6 +1,6 @@
 //! Instruction sets, chosen at run time, and the macro that compiles a loop once for each.
 
-use std::sync::OnceLock;
+use super::path::CpuPath;
 
 /// An instruction set that this processor was seen to have. There is no other way to make one, and
 /// that is what makes calling the code compiled for it sound.
@@ -20,54 +20,29 @@ impl Level {
         self.0
     }
 
-    pub(crate) fn name(self) -> &'static str {
-        match self.0 {
-            Kind::Avx512 => "avx512",
-            Kind::Avx2 => "avx2",
-            Kind::Portable => "portable",
-        }
+    /// The vector instructions of a path.
+    fn of(path: CpuPath) -> Self {
+        Self(match path {
+            CpuPath::Amx | CpuPath::Avx512Bf16 | CpuPath::Avx512 => Kind::Avx512,
+            CpuPath::Avx2 => Kind::Avx2,
+            CpuPath::Portable | CpuPath::Reference => Kind::Portable,
+        })
     }
 
     /// Every level of this machine, the best first.
+    #[cfg(test)]
     pub(crate) fn available() -> Vec<Self> {
-        let mut levels = Vec::new();
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::is_x86_feature_detected as has;
-            let v3 = has!("avx2") && has!("fma");
-            let v4 = has!("avx512f")
-                && has!("avx512vl")
-                && has!("avx512bw")
-                && has!("avx512dq")
-                && has!("avx512cd");
-            if v3 && v4 {
-                levels.push(Self(Kind::Avx512));
-            }
-            if v3 {
-                levels.push(Self(Kind::Avx2));
-            }
-        }
-        levels.push(Self(Kind::Portable));
+        let paths = CpuPath::available().iter().rev();
+        let mut levels: Vec<Self> = paths.map(|path| Self::of(*path)).collect();
+        levels.dedup();
         levels
     }
 }
 
-/// The level in use: the best of this machine, unless the environment asks for a lesser one.
+/// The level in use.
 pub(crate) fn level() -> Level {
-    static CHOSEN: OnceLock<Level> = OnceLock::new();
-    *CHOSEN.get_or_init(|| {
-        let levels = Level::available();
-        let asked = std::env::var(PATH_VARIABLE).ok();
-        let named = levels.iter().find(|l| asked.as_deref() == Some(l.name()));
-        named
-            .or(levels.first())
-            .copied()
-            .unwrap_or(Level(Kind::Portable))
-    })
+    Level::of(CpuPath::chosen())
 }
-
-/// Names the level to use, if the machine has it: for comparing and for chasing a fault.
-pub(crate) const PATH_VARIABLE: &str = "ENAMEL_CPU_PATH";
 
 /// What the code of a [`simd_fn`] may count on, as its constant parameter.
 pub(crate) mod code {
@@ -285,6 +260,7 @@ mod x86 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use super::super::path::CPU_VARIABLE;
     use super::*;
     use crate::check::noise;
 
@@ -313,14 +289,15 @@ mod tests {
     /// in a process of its own: the choice is made once.
     #[test]
     fn every_path_matches_the_references() {
-        for level in Level::available().into_iter().skip(1) {
+        let paths = CpuPath::available().iter().rev().skip(1);
+        for path in paths.filter(|p| **p != CpuPath::Reference) {
             let output = std::process::Command::new(std::env::current_exe().unwrap())
                 .args(["matches_reference", "--test-threads", "2"])
-                .env(PATH_VARIABLE, level.name())
+                .env(CPU_VARIABLE, path.name())
                 .output()
                 .unwrap();
             let text = String::from_utf8_lossy(&output.stdout);
-            assert!(output.status.success(), "{}: {text}", level.name());
+            assert!(output.status.success(), "{}: {text}", path.name());
             assert!(
                 text.contains("silu_mul::tests::matches_reference"),
                 "{text}"

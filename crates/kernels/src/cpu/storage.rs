@@ -6,6 +6,8 @@ use burn::backend::DispatchDevice;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
 
+use super::path::CpuPath;
+
 /// Elements one parallel task of an elementwise loop handles: 64 KiB a buffer.
 pub(crate) const CHUNK: usize = 16 * 1024;
 
@@ -16,7 +18,9 @@ pub(crate) trait OnFlex {
 
 impl<const D: usize> OnFlex for Tensor<D> {
     fn on_flex(&self) -> bool {
-        self.dtype() == DType::F32 && is_flex(&self.device())
+        self.dtype() == DType::F32
+            && CpuPath::chosen() != CpuPath::Reference
+            && is_flex(&self.device())
     }
 }
 
