@@ -100,8 +100,34 @@ impl<'a> MatRef<'a> {
         unsafe { *self.ptr.offset(i as isize * self.rs + j as isize * self.cs) }
     }
 
-    fn row(self, i: usize) -> &'a [f32] {
-        assert!(i < self.rows && self.cs == 1);
+    /// Whether the elements of a row lie one after the other.
+    pub(crate) fn unit_columns(self) -> bool {
+        self.cs == 1 || self.cols <= 1
+    }
+
+    pub(crate) fn row_stride(self) -> usize {
+        self.rs as usize
+    }
+
+    pub(crate) fn column_stride(self) -> usize {
+        self.cs as usize
+    }
+
+    /// The address of an element, or of the one past the last row or column.
+    pub(crate) fn at(self, i: usize, j: usize) -> *const f32 {
+        assert!(i <= self.rows && j <= self.cols);
+        self.ptr
+            .wrapping_offset(i as isize * self.rs + j as isize * self.cs)
+    }
+
+    /// The address an element would have, whether or not there is one: to be named, not read.
+    pub(crate) fn at_or_end(self, i: usize, j: usize) -> *const f32 {
+        self.ptr
+            .wrapping_offset(i as isize * self.rs + j as isize * self.cs)
+    }
+
+    pub(crate) fn row(self, i: usize) -> &'a [f32] {
+        assert!(i < self.rows && self.unit_columns());
         let start = self.ptr.wrapping_offset(i as isize * self.rs);
         // SAFETY: the view was checked when made, and the row lies in order.
         unsafe { std::slice::from_raw_parts(start, self.cols) }
@@ -143,6 +169,40 @@ impl<'a> MatMut<'a> {
         assert!(rows * cols <= data.len(), "matrix view out of bounds");
         // SAFETY: in bounds, exclusive and initialised.
         unsafe { Self::raw(data.as_mut_ptr(), rows, cols, cols) }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rows == 0 || self.cols == 0
+    }
+
+    pub(crate) fn stride(&self) -> usize {
+        self.rs as usize
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.ptr
+    }
+
+    /// Sets an element or adds to it.
+    pub(crate) fn put(&mut self, i: usize, j: usize, into: Into, value: f32) {
+        assert!(i < self.rows && j < self.cols);
+        // SAFETY: inside the view, which is exclusive; added to only where it is initialised.
+        unsafe {
+            let at = self.ptr.offset(i as isize * self.rs).add(j);
+            *at = if into == Into::Add {
+                *at + value
+            } else {
+                value
+            };
+        }
     }
 
     /// # Safety

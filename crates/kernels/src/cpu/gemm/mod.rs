@@ -1,11 +1,29 @@
 //! Products of a linear layer: the rows of x are packed once and used by every weight that shares them;
 //! weights are read as they lie.
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_few;
+
+mod drive;
+mod few;
+mod pack;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+mod tile;
+
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 use half::bf16;
 
-use super::matrix::{Into, MatMut, MatRef, Threads, product};
+use super::matrix::{Into, MatMut, MatRef};
+use super::simd::level;
+use crate::profile;
+use few::FEW_ROWS;
+use pack::Panels;
+use tile::Tiles;
 
 /// What the factors of a product are rounded to; sums are f32 always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -17,7 +35,7 @@ pub enum Compute {
     Bf16,
 }
 
-/// A `[out, in]` matrix whose rows lie in order.
+/// A `[out, in]` matrix.
 #[derive(Clone, Copy)]
 pub(crate) enum Weight<'a> {
     F32(MatRef<'a>),
@@ -55,13 +73,47 @@ impl<'a> Weight<'a> {
             Self::Bf16 { width, .. } => *width,
         }
     }
+
+    /// Bytes in memory.
+    fn bytes(&self) -> usize {
+        match self {
+            Self::F32(w) => w.rows() * w.cols() * 4,
+            Self::Bf16 { out, width, .. } => out * width * 2,
+        }
+    }
+
+    /// Reads a row from column `from` on, as f32.
+    fn read(&self, row: usize, from: usize, to: &mut [f32]) {
+        match self {
+            Self::F32(w) if w.unit_columns() => {
+                to.copy_from_slice(&w.row(row)[from..from + to.len()]);
+            }
+            Self::F32(w) => {
+                for (j, to) in to.iter_mut().enumerate() {
+                    *to = w.get(row, from + j);
+                }
+            }
+            Self::Bf16 { data, width, .. } => {
+                let row = &data[row * width + from..][..to.len()];
+                for (to, v) in to.iter_mut().zip(row) {
+                    *to = f32::from_bits(u32::from(v.to_bits()) << 16);
+                }
+            }
+        }
+    }
 }
 
 /// Rows made ready to be multiplied with weights.
-pub(crate) struct Packed {
-    data: Vec<f32>,
-    rows: usize,
-    width: usize,
+pub(crate) struct Packed(Form);
+
+enum Form {
+    /// Few rows, as they are.
+    Rows {
+        data: Vec<f32>,
+        rows: usize,
+        width: usize,
+    },
+    Panels(Panels),
 }
 
 impl Packed {
@@ -72,64 +124,111 @@ impl Packed {
         _compute: Compute,
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
-        let mut data = vec![0.0; rows * width];
-        for (i, row) in data.chunks_exact_mut(width.max(1)).enumerate() {
-            fill(i, row);
+        if rows <= FEW_ROWS {
+            let mut data = vec![0.0; rows * width];
+            for (i, row) in data.chunks_exact_mut(width.max(1)).enumerate() {
+                fill(i, row);
+            }
+            return Self(Form::Rows { data, rows, width });
         }
-        Self { data, rows, width }
+        let _timer = profile::product("packing", 0, rows * width * 8);
+        Self(Form::Panels(Panels::new(
+            rows,
+            width,
+            Tiles::of(level()),
+            fill,
+        )))
     }
 
     /// Packs a matrix times `scale`.
     pub(crate) fn of(x: MatRef<'_>, scale: f32, compute: Compute) -> Self {
         Self::new(x.rows(), x.cols(), compute, |i, row| {
-            for (j, v) in row.iter_mut().enumerate() {
-                *v = scale * x.get(i, j);
+            if x.unit_columns() {
+                for (v, x) in row.iter_mut().zip(x.row(i)) {
+                    *v = scale * x;
+                }
+            } else {
+                for (j, v) in row.iter_mut().enumerate() {
+                    *v = scale * x.get(i, j);
+                }
             }
         })
     }
 
-    fn view(&self) -> MatRef<'_> {
-        MatRef::rows_of(&self.data, self.rows, self.width)
-    }
-}
-
-fn dense<'a>(w: &Weight<'a>, buffer: &'a mut Vec<f32>) -> MatRef<'a> {
-    match w {
-        Weight::F32(w) => *w,
-        Weight::Bf16 { data, out, width } => {
-            *buffer = data.iter().map(|v| v.to_f32()).collect();
-            MatRef::rows_of(buffer, *out, *width)
+    fn shape(&self) -> (usize, usize) {
+        match &self.0 {
+            Form::Rows { rows, width, .. } => (*rows, *width),
+            Form::Panels(p) => (p.rows, p.width),
         }
     }
 }
 
 /// `dst [rows, out] = [dst +] Σ x · wᵀ` over the terms, on all threads. The rows were all packed for the
 /// same [`Compute`].
-pub(crate) fn times_t(dst: &mut MatMut<'_>, mut into: Into, terms: &[(&Packed, Weight<'_>)]) {
+pub(crate) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Packed, Weight<'_>)]) {
+    let (rows, out) = (dst.rows(), dst.cols());
+    let mut flops = 0;
+    let mut bytes = rows * out * 4;
     for (x, w) in terms {
-        let mut buffer = Vec::new();
-        let w = dense(w, &mut buffer);
-        product(dst, into, 1.0, x.view(), w.t(), Threads::All);
-        into = Into::Add;
+        let (x_rows, width) = x.shape();
+        assert!(
+            x_rows == rows && w.out() == out && w.width() == width,
+            "product of mismatched shapes"
+        );
+        flops += 2 * rows * out * width;
+        bytes += rows * width * 4 + w.bytes();
     }
+    if few(terms) {
+        let _timer = profile::product("x · wᵀ, few rows", flops, bytes);
+        let terms = terms.iter().filter_map(|(x, w)| match &x.0 {
+            Form::Rows { data, .. } => Some((data.as_slice(), *w)),
+            Form::Panels(_) => None,
+        });
+        return few::times_t(dst, into, rows, &terms.collect::<Vec<_>>());
+    }
+    let _timer = profile::product("x · wᵀ", flops, bytes);
+    let terms = terms.iter().filter_map(|(x, w)| match &x.0 {
+        Form::Panels(x) => Some((x, *w)),
+        Form::Rows { .. } => None,
+    });
+    drive::times_t(dst, into, &terms.collect::<Vec<_>>());
+}
+
+fn few(terms: &[(&Packed, Weight<'_>)]) -> bool {
+    matches!(terms.first(), Some((Packed(Form::Rows { .. }), _)))
 }
 
 /// `dst [rows, in] = [dst +] Σ g · w` over the terms, on all threads.
 pub(crate) fn times(
     dst: &mut MatMut<'_>,
-    mut into: Into,
+    into: Into,
     terms: &[(MatRef<'_>, Weight<'_>)],
     _compute: Compute,
 ) {
+    let (rows, width) = (dst.rows(), dst.cols());
+    let mut flops = 0;
+    let mut bytes = rows * width * 4;
     for (g, w) in terms {
-        let mut buffer = Vec::new();
-        let w = dense(w, &mut buffer);
-        product(dst, into, 1.0, *g, w, Threads::All);
-        into = Into::Add;
+        assert!(
+            g.rows() == rows && w.width() == width && w.out() == g.cols(),
+            "product of mismatched shapes"
+        );
+        flops += 2 * rows * width * g.cols();
+        bytes += rows * g.cols() * 4 + w.bytes();
     }
+    let _timer = profile::product("g · w", flops, bytes);
+    drive::times(Tiles::of(level()), dst, into, terms);
 }
 
 /// `dst [p, q] = [dst +] scale · gᵀ · x`, for g `[rows, p]` and x `[rows, q]`, on all threads.
 pub(crate) fn outer(dst: &mut MatMut<'_>, into: Into, scale: f32, g: MatRef<'_>, x: MatRef<'_>) {
-    product(dst, into, scale, g.t(), x, Threads::All);
+    let (p, q) = (dst.rows(), dst.cols());
+    assert!(
+        g.rows() == x.rows() && g.cols() == p && x.cols() == q,
+        "product of mismatched shapes"
+    );
+    let rows = g.rows();
+    let bytes = 4 * (p * q + rows * (p + q));
+    let _timer = profile::product("gᵀ · x", 2 * rows * p * q, bytes);
+    drive::outer(Tiles::of(level()), dst, into, scale, g, x);
 }

@@ -1,0 +1,104 @@
+//! Products of few rows, as in decoding: bound by reading the weight, which dot products do in order and on
+//! all threads.
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::super::matrix::{Into, MatMut};
+use super::super::simd::{dot, level, simd_fn};
+use super::Weight;
+
+/// Up to so many rows.
+pub(super) const FEW_ROWS: usize = 4;
+/// Weights that one task reads.
+const TASK: usize = 64 * 1024;
+
+simd_fn! {
+    /// `sums[j] += x · w[from + j]`.
+    fn dots<L>(x: &[f32], w: Weight<'_>, from: usize, sums: &mut [f32], step: usize) {
+        match w {
+            Weight::F32(w) if w.unit_columns() => {
+                for (j, sum) in sums.iter_mut().step_by(step).enumerate() {
+                    *sum += dot::<L>(x, w.row(from + j));
+                }
+            }
+            Weight::F32(w) => {
+                for (j, sum) in sums.iter_mut().step_by(step).enumerate() {
+                    let products = x.iter().enumerate().map(|(k, x)| x * w.get(from + j, k));
+                    *sum += products.sum::<f32>();
+                }
+            }
+            Weight::Bf16 { data, width, .. } => {
+                for (j, sum) in sums.iter_mut().step_by(step).enumerate() {
+                    let row = &data[(from + j) * width..][..width];
+                    *sum += dot_bf16::<L>(x, row);
+                }
+            }
+        }
+    }
+}
+
+/// `Σ a·b` with b widened.
+#[inline(always)]
+fn dot_bf16<const L: u8>(a: &[f32], b: &[bf16]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use super::super::simd::code;
+        if L == code::AVX512 {
+            // SAFETY: this code runs only where a `Level` vouches for AVX-512.
+            return unsafe { super::x86_few::dot_avx512(a, b) };
+        }
+        if L == code::AVX2 {
+            // SAFETY: this code runs only where a `Level` vouches for AVX2 and FMA.
+            return unsafe { super::x86_few::dot_avx2(a, b) };
+        }
+    }
+    let mut lanes = [0.0f32; 16];
+    let (ac, bc) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest = ac.remainder().iter().zip(bc.remainder());
+    let tail: f32 = rest.map(|(x, y)| x * y.to_f32()).sum();
+    for (x, y) in ac.zip(bc) {
+        for i in 0..16 {
+            lanes[i] += x[i] * f32::from_bits(u32::from(y[i].to_bits()) << 16);
+        }
+    }
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// `dst = [dst +] Σ x · wᵀ` for `rows` rows, each term's lying one after the other.
+pub(super) fn times_t(
+    dst: &mut MatMut<'_>,
+    into: Into,
+    rows: usize,
+    terms: &[(&[f32], Weight<'_>)],
+) {
+    let Some(out) = terms.first().map(|(_, w)| w.out()) else {
+        return;
+    };
+    let width: usize = terms.iter().map(|(_, w)| w.width()).sum();
+    let task = (TASK / width.max(1)).max(1);
+    let level = level();
+    // `[column][row]` first: a task then owns an unbroken piece of it.
+    let mut columns = vec![0.0f32; out * rows];
+    let part = |(i, sums): (usize, &mut [f32])| {
+        for (x, w) in terms {
+            let x_rows = x.chunks_exact(w.width().max(1));
+            for (row, x) in x_rows.take(rows).enumerate() {
+                dots(level, x, *w, i * task, &mut sums[row..], rows);
+            }
+        }
+    };
+    if out <= task {
+        part((0, &mut columns));
+    } else {
+        columns
+            .par_chunks_mut(task * rows)
+            .enumerate()
+            .for_each(part);
+    }
+    for row in 0..rows {
+        for (j, column) in columns.chunks_exact(rows).enumerate() {
+            dst.put(row, j, into, column[row]);
+        }
+    }
+}
