@@ -287,4 +287,56 @@ fn devices_lists_what_there_is() {
     for name in ["flex", "ndarray", "cuda", "wgpu"] {
         assert!(said.contains(name), "{name} is missing: {said}");
     }
+    for part in ["CPU path", "available  reference, portable", "bf16"] {
+        assert!(said.contains(part), "{part} is missing: {said}");
+    }
+}
+
+/// Runs with `ENAMEL_CPU` set.
+fn on_path(workshop: &Workshop, path: &str, arguments: &[&str]) -> (bool, String) {
+    let mut command = workshop.command(arguments);
+    let output = command.env("ENAMEL_CPU", path).output();
+    let output = output.expect("the binary runs");
+    (output.status.success(), said(&output))
+}
+
+#[test]
+fn devices_says_which_cpu_path_was_asked_for() {
+    let workshop = Workshop::new();
+    let (fine, said) = on_path(&workshop, "portable", &["devices"]);
+    assert!(fine, "{said}");
+    assert!(
+        said.contains("CPU path   portable (ENAMEL_CPU asks for it)"),
+        "{said}"
+    );
+    let (fine, said) = on_path(&workshop, "sparc", &["devices"]);
+    assert!(fine, "devices computes nothing: {said}");
+    assert!(said.contains("none: ENAMEL_CPU=sparc: this machine has reference, portable"));
+}
+
+#[test]
+fn a_cpu_path_that_is_not_there_stops_what_computes_before_it_starts() {
+    let workshop = Workshop::new();
+    workshop.usual_recipe();
+    let line = ["score", "--model", "model", "--input", "train.jsonl"];
+    for arguments in [
+        &["train", "recipe.toml"][..],
+        &["plan", "recipe.toml"],
+        &["eval", "recipe.toml"],
+        &line,
+        &["generate", "--model", "model", "--prompt", "2+2?"],
+        &["bench", "--model", "model", "--shapes", "1x8"],
+    ] {
+        let (fine, said) = on_path(&workshop, "sparc", arguments);
+        assert!(!fine, "enamel {arguments:?} ran: {said}");
+        assert!(
+            said.contains("error: ENAMEL_CPU=sparc: this machine has reference, portable")
+                && said.contains("unset it or name one of these"),
+            "{said}"
+        );
+    }
+    assert!(!workshop.path("run").exists(), "nothing was begun");
+    // A path that is there is no error.
+    let (fine, said) = on_path(&workshop, "portable", &["plan", "recipe.toml"]);
+    assert!(fine, "{said}");
 }
