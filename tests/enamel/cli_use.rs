@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::enamel_process::Workshop;
+use crate::enamel_process::{Workshop, said};
 use crate::goldens::{Tensors, assert_close, fixtures};
 use crate::parity_lora::folder;
 
@@ -318,12 +318,13 @@ fn devices_says_which_cpu_path_was_asked_for() {
 fn a_cpu_path_that_is_not_there_stops_what_computes_before_it_starts() {
     let workshop = Workshop::new();
     workshop.usual_recipe();
-    let line = ["score", "--model", "model", "--input", "train.jsonl"];
+    let score = ["score", "--model", "model", "--input", "train.jsonl"];
+    let score = [&score[..], &["--output", "scores.jsonl"]].concat();
     for arguments in [
         &["train", "recipe.toml"][..],
         &["plan", "recipe.toml"],
         &["eval", "recipe.toml"],
-        &line,
+        &score,
         &["generate", "--model", "model", "--prompt", "2+2?"],
         &["bench", "--model", "model", "--shapes", "1x8"],
     ] {

@@ -8,6 +8,7 @@
 )]
 
 mod adapter_text;
+mod bench_text;
 mod failure;
 mod pull_progress;
 mod recipe_args;
@@ -91,6 +92,7 @@ verbs! {
 }
 
 fn main() -> ExitCode {
+    enamel_train::bench::note_start();
     keep_freed_memory();
     let verb = Cli::parse().verb;
     let checked = match verb.computes() {

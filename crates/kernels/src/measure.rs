@@ -86,7 +86,10 @@ pub fn measured_read_bandwidth() -> f64 {
     let mut best = f64::INFINITY;
     for _ in 0..READS {
         let start = Instant::now();
-        let sum = words.par_chunks(TASK).map(sum).reduce(|| 0, u64::wrapping_add);
+        let sum = words
+            .par_chunks(TASK)
+            .map(sum)
+            .reduce(|| 0, u64::wrapping_add);
         black_box(sum);
         best = best.min(start.elapsed().as_secs_f64());
     }
