@@ -93,7 +93,7 @@ impl StepProfile {
             rows.sort_by(|a, b| b.seconds.total_cmp(&a.seconds).then(a.op.cmp(&b.op)));
             rows
         };
-        let sum = |table: &[OpFigures]| table.iter().map(|row| row.seconds).sum::<f64>();
+        let sum = |table: &[OpFigures]| table.iter().fold(0.0, |sum, row| sum + row.seconds);
         let (ops, products) = (rows(&profile.ops), rows(&profile.products));
         let product_flops: u64 = profile.products.values().map(|t| t.flops).sum();
         let product_seconds = sum(&products);
