@@ -292,6 +292,44 @@ fn devices_lists_what_there_is() {
     }
 }
 
+#[test]
+fn bench_gives_a_line_of_json_for_each_thing_measured() {
+    let workshop = Workshop::new();
+    let bench = ["bench", "--model", "model", "--r", "4", "--json"];
+    let measured = |more: &[&str]| -> Vec<Value> {
+        let said = workshop.run(&[&bench[..], more].concat());
+        let lines = said.lines().map(serde_json::from_str);
+        lines.collect::<Result<_, _>>().expect("lines of JSON")
+    };
+    let figures = measured(&[
+        "--shapes",
+        "1x8,2x4",
+        "--steps",
+        "1",
+        "--decode",
+        "2",
+        "--profile",
+    ]);
+    let kinds: Vec<_> = figures.iter().filter_map(|f| f["kind"].as_str()).collect();
+    assert_eq!(
+        kinds,
+        ["step", "profile", "step", "profile", "decode", "decode"]
+    );
+    let profile = &figures[1];
+    let seconds = |name: &str| profile[name].as_f64().expect("seconds");
+    assert!(seconds("other_seconds") <= seconds("seconds"), "{profile}");
+    // The base has 26,784 parameters, of which the embedding's 4,096 are not read; the adapter 4,096.
+    let read = |figure: &Value| (figure["variant"].clone(), figure["weight_bytes"].clone());
+    assert_eq!(read(&figures[4]), (json!("base"), json!(4 * 22_688)));
+    assert_eq!(read(&figures[5]), (json!("lora"), json!(4 * 26_784)));
+
+    let first = measured(&["--first-step"]);
+    assert_eq!(first.len(), 1);
+    let at = |name: &str| first[0][name].as_f64().expect("seconds");
+    let order = [at("opened"), at("loaded"), at("attached"), at("seconds")];
+    assert!(order.is_sorted() && order[3] < 60.0, "{order:?}");
+}
+
 /// Runs with `ENAMEL_CPU` set.
 fn on_path(workshop: &Workshop, path: &str, arguments: &[&str]) -> (bool, String) {
     let mut command = workshop.command(arguments);
