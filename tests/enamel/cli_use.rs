@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::enamel_process::Workshop;
+use crate::enamel_process::{Workshop, said};
 use crate::goldens::{Tensors, assert_close, fixtures};
 use crate::parity_lora::folder;
 
@@ -287,4 +287,95 @@ fn devices_lists_what_there_is() {
     for name in ["flex", "ndarray", "cuda", "wgpu"] {
         assert!(said.contains(name), "{name} is missing: {said}");
     }
+    for part in ["CPU path", "available  reference, portable", "bf16"] {
+        assert!(said.contains(part), "{part} is missing: {said}");
+    }
+}
+
+#[test]
+fn bench_gives_a_line_of_json_for_each_thing_measured() {
+    let workshop = Workshop::new();
+    let bench = ["bench", "--model", "model", "--r", "4", "--json"];
+    let measured = |more: &[&str]| -> Vec<Value> {
+        let said = workshop.run(&[&bench[..], more].concat());
+        let lines = said.lines().map(serde_json::from_str);
+        lines.collect::<Result<_, _>>().expect("lines of JSON")
+    };
+    let figures = measured(&[
+        "--shapes",
+        "1x8,2x4",
+        "--steps",
+        "1",
+        "--decode",
+        "2",
+        "--profile",
+    ]);
+    let kinds: Vec<_> = figures.iter().filter_map(|f| f["kind"].as_str()).collect();
+    assert_eq!(
+        kinds,
+        ["step", "profile", "step", "profile", "decode", "decode"]
+    );
+    let profile = &figures[1];
+    let seconds = |name: &str| profile[name].as_f64().expect("seconds");
+    assert!(seconds("other_seconds") <= seconds("seconds"), "{profile}");
+    // The base has 26,784 parameters, of which the embedding's 4,096 are not read; the adapter 4,096.
+    let read = |figure: &Value| (figure["variant"].clone(), figure["weight_bytes"].clone());
+    assert_eq!(read(&figures[4]), (json!("base"), json!(4 * 22_688)));
+    assert_eq!(read(&figures[5]), (json!("lora"), json!(4 * 26_784)));
+
+    let first = measured(&["--first-step"]);
+    assert_eq!(first.len(), 1);
+    let at = |name: &str| first[0][name].as_f64().expect("seconds");
+    let order = [at("opened"), at("loaded"), at("attached"), at("seconds")];
+    assert!(order.is_sorted() && order[3] < 60.0, "{order:?}");
+}
+
+/// Runs with `ENAMEL_CPU` set.
+fn on_path(workshop: &Workshop, path: &str, arguments: &[&str]) -> (bool, String) {
+    let mut command = workshop.command(arguments);
+    let output = command.env("ENAMEL_CPU", path).output();
+    let output = output.expect("the binary runs");
+    (output.status.success(), said(&output))
+}
+
+#[test]
+fn devices_says_which_cpu_path_was_asked_for() {
+    let workshop = Workshop::new();
+    let (fine, said) = on_path(&workshop, "portable", &["devices"]);
+    assert!(fine, "{said}");
+    assert!(
+        said.contains("CPU path   portable (ENAMEL_CPU asks for it)"),
+        "{said}"
+    );
+    let (fine, said) = on_path(&workshop, "sparc", &["devices"]);
+    assert!(fine, "devices computes nothing: {said}");
+    assert!(said.contains("none: ENAMEL_CPU=sparc: this machine has reference, portable"));
+}
+
+#[test]
+fn a_cpu_path_that_is_not_there_stops_what_computes_before_it_starts() {
+    let workshop = Workshop::new();
+    workshop.usual_recipe();
+    let score = ["score", "--model", "model", "--input", "train.jsonl"];
+    let score = [&score[..], &["--output", "scores.jsonl"]].concat();
+    for arguments in [
+        &["train", "recipe.toml"][..],
+        &["plan", "recipe.toml"],
+        &["eval", "recipe.toml"],
+        &score,
+        &["generate", "--model", "model", "--prompt", "2+2?"],
+        &["bench", "--model", "model", "--shapes", "1x8"],
+    ] {
+        let (fine, said) = on_path(&workshop, "sparc", arguments);
+        assert!(!fine, "enamel {arguments:?} ran: {said}");
+        assert!(
+            said.contains("error: ENAMEL_CPU=sparc: this machine has reference, portable")
+                && said.contains("unset it or name one of these"),
+            "{said}"
+        );
+    }
+    assert!(!workshop.path("run").exists(), "nothing was begun");
+    // A path that is there is no error.
+    let (fine, said) = on_path(&workshop, "portable", &["plan", "recipe.toml"]);
+    assert!(fine, "{said}");
 }

@@ -3,12 +3,12 @@
 use std::io::Write;
 
 use anyhow::anyhow;
-use enamel_train::bench::{BenchOptions, bench};
+use enamel_train::bench::{BenchOptions, Figure, bench, first_step};
 use enamel_train::device;
 use enamel_train::loaded::OpenBase;
-use enamel_train::thousands;
 
 use crate::Outcome;
+use crate::bench_text as text;
 use crate::pull_progress::Bars;
 
 /// Arguments of `enamel bench`.
@@ -30,13 +30,19 @@ pub struct Args {
     /// Methods to time, the first of which the others are compared with
     #[arg(long, value_name = "METHOD", value_delimiter = ',', default_value = "lora")]
     methods: Vec<String>,
-    /// Tokens to decode; 0 leaves decoding out
+    /// Tokens to decode, with the base alone and with the first method's adapter; 0 leaves decoding out
     #[arg(long, value_name = "N", default_value_t = 64)]
     decode: usize,
     /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
-    /// Print a line of JSON a shape instead of a table
+    /// Profile one more step a shape: time, bytes and operations of each fused operation
+    #[arg(long)]
+    profile: bool,
+    /// Only time the way from the start of the process to the end of its first step, 1x128
+    #[arg(long, conflicts_with_all = ["profile", "shapes", "steps", "decode"])]
+    first_step: bool,
+    /// Print lines of JSON instead of tables; the "kind" of each says what it is
     #[arg(long)]
     json: bool,
 }
@@ -58,11 +64,6 @@ impl Args {
         if !self.json {
             let model = &self.model;
             writeln!(out, "{model} on {choice}, r = {} on all linear layers", self.r)?;
-            writeln!(
-                out,
-                "{:<8} {:<8} {:>10} {:>10} {:>9} {:>12} {:>12}",
-                "method", "step", "seconds", "tokens/s", "relative", "trained", "peak memory"
-            )?;
         }
         let options = BenchOptions {
             shapes: self.shapes,
@@ -70,51 +71,75 @@ impl Args {
             r: self.r,
             methods: self.methods,
             decode: self.decode,
+            profile: self.profile,
         };
+        if self.first_step {
+            let first = first_step(base, &device, &options)?;
+            show(&mut out, self.json, &Figure::FirstStep(first))?;
+            return Ok(Outcome::Done);
+        }
+        if !self.json {
+            text::header(&mut out)?;
+        }
         let mut failure = None;
-        let decode = bench(base, &device, &options, &mut |step| {
-            let line = if self.json {
-                serde_json::to_writer(&mut out, &step)
-                    .map_err(std::io::Error::from)
-                    .and_then(|()| writeln!(out))
-            } else {
-                writeln!(
-                    out,
-                    "{:<8} {:<8} {:>10.3} {:>10.1} {:>9.2} {:>12} {:>12}",
-                    step.method,
-                    format!("{}×{}", step.rows, step.tokens),
-                    step.seconds,
-                    step.tokens_per_second,
-                    step.relative,
-                    thousands(step.trainable as u64),
-                    gibibytes(step.peak_memory)
-                )
-            };
-            if let Err(error) = line.and_then(|()| out.flush()) {
+        bench(base, &device, &options, &mut |figure| {
+            if let Err(error) = show(&mut out, self.json, &figure) {
                 failure = Some(error);
             }
         })?;
-        if let Some(error) = failure {
-            return Err(error.into());
+        match failure {
+            Some(error) => Err(error.into()),
+            None => Ok(Outcome::Done),
         }
-        if let Some(decode) = decode {
-            if self.json {
-                writeln!(out, "{}", serde_json::to_string(&decode)?)?;
-                return Ok(Outcome::Done);
-            }
-            writeln!(
-                out,
-                "decoding     first token of a prompt of {} after {:.2} s, then {:.1} tokens/s, {}",
-                decode.prompt,
-                decode.first_token_seconds,
-                decode.tokens_per_second,
-                gibibytes(decode.peak_memory)
-            )?;
-        }
-        Ok(Outcome::Done)
     }
 }
 
-fn gibibytes(bytes: u64) -> String {
-    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+fn show(out: &mut impl Write, json: bool, figure: &Figure) -> std::io::Result<()> {
+    if json {
+        serde_json::to_writer(&mut *out, figure)?;
+        writeln!(out)?;
+    } else {
+        match figure {
+            Figure::Step(step) => text::step(out, step)?,
+            Figure::Profile(profile) => text::profile(out, profile)?,
+            Figure::Decode(decode) => text::decode(out, decode)?,
+            Figure::FirstStep(first) => text::first_step(out, first)?,
+        }
+    }
+    out.flush()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Bench {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn parse(arguments: &[&str]) -> Result<Args, clap::Error> {
+        use clap::Parser;
+        Bench::try_parse_from([&["bench"], arguments].concat()).map(|bench| bench.args)
+    }
+
+    #[test]
+    fn shapes_are_rows_and_tokens() {
+        let shapes = |text| parse(&["--shapes", text]).map(|args| args.shapes);
+        assert_eq!(shapes("1x128,4×256").unwrap(), [(1, 128), (4, 256)]);
+        for wrong in ["4", "4x", "0x8", "4x1", "x8", "4x8x2"] {
+            assert!(shapes(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_first_step_is_measured_alone() {
+        assert!(parse(&["--first-step", "--json"]).unwrap().first_step);
+        assert!(parse(&["--profile"]).unwrap().profile);
+        for other in [&["--profile"][..], &["--decode", "8"], &["--shapes", "1x8"]] {
+            assert!(parse(&[&["--first-step"], other].concat()).is_err(), "{other:?}");
+        }
+    }
 }

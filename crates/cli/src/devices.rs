@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use enamel_train::device;
+use enamel_train::device::{self, CPU_VARIABLE, CpuInfo};
 
 use crate::Outcome;
 
@@ -31,7 +31,28 @@ impl Args {
                 device.name, device.note
             )?;
         }
+        writeln!(out)?;
+        cpu(&mut out, &device::cpu())?;
         Ok(Outcome::Done)
+    }
+}
+
+/// The CPU path in use, those there are, and how it multiplies bf16.
+fn cpu(out: &mut impl Write, cpu: &CpuInfo) -> std::io::Result<()> {
+    match &cpu.path {
+        Ok(path) => {
+            let why = match cpu.asked {
+                true => format!("{CPU_VARIABLE} asks for it"),
+                false => format!("the best here; {CPU_VARIABLE} is not set"),
+            };
+            writeln!(out, "CPU path   {path} ({why})")?;
+            writeln!(out, "available  {}", cpu.available.join(", "))?;
+            let bf16 = cpu
+                .bf16_products
+                .unwrap_or("none: bf16 weights are multiplied in f32");
+            writeln!(out, "bf16       {bf16}")
+        }
+        Err(absent) => writeln!(out, "CPU path   none: {absent}"),
     }
 }
 

@@ -8,6 +8,7 @@
 )]
 
 mod adapter_text;
+mod bench_text;
 mod failure;
 mod pull_progress;
 mod recipe_args;
@@ -49,6 +50,11 @@ macro_rules! verbs {
         enum Verb { $( $(#[doc = $doc])+ $variant($module::Args), )* }
 
         impl Verb {
+            /// Whether a CPU path that is not there would make it useless.
+            fn computes(&self) -> bool {
+                !matches!(self, Self::Pull(_) | Self::Devices(_) | Self::Inspect(_))
+            }
+
             fn run(self) -> anyhow::Result<Outcome> {
                 match self { $( Self::$variant(args) => args.run(), )* }
             }
@@ -86,8 +92,14 @@ verbs! {
 }
 
 fn main() -> ExitCode {
+    enamel_train::bench::note_start();
     keep_freed_memory();
-    match Cli::parse().verb.run() {
+    let verb = Cli::parse().verb;
+    let checked = match verb.computes() {
+        true => enamel_train::device::check_cpu().map_err(anyhow::Error::from),
+        false => Ok(()),
+    };
+    match checked.and_then(|()| verb.run()) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted(signal)) => ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)),
         Err(error) => failure::report(&error),

@@ -1,6 +1,9 @@
 //! `enamel bench`: how fast a training step and decoding are, and how much memory they take.
 
-use std::ops::ControlFlow;
+mod decode;
+mod first_step;
+mod profile;
+
 use std::time::Instant;
 
 use burn::module::Module;
@@ -9,14 +12,19 @@ use burn::tensor::Device;
 use burn::train::TrainStep;
 use enamel_adapter::{AdapterConfig, RankAllocator};
 use enamel_data::Batch;
-use enamel_model::{CausalLm, Sampling, generate};
+use enamel_kernels::Compute;
+use enamel_model::CausalLm;
 use serde::Serialize;
 
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
-use crate::memory::Memory;
+use crate::memory::{Memory, page_faults};
 use crate::recipe::Recipe;
 use crate::trainee::{StepItem, Trainee};
+
+pub use decode::DecodeFigures;
+pub use first_step::{FirstStep, first_step, note_start};
+pub use profile::{FallbackFigures, OpFigures, StepProfile};
 
 /// What to measure.
 #[derive(Clone, Debug)]
@@ -30,8 +38,32 @@ pub struct BenchOptions {
     /// The methods, as a recipe names them. Several take turns step by step, so that a machine that
     /// slows down slows all of them down.
     pub methods: Vec<String>,
-    /// Tokens to decode after a prompt of 128; 0 for none.
+    /// Tokens to decode after a prompt of 128, with the base alone and with the first method's adapter,
+    /// unmerged; 0 for none.
     pub decode: usize,
+    /// Whether one more step a shape and method is profiled.
+    pub profile: bool,
+}
+
+impl BenchOptions {
+    /// What the factors of a step's large products are rounded to.
+    fn compute(&self) -> Compute {
+        Compute::F32
+    }
+}
+
+/// One thing measured; a line of `enamel bench --json`.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Figure {
+    /// Training steps of a method and shape.
+    Step(StepFigures),
+    /// Where the time of a step goes.
+    Profile(StepProfile),
+    /// Decoding.
+    Decode(DecodeFigures),
+    /// From the start of the process to the end of the first step.
+    FirstStep(FirstStep),
 }
 
 /// A training step of one method and shape.
@@ -55,22 +87,6 @@ pub struct StepFigures {
     /// Tokens a second over those of the first method: the median over rounds of both.
     pub relative: f64,
 }
-
-/// Decoding one token after the other.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct DecodeFigures {
-    /// Tokens of the prompt.
-    pub prompt: usize,
-    /// Seconds until the first token.
-    pub first_token_seconds: f64,
-    /// Tokens a second after the first.
-    pub tokens_per_second: f64,
-    /// Most resident memory, in bytes.
-    pub peak_memory: u64,
-}
-
-/// Tokens of the prompt before decoding.
-const PROMPT: usize = 128;
 
 /// One method under measurement.
 struct Lane {
@@ -123,6 +139,32 @@ impl Lane {
             .map_err(|e| TrainError::Framework(format!("waiting for the device: {e}")))?;
         Ok(started.elapsed().as_secs_f64())
     }
+
+    /// One more step, with the kernels counting.
+    fn profile(
+        &mut self,
+        (rows, tokens): (usize, usize),
+        vocabulary: usize,
+        device: &Device,
+        options: &BenchOptions,
+    ) -> Result<StepProfile, TrainError> {
+        reset_peak();
+        let item = item(options.steps + 2, rows, tokens, vocabulary);
+        let before = page_faults();
+        enamel_kernels::profile::start();
+        let seconds = self.step(item, device);
+        let counts = enamel_kernels::profile::stop();
+        let measured = profile::Measured {
+            method: self.method.clone(),
+            rows,
+            tokens,
+            seconds: seconds?,
+            page_faults: page_faults().zip(before).map(|(now, then)| now - then),
+            peak_memory: Memory::new().peak(),
+        };
+        let machine = || enamel_kernels::measured_product_speed(options.compute());
+        Ok(StepProfile::new(measured, &counts, machine))
+    }
 }
 
 /// The adapter of a method at the rank asked for, on all linear layers.
@@ -155,61 +197,83 @@ pub fn bench(
     base: OpenBase,
     device: &Device,
     options: &BenchOptions,
-    on_step: &mut dyn FnMut(&StepFigures),
-) -> Result<Option<DecodeFigures>, TrainError> {
+    on_figure: &mut dyn FnMut(Figure),
+) -> Result<(), TrainError> {
     let vocabulary = base.config.vocab_size;
     let model = base.weights(device)?;
     drop(base);
+    // Before training, which leaves memory behind that would count as decoding's.
+    let mut decoded = Vec::new();
+    if options.decode > 0 {
+        decoded.push(decode::decode(&model, "base", options.decode)?);
+    }
     let lanes = options
         .methods
         .iter()
         .map(|method| Lane::new(model.clone(), method, options, device));
     let mut lanes = lanes.collect::<Result<Vec<_>, _>>()?;
-    let decode = match (options.decode, lanes.first()) {
-        (0, _) | (_, None) => None,
-        (tokens, Some(lane)) => Some(decode(&lane.trainee.model.valid(), vocabulary, tokens)?),
-    };
     drop(model);
-    for &(rows, tokens) in &options.shapes {
-        reset_peak();
-        lanes.iter_mut().for_each(|lane| lane.seconds.clear());
-        for step in 0..=options.steps {
-            for lane in &mut lanes {
-                let item = StepItem {
-                    step: step + 1,
-                    seed: 42,
-                    micro: vec![batch(rows, tokens, vocabulary)],
-                    max_grad_norm: 1.0,
-                };
-                let seconds = lane.step(item, device)?;
-                if step > 0 {
-                    lane.seconds.push(seconds);
-                }
-            }
-        }
-        let first = lanes
-            .first()
-            .map(|lane| lane.seconds.clone())
-            .unwrap_or_default();
-        for lane in &lanes {
-            let seconds = median(lane.seconds.clone());
-            let ratios = first
-                .iter()
-                .zip(&lane.seconds)
-                .map(|(first, own)| first / own);
-            on_step(&StepFigures {
-                method: lane.method.clone(),
-                trainable: lane.trainable,
-                rows,
-                tokens,
-                seconds,
-                tokens_per_second: (rows * tokens) as f64 / seconds,
-                peak_memory: Memory::new().peak(),
-                relative: median(ratios.collect()),
-            });
+    if let (1.., Some(lane)) = (options.decode, lanes.first()) {
+        let adapted = lane.trainee.model.valid();
+        decoded.push(decode::decode(&adapted, &lane.method, options.decode)?);
+    }
+    for &shape in &options.shapes {
+        steps(&mut lanes, shape, vocabulary, device, options, on_figure)?;
+        for lane in lanes.iter_mut().filter(|_| options.profile) {
+            let profile = lane.profile(shape, vocabulary, device, options)?;
+            on_figure(Figure::Profile(profile));
         }
     }
-    Ok(decode)
+    if !decoded.is_empty() {
+        let bandwidth = enamel_kernels::measured_read_bandwidth();
+        for figures in decoded {
+            on_figure(Figure::Decode(figures.against(bandwidth)));
+        }
+    }
+    Ok(())
+}
+
+/// The timed steps of a shape, the methods taking turns.
+fn steps(
+    lanes: &mut [Lane],
+    (rows, tokens): (usize, usize),
+    vocabulary: usize,
+    device: &Device,
+    options: &BenchOptions,
+    on_figure: &mut dyn FnMut(Figure),
+) -> Result<(), TrainError> {
+    reset_peak();
+    lanes.iter_mut().for_each(|lane| lane.seconds.clear());
+    for step in 0..=options.steps {
+        for lane in &mut *lanes {
+            let seconds = lane.step(item(step + 1, rows, tokens, vocabulary), device)?;
+            if step > 0 {
+                lane.seconds.push(seconds);
+            }
+        }
+    }
+    let first = lanes
+        .first()
+        .map(|lane| lane.seconds.clone())
+        .unwrap_or_default();
+    for lane in lanes {
+        let seconds = median(lane.seconds.clone());
+        let ratios = first
+            .iter()
+            .zip(&lane.seconds)
+            .map(|(first, own)| first / own);
+        on_figure(Figure::Step(StepFigures {
+            method: lane.method.clone(),
+            trainable: lane.trainable,
+            rows,
+            tokens,
+            seconds,
+            tokens_per_second: (rows * tokens) as f64 / seconds,
+            peak_memory: Memory::new().peak(),
+            relative: median(ratios.collect()),
+        }));
+    }
+    Ok(())
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -217,10 +281,19 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
+fn item(step: usize, rows: usize, tokens: usize, vocabulary: usize) -> StepItem {
+    StepItem {
+        step,
+        seed: 42,
+        micro: vec![batch(rows, tokens, vocabulary)],
+        max_grad_norm: 1.0,
+    }
+}
+
 /// Full rows, every token trained: nothing is padding, so tokens a second means all of them.
 fn batch(rows: usize, tokens: usize, vocabulary: usize) -> Batch {
     let ids: Vec<i64> = (0..rows * tokens)
-        .map(|i| ((i * 7919 + 13) % vocabulary) as i64)
+        .map(|i| token(i, vocabulary) as i64)
         .collect();
     Batch {
         labels: ids.clone(),
@@ -234,24 +307,9 @@ fn batch(rows: usize, tokens: usize, vocabulary: usize) -> Batch {
     }
 }
 
-fn decode(model: &CausalLm, vocabulary: usize, tokens: usize) -> Result<DecodeFigures, TrainError> {
-    reset_peak();
-    let prompt: Vec<u32> = (0..PROMPT)
-        .map(|i| ((i * 7919 + 13) % vocabulary) as u32)
-        .collect();
-    let started = Instant::now();
-    let mut first = None;
-    let produced = generate(model, &prompt, &[], &Sampling::greedy(tokens), &mut |_| {
-        first.get_or_insert_with(|| started.elapsed().as_secs_f64());
-        ControlFlow::Continue(())
-    })?;
-    let first = first.unwrap_or(f64::NAN);
-    Ok(DecodeFigures {
-        prompt: PROMPT,
-        first_token_seconds: first,
-        tokens_per_second: (produced.len() - 1) as f64 / (started.elapsed().as_secs_f64() - first),
-        peak_memory: Memory::new().peak(),
-    })
+/// Token number `i` of a text without a pattern.
+fn token(i: usize, vocabulary: usize) -> usize {
+    (i * 7919 + 13) % vocabulary
 }
 
 /// Lets the kernel's mark of most resident memory start over (Linux; elsewhere nothing happens).

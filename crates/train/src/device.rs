@@ -2,6 +2,8 @@
 //! "cuda" | "cuda:N" | "wgpu"`.
 
 use burn::tensor::Device;
+pub use enamel_kernels::CPU_VARIABLE;
+use enamel_kernels::CpuPath;
 
 use crate::error::TrainError;
 
@@ -72,6 +74,65 @@ pub struct DeviceInfo {
     pub note: String,
 }
 
+/// Which instructions compute on a CPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuInfo {
+    /// The path in use; an error where `ENAMEL_CPU` names none of this machine's.
+    pub path: Result<&'static str, CpuPathAbsent>,
+    /// Whether `ENAMEL_CPU` decided it.
+    pub asked: bool,
+    /// The paths of this machine, the plainest first.
+    pub available: Vec<&'static str>,
+    /// The instructions that multiply bf16; none where bf16 weights are multiplied in f32.
+    pub bf16_products: Option<&'static str>,
+}
+
+/// `ENAMEL_CPU` names no path of this machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{CPU_VARIABLE}={asked}: this machine has {}; unset it or name one of these", available.join(", "))]
+pub struct CpuPathAbsent {
+    /// What it says.
+    pub asked: String,
+    /// The paths there are, the plainest first.
+    pub available: Vec<&'static str>,
+}
+
+/// The CPU path in use and those there are.
+pub fn cpu() -> CpuInfo {
+    let available = CpuPath::available();
+    cpu_info(CpuPath::asked(), CpuPath::chosen(), available)
+}
+
+fn cpu_info(
+    asked: Option<Result<CpuPath, String>>,
+    chosen: CpuPath,
+    available: &[CpuPath],
+) -> CpuInfo {
+    let available: Vec<_> = available.iter().map(|path| path.name()).collect();
+    CpuInfo {
+        asked: asked.is_some(),
+        bf16_products: chosen.bf16_products(),
+        path: match asked {
+            Some(Err(asked)) => Err(CpuPathAbsent {
+                asked,
+                available: available.clone(),
+            }),
+            _ => Ok(chosen.name()),
+        },
+        available,
+    }
+}
+
+/// Refuses to compute while `ENAMEL_CPU` asks for what this machine has not: whoever compares paths
+/// would compare the best one with itself.
+///
+/// # Errors
+/// That, with the paths there are.
+pub fn check_cpu() -> Result<(), TrainError> {
+    cpu().path?;
+    Ok(())
+}
+
 /// Every device that this version knows of: compiled in or not, present or not.
 pub fn list() -> Vec<DeviceInfo> {
     let mut system = sysinfo::System::new();
@@ -84,10 +145,10 @@ pub fn list() -> Vec<DeviceInfo> {
             compiled: cfg!(feature = "flex"),
             present: cfg!(feature = "flex"),
             memory: ram,
-            note: format!(
-                "CPU, {threads} threads, {} kernels",
-                enamel_kernels::CpuPath::chosen().name()
-            ),
+            note: match cpu().path {
+                Ok(path) => format!("CPU, {threads} threads, {path} kernels"),
+                Err(_) => format!("CPU, {threads} threads"),
+            },
         },
         DeviceInfo {
             name: "ndarray".into(),
@@ -181,8 +242,10 @@ fn wgpu_devices() -> Vec<DeviceInfo> {
 /// The Burn device for a choice, and the concrete choice that `auto` came to.
 ///
 /// # Errors
-/// A device that is not compiled in or not present is an error that lists those that are.
+/// A device that is not compiled in or not present is an error that lists those that are; so is a CPU
+/// path of `ENAMEL_CPU` that is not there.
 pub fn open(choice: DeviceChoice) -> Result<(Device, DeviceChoice), TrainError> {
+    check_cpu()?;
     let devices = list();
     let present = |name: &str| devices.iter().any(|d| d.present && d.name == name);
     let concrete = match choice {
@@ -249,6 +312,29 @@ mod tests {
             error.contains("cuda:x") && error.contains("ndarray"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_path_that_is_not_there_is_an_error_that_lists_the_others() {
+        use CpuPath::{Avx2, Portable, Reference};
+        let here = [Reference, Portable, Avx2];
+        let absent = cpu_info(Some(Err("amx".into())), Avx2, &here);
+        assert_eq!(
+            absent.path.unwrap_err().to_string(),
+            "ENAMEL_CPU=amx: this machine has reference, portable, avx2; unset it or name one of these"
+        );
+        let asked = cpu_info(Some(Ok(Portable)), Portable, &here);
+        assert_eq!((asked.path, asked.asked), (Ok("portable"), true));
+        let free = cpu_info(None, Avx2, &here);
+        assert_eq!((free.path, free.asked), (Ok("avx2"), false));
+    }
+
+    #[test]
+    fn bf16_is_multiplied_where_there_are_instructions_for_it() {
+        let info = |path| cpu_info(None, path, &CpuPath::ALL).bf16_products;
+        assert_eq!(info(CpuPath::Amx), Some("amx"));
+        assert_eq!(info(CpuPath::Avx512Bf16), Some("avx512bf16"));
+        assert_eq!(info(CpuPath::Avx512), None);
     }
 
     #[test]

@@ -25,6 +25,9 @@ pub enum TrainError {
         /// What can be had.
         present: Vec<String>,
     },
+    /// `ENAMEL_CPU` names what this machine has not.
+    #[error(transparent)]
+    CpuPath(#[from] crate::device::CpuPathAbsent),
     /// The recipe.
     #[error(transparent)]
     Recipe(#[from] crate::recipe::RecipeError),

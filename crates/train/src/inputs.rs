@@ -64,16 +64,14 @@ impl Inputs {
             Some(_) => enamel_adapter::plan_for_load(&base.config.modules(), &adapter)?,
             None => enamel_adapter::plan(&base.config.modules(), &adapter)?,
         };
-        let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
-        let mut data_files = hashes_of(&train);
-        let valid = match recipe.data.valid_spec() {
-            None => hold_back(&mut train, recipe),
-            Some(spec) => {
-                let valid = load_examples(&spec, &base.tokenizer)?;
-                data_files.extend(hashes_of(&valid));
-                valid.rows
-            }
-        };
+        // Hashing a model takes about as long as reading it, and shares nothing with the rows.
+        let (data, model_hashes) =
+            rayon::join(|| Data::load(recipe, &base), || base.checkpoint.hashes());
+        let Data {
+            train,
+            valid,
+            files: data_files,
+        } = data?;
         let (_, steps) = step_counts(recipe, train.rows.len());
         let adapter = match &recipe.adapter.init_from {
             Some(_) => adapter,
@@ -94,9 +92,7 @@ impl Inputs {
                 .chat_template()
                 .filter(|t| t.uses_clock())
                 .map(enamel_data::ChatTemplate::now),
-            model_files: base
-                .checkpoint
-                .hashes()?
+            model_files: model_hashes?
                 .into_iter()
                 .map(|(path, sha256)| FileHash { path, sha256 })
                 .collect(),
@@ -144,6 +140,33 @@ impl Inputs {
             },
         };
         Ok((model, config))
+    }
+}
+
+/// The rows of a run and the files they come from.
+struct Data {
+    train: Examples,
+    valid: Vec<Example>,
+    files: Vec<FileHash>,
+}
+
+impl Data {
+    fn load(recipe: &Recipe, base: &OpenBase) -> Result<Self, TrainError> {
+        let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
+        let mut files = hashes_of(&train);
+        let valid = match recipe.data.valid_spec() {
+            None => hold_back(&mut train, recipe),
+            Some(spec) => {
+                let valid = load_examples(&spec, &base.tokenizer)?;
+                files.extend(hashes_of(&valid));
+                valid.rows
+            }
+        };
+        Ok(Self {
+            train,
+            valid,
+            files,
+        })
     }
 }
 

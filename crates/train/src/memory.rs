@@ -51,3 +51,23 @@ fn kernel_peak() -> Option<u64> {
     let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kib * 1024)
 }
+
+/// Page faults of this process so far, those that read a file included.
+#[cfg(unix)]
+pub fn page_faults() -> Option<u64> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: fills in the structure it is given, and says whether it did.
+    let usage = unsafe {
+        if libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr()) != 0 {
+            return None;
+        }
+        usage.assume_init()
+    };
+    u64::try_from(usage.ru_minflt + usage.ru_majflt).ok()
+}
+
+/// Page faults of this process so far: this system does not tell.
+#[cfg(not(unix))]
+pub fn page_faults() -> Option<u64> {
+    None
+}

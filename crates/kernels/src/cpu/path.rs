@@ -70,12 +70,23 @@ impl CpuPath {
     /// What the environment asks for: `None` where it asks for nothing, the text where no path is called
     /// that or this machine has no such path.
     pub fn asked() -> Option<Result<Self, String>> {
-        let text = std::env::var(CPU_VARIABLE).ok().filter(|t| !t.is_empty())?;
+        let text = std::env::var_os(CPU_VARIABLE).filter(|t| !t.is_empty())?;
+        let text = text.to_string_lossy().into_owned();
         let path = Self::available().iter().find(|p| p.name() == text);
         Some(path.copied().ok_or(text))
     }
 
-    /// The path in use.
+    /// The instructions that multiply bf16 on this path; `None` where such weights are widened and
+    /// multiplied in f32.
+    pub fn bf16_products(self) -> Option<&'static str> {
+        match self {
+            Self::Amx | Self::Avx512Bf16 => Some(self.name()),
+            Self::Reference | Self::Portable | Self::Avx2 | Self::Avx512 => None,
+        }
+    }
+
+    /// The path in use. What the environment asks for in vain counts as nothing here: whoever starts a
+    /// computation checks [`Self::asked`] first.
     pub fn chosen() -> Self {
         static CHOSEN: OnceLock<CpuPath> = OnceLock::new();
         *CHOSEN.get_or_init(|| match Self::asked() {
