@@ -104,7 +104,11 @@ pub trait CheckpointOps: Backend {
     ) -> FloatTensor<Self>;
 }
 
-pub(super) fn join<const D: usize>(token: Tensor<1>, parameter: Tensor<D>, slot: Slot) -> Tensor<1> {
+pub(super) fn join<const D: usize>(
+    token: Tensor<1>,
+    parameter: Tensor<D>,
+    slot: Slot,
+) -> Tensor<1> {
     Tensor::from_dispatch(<Dispatch as CheckpointOps>::enamel_checkpoint_join(
         token.into_dispatch(),
         parameter.into_dispatch(),
@@ -275,7 +279,8 @@ where
     ) -> FloatTensor<Self> {
         let x = x.node();
         let (token, token_node) = token.into_parts();
-        let prep = <CheckpointStep as Backward<B, 2>>::prepare::<C>(CheckpointStep, [x, token_node]);
+        let prep =
+            <CheckpointStep as Backward<B, 2>>::prepare::<C>(CheckpointStep, [x, token_node]);
         match prep.compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((again, token), y.into_primitive()),
             OpsKind::UnTracked(prep) => prep.finish(y.into_primitive()),

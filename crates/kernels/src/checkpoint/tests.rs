@@ -68,11 +68,7 @@ fn bits(values: Vec<f32>) -> Vec<u32> {
 type Outcome = (Vec<u32>, Option<Vec<u32>>, Vec<Option<Vec<u32>>>);
 
 /// Result, gradient of the input, gradients of the parameters.
-fn run(
-    blocks: &[Block],
-    x: Tensor<2>,
-    each: impl Fn(&Block, Tensor<2>) -> Tensor<2>,
-) -> Outcome {
+fn run(blocks: &[Block], x: Tensor<2>, each: impl Fn(&Block, Tensor<2>) -> Tensor<2>) -> Outcome {
     let y = blocks.iter().fold(x.clone(), |x, block| each(block, x));
     let result = bits(floats(y.clone()));
     let grads = (y.clone() * y).sum().backward();
