@@ -69,6 +69,7 @@ pub fn batch(case: &str, device: &Device) -> Batch {
 pub fn input(golden: &Tensors, prefix: &str, device: &Device) -> (ModelInput, Vec<Vec<i64>>) {
     let rows = golden.rows(&format!("{prefix}attention_mask"));
     let input = ModelInput {
+        seed: None,
         input_ids: ids(&golden.rows(&format!("{prefix}input_ids")), device),
         attention_mask: Some(mask(&rows)),
     };

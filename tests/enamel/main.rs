@@ -20,6 +20,7 @@ mod eva;
 mod generate;
 mod gguf;
 mod goldens;
+mod gradient_checkpointing;
 mod inits;
 mod matching;
 mod parity_llama;

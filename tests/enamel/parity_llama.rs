@@ -93,6 +93,7 @@ fn logits_agree_in_every_padding(device: &Device) {
         for side in sides(&case) {
             let rows = case.rows(&format!("{side}.attention_mask"));
             let input = ModelInput {
+                seed: None,
                 input_ids: ids(&case.rows(&format!("{side}.input_ids")), device),
                 attention_mask: Some(mask(&rows)),
             };
@@ -114,6 +115,7 @@ fn losses_agree(device: &Device) {
         let meta = json(&fixtures().join("llama").join(name).join("meta.json"));
         for side in sides(&case) {
             let input = ModelInput {
+                seed: None,
                 input_ids: ids(&case.rows(&format!("{side}.input_ids")), device),
                 attention_mask: Some(mask(&case.rows(&format!("{side}.attention_mask")))),
             };
@@ -147,6 +149,7 @@ fn both_spellings_of_a_config_are_one_model(device: &Device) {
     for name in LLAMAS {
         let case = case(name);
         let input = ModelInput {
+            seed: None,
             input_ids: ids(&case.rows("none.input_ids"), device),
             attention_mask: None,
         };
@@ -165,6 +168,7 @@ fn a_cache_changes_nothing(device: &Device) {
         let (model, case) = (load_case(name, Generation::Five, device), case(name));
         let row = case.rows("none.input_ids").remove(0);
         let whole = ModelInput {
+            seed: None,
             input_ids: ids(std::slice::from_ref(&row), device),
             attention_mask: None,
         };
@@ -173,6 +177,7 @@ fn a_cache_changes_nothing(device: &Device) {
         let mut stepped = Vec::new();
         for part in [&row[..5], &row[5..6], &row[6..9], &row[9..]] {
             let input = ModelInput {
+                seed: None,
                 input_ids: ids(&[part.to_vec()], device),
                 attention_mask: None,
             };

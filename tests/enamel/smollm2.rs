@@ -143,6 +143,7 @@ fn padding_changes_nothing() {
         keys: padded.len(),
     };
     let input = ModelInput {
+        seed: None,
         input_ids: ids(&[padded], device),
         attention_mask: Some(mask),
     };

@@ -297,7 +297,9 @@ pub fn orthogonality<M: Adaptable>(model: &M, weight: f64) -> Option<Tensor<1>> 
     let mut sum: Option<Tensor<1>> = None;
     let mut count = 0;
     each_module(model, &mut |_, adapter| {
-        let (a, b) = (adapter.lora_a.val(), adapter.lora_b.val());
+        // A node of their own, where what both sides of a product ask of A or B is added up first: the
+        // gradient is then this and the blocks' share, and a sum of two has no order.
+        let (a, b) = (adapter.lora_a.val() * 1.0, adapter.lora_b.val() * 1.0);
         let [r, _] = a.dims();
         if r == 0 {
             return;

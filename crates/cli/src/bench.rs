@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use enamel_train::bench::{BenchOptions, Figure, bench, first_step};
 use enamel_train::device;
 use enamel_train::loaded::OpenBase;
+use enamel_train::recipe::GradientCheckpointing;
 
 use crate::Outcome;
 use crate::bench_text as text;
@@ -30,6 +31,11 @@ pub struct Args {
     /// Methods to time, the first of which the others are compared with
     #[arg(long, value_name = "METHOD", value_delimiter = ',', default_value = "lora")]
     methods: Vec<String>,
+    /// Keep only the input of each block, or of N blocks at a time (every:N), and compute them again in
+    /// the backward pass
+    #[arg(long, value_name = "every:N", num_args = 0..=1, default_value = "false",
+          default_missing_value = "true", hide_default_value = true)]
+    gradient_checkpointing: GradientCheckpointing,
     /// Tokens to decode, with the base alone and with the first method's adapter; 0 leaves decoding out
     #[arg(long, value_name = "N", default_value_t = 64)]
     decode: usize,
@@ -59,17 +65,22 @@ fn shape(text: &str) -> anyhow::Result<(usize, usize)> {
 impl Args {
     pub fn run(self) -> anyhow::Result<Outcome> {
         let (device, choice) = device::open(self.device.parse()?)?;
+        self.gradient_checkpointing.check(&device, &choice)?;
         let base = OpenBase::open(&self.model, None, &mut Bars::default())?;
         let mut out = std::io::stdout().lock();
         if !self.json {
             let model = &self.model;
             writeln!(out, "{model} on {choice}, r = {} on all linear layers", self.r)?;
+            if self.gradient_checkpointing.0.is_some() {
+                writeln!(out, "keeping {}", self.gradient_checkpointing)?;
+            }
         }
         let options = BenchOptions {
             shapes: self.shapes,
             steps: self.steps.max(1),
             r: self.r,
             methods: self.methods,
+            checkpointing: self.gradient_checkpointing,
             decode: self.decode,
             profile: self.profile,
         };

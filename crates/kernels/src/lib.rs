@@ -2,7 +2,7 @@
 //!
 //! One folder an operation: `mod.rs` is the public function, `reference.rs` the same thing in plain
 //! Burn operations (any backend, the definition the others are tested against), `cpu.rs` the Flex
-//! implementation. This crate knows nothing of adapters or models.
+//! implementation. `checkpoint` is about no operation but about what is remembered of several. This crate knows nothing of adapters or models.
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -10,6 +10,7 @@ mod check;
 mod cpu;
 
 pub mod attention;
+pub mod checkpoint;
 pub mod cross_entropy;
 pub mod dora_linear;
 pub mod khatri_rao;
@@ -25,6 +26,7 @@ pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
 pub use attention::{AttentionSpec, KeyMask, attention};
+pub use checkpoint::{can_checkpoint, checkpoint_module};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};
 pub use dora_linear::dora_linear;
 pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};

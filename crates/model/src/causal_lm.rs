@@ -1,6 +1,7 @@
 //! A causal language model of any supported architecture: loading it and running it.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
@@ -97,6 +98,9 @@ pub struct ModelInput {
     pub input_ids: Tensor<2, Int>,
     /// Which keys are real, over the cached ones and these; `None` if all are.
     pub attention_mask: Option<KeyMask>,
+    /// In training: seeds what the blocks draw (dropout), each block by its number, which leaves the
+    /// device's generator elsewhere than it was. Without it they draw from that generator as it stands.
+    pub seed: Option<u64>,
 }
 
 impl ModelInput {
@@ -105,6 +109,7 @@ impl ModelInput {
         Self {
             input_ids,
             attention_mask: None,
+            seed: None,
         }
     }
 }
@@ -207,7 +212,10 @@ impl CausalLm {
             return self.run(input, cache);
         };
         let hidden = self.first_pass(gate, input, cache.as_deref_mut());
-        xlora::for_second_pass(self, gate.gates(hidden)).run(input, cache)
+        let mut model = xlora::for_second_pass(self, gate.gates(hidden));
+        // A segment that runs again has no way to hand gradients to shares that are made outside it.
+        model.set_recompute(None);
+        model.run(input, cache)
     }
 
     /// Each token's shares of an X-LoRA's experts, before any choice among them; `None` where none is
@@ -268,6 +276,16 @@ impl CausalLm {
                 Some(head) => head.forward(hidden),
                 None => enamel_kernels::linear(hidden, model.embed_tokens.head_weight()),
             },
+        }
+    }
+
+    /// In training: keeps only the input of so many blocks at a time, and runs them again in the backward
+    /// pass (activation or gradient checkpointing); `None` keeps all. Gradients are the same bits either
+    /// way, with dropout too where the input has a [seed](ModelInput::seed). Blocks under an X-LoRA's
+    /// mixture are kept in any case.
+    pub fn set_recompute(&mut self, blocks: Option<NonZeroUsize>) {
+        match self {
+            Self::Llama(model) => model.recompute = blocks,
         }
     }
 

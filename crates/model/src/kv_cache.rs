@@ -139,6 +139,7 @@ mod tests {
                 };
                 let piece = |range: std::ops::Range<usize>| ModelInput {
                     attention_mask: mask(range.end),
+                    seed: None,
                     input_ids: ids(&[&rows[0][range.clone()], &rows[1][range]], &device),
                 };
                 let whole = model.forward_hidden(&piece(0..9), None);

@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
 use crate::memory::{Memory, page_faults};
-use crate::recipe::Recipe;
+use crate::recipe::{GradientCheckpointing, Recipe};
 use crate::trainee::{StepItem, Trainee};
 
 pub use decode::DecodeFigures;
@@ -38,6 +38,8 @@ pub struct BenchOptions {
     /// The methods, as a recipe names them. Several take turns step by step, so that a machine that
     /// slows down slows all of them down.
     pub methods: Vec<String>,
+    /// Whether blocks are computed again in the backward pass.
+    pub checkpointing: GradientCheckpointing,
     /// Tokens to decode after a prompt of 128, with the base alone and with the first method's adapter,
     /// unmerged; 0 for none.
     pub decode: usize,
@@ -108,6 +110,7 @@ impl Lane {
         let config = config(method, options)?;
         let plan = enamel_adapter::attach(&mut model, &config, 42)?;
         let allocator = RankAllocator::of(&config, &model);
+        model.set_recompute(options.checkpointing.0);
         Ok(Self {
             method: method.to_owned(),
             trainable: plan.trainable,

@@ -49,6 +49,10 @@ impl Inputs {
         progress: &mut dyn PullProgress,
     ) -> Result<Self, TrainError> {
         let (device, choice) = device::open(recipe.device.parse()?)?;
+        recipe
+            .train
+            .gradient_checkpointing
+            .check(&device, &choice)?;
         let template = recipe.model.chat_template_text()?;
         let mut base = OpenBase::open(&recipe.model.base, template.as_deref(), progress)?;
         if let Some(time) = template_time {

@@ -15,7 +15,7 @@ use crate::error::TrainError;
 use crate::eva;
 use crate::inputs::Inputs;
 use crate::loaded::OpenBase;
-use crate::recipe::{Cadence, Length, Recipe};
+use crate::recipe::{Cadence, GradientCheckpointing, Length, Recipe};
 use crate::run_notes;
 use crate::steps::steps_per_epoch;
 
@@ -32,6 +32,8 @@ pub struct PlanReport {
     pub method: String,
     /// Matched modules and counts.
     pub adapter: AdapterPlan,
+    /// Which activations training keeps.
+    pub checkpointing: GradientCheckpointing,
     /// The data, unless only the model was asked about.
     pub data: Option<DataPlan>,
 }
@@ -86,6 +88,7 @@ pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanRepo
         source: inputs.base.local.source_note.clone(),
         shape: shape(&inputs.base.config),
         method: method(&inputs.adapter),
+        checkpointing: recipe.train.gradient_checkpointing,
         data: Some(data_plan(recipe, &inputs)),
         adapter: inputs.plan,
     })
@@ -105,6 +108,7 @@ pub fn plan_model(
         shape,
         method: method(&config),
         adapter: enamel_adapter::plan(&modules, &config)?,
+        checkpointing: recipe.train.gradient_checkpointing,
         data: None,
     })
 }
@@ -394,11 +398,12 @@ impl fmt::Display for PlanReport {
         let memory = self.memory();
         write!(
             f,
-            "memory     base {}, adapter {}, gradients {}, optimizer {} (in f32, activations on top)",
+            "memory     base {}, adapter {}, gradients {}, optimizer {} (in f32, {} on top)",
             bytes_text(memory.base),
             bytes_text(memory.adapter),
             bytes_text(memory.gradients),
-            bytes_text(memory.optimizer)
+            bytes_text(memory.optimizer),
+            self.checkpointing
         )?;
         match &self.data {
             Some(data) => write!(f, "\n{data}"),

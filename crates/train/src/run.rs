@@ -109,7 +109,8 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
 
     let resumed = run.checkpoint.as_deref();
     let from = resumed.map(|c| c.join(ADAPTER));
-    let (model, adapter) = inputs.model(recipe, from.as_deref(), &*options.say)?;
+    let (mut model, adapter) = inputs.model(recipe, from.as_deref(), &*options.say)?;
+    model.set_recompute(recipe.train.gradient_checkpointing.0);
     let rows = if inputs.valid.is_empty() {
         &inputs.train.rows
     } else {

@@ -149,6 +149,8 @@ pub fn fingerprint(recipe: &Recipe, lock: &LockInfo) -> Result<String, TrainErro
     recipe.train.samples = defaults.samples;
     recipe.train.sample_prompts.clear();
     recipe.train.max_new_tokens = defaults.max_new_tokens;
+    // The same bits in another amount of memory.
+    recipe.train.gradient_checkpointing = defaults.gradient_checkpointing;
     let text = serde_json::to_string(&recipe)
         .map_err(|e| TrainError::Framework(format!("hashing the recipe: {e}")))?;
     let mut hash = Sha256::new();

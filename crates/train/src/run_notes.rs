@@ -90,6 +90,12 @@ pub fn announce(say: &Say, recipe: &Recipe, inputs: &Inputs, run: &RunDir, rhyth
     for note in &train.notes {
         say(&format!("note     {note}"));
     }
+    let checkpointing = recipe.train.gradient_checkpointing;
+    if checkpointing.0.is_some() {
+        say(&format!(
+            "memory   keeps {checkpointing} and computes the blocks again"
+        ));
+    }
     let from = match run.state.step {
         0 => String::new(),
         n => format!(", resuming after step {n}"),

@@ -111,6 +111,7 @@ fn score_batch(
                 batch: batch.batch,
                 keys: batch.len,
             }),
+            seed: None,
         },
         None,
     );

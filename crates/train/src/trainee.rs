@@ -98,14 +98,18 @@ pub fn shifted_labels(batch: &Batch) -> Vec<i64> {
 }
 
 impl Trainee {
-    /// Sum of the negative log-likelihoods of a batch's labels, `[1]`.
+    /// Sum of the negative log-likelihoods of a batch's labels, `[1]`. In training, `seed` decides what the
+    /// blocks draw ([`ModelInput::seed`]).
     ///
     /// Rows are padded on the right and attention is causal, so no real token ever sees padding and
     /// no mask is needed; the labels leave padding out of the loss.
-    pub fn loss_sum(&self, batch: &Batch) -> Tensor<1> {
+    pub fn loss_sum(&self, batch: &Batch, seed: Option<u64>) -> Tensor<1> {
         let device = self.model.device();
         let ids = TensorData::new(batch.input_ids.clone(), [batch.batch, batch.len]);
-        let input = ModelInput::new(Tensor::<2, Int>::from_data(ids, &device));
+        let input = ModelInput {
+            seed,
+            ..ModelInput::new(Tensor::<2, Int>::from_data(ids, &device))
+        };
         let hidden = self.model.forward_hidden(&input, None);
         let [rows, len, width] = hidden.dims();
         let labels = shifted_labels(batch);
@@ -165,8 +169,10 @@ impl TrainStep for Trainee {
         let mut tokens = 0;
         let mut accumulator = GradientsAccumulator::new();
         for (index, batch) in item.micro.iter().enumerate() {
-            device.seed(mix_seed(item.seed, item.step as u64, index as u64));
-            let loss = self.loss_sum(batch);
+            // What is drawn outside the blocks comes from the device's generator.
+            let seed = mix_seed(item.seed, item.step as u64, index as u64);
+            device.seed(seed);
+            let loss = self.loss_sum(batch, Some(seed));
             sum += scalar(loss.clone().inner());
             tokens += batch.tokens;
             let mut loss = loss.div_scalar(total.max(1) as f64);
@@ -202,7 +208,7 @@ impl InferenceStep for Trainee {
     type Output = EvalOutput;
 
     fn step(&self, batch: Batch) -> EvalOutput {
-        let loss_sum = scalar(self.loss_sum(&batch));
+        let loss_sum = scalar(self.loss_sum(&batch, None));
         EvalOutput {
             loss_sum,
             trained_tokens: batch.trained_tokens,

@@ -1,11 +1,14 @@
 //! Llama (Touvron et al., 2023) and its siblings Mistral and Qwen2, parameter by parameter as in
 //! transformers' `modeling_llama.py`.
 
+use std::num::NonZeroUsize;
+
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
 use enamel_kernels::{AttentionSpec, KeyMask, attention, rms_norm, rope, silu_mul};
 
+use super::recompute::train_blocks;
 use crate::causal_lm::{LoadError, ModelInput};
 use crate::config::LlamaConfig;
 use crate::kv_cache::KvCache;
@@ -28,6 +31,9 @@ pub struct Llama {
     pub gate: Option<XLora>,
     #[module(skip)]
     config: LlamaConfig,
+    /// Blocks a segment that training runs again in the backward pass.
+    #[module(skip)]
+    pub(crate) recompute: Option<NonZeroUsize>,
 }
 
 /// One block: attention, then the MLP, each behind a norm and beside a residual.
@@ -155,6 +161,7 @@ impl Llama {
             lm_head,
             gate: None,
             config: config.clone(),
+            recompute: None,
         })
     }
 
@@ -165,7 +172,7 @@ impl Llama {
 
     /// The final norm's output `[batch, tokens, hidden]`; see
     /// [`CausalLm::forward_hidden`](crate::CausalLm::forward_hidden).
-    pub fn forward_hidden(&self, input: &ModelInput, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+    pub fn forward_hidden(&self, input: &ModelInput, cache: Option<&mut KvCache>) -> Tensor<3> {
         let [_, tokens] = input.input_ids.dims();
         let mut x = self.embed(input.input_ids.clone());
         let positions = self.positions(
@@ -174,11 +181,18 @@ impl Llama {
             input.attention_mask.as_ref(),
             &x.device(),
         );
-        for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(x, &positions, cache.as_deref_mut().map(|cache| (cache, i)));
-        }
-        if let Some(cache) = cache {
-            cache.advance(tokens);
+        match cache {
+            None if x.device().is_autodiff() => {
+                x = train_blocks(&self.layers, x, &positions, self.recompute, input.seed);
+            }
+            mut cache => {
+                for (i, layer) in self.layers.iter().enumerate() {
+                    x = layer.forward(x, &positions, cache.as_deref_mut().map(|cache| (cache, i)));
+                }
+                if let Some(cache) = cache {
+                    cache.advance(tokens);
+                }
+            }
         }
         self.final_norm(x)
     }

@@ -21,6 +21,7 @@ fn run(model: &CausalLm, rows: &[&[i64]], mask: Option<&[&[bool]]>) -> Vec<f32> 
     let input = ModelInput {
         input_ids: ids(rows, &model.device()),
         attention_mask,
+        seed: None,
     };
     values(model.forward_hidden(&input, None))
 }

@@ -6,7 +6,7 @@ use super::Recipe;
 use super::adapter::misplaced;
 use super::error::{Origin, Problem};
 use super::read::Origins;
-use super::settings::{Schedule, Strategy};
+use super::settings::{GradientCheckpointing, Schedule, Strategy};
 
 /// Fills in `recipe` and appends what contradicts itself to `problems`.
 pub(super) fn resolve(
@@ -187,6 +187,19 @@ fn check_adapter(recipe: &mut Recipe, found: &mut Findings<'_>) {
             ),
             "remove it",
         );
+    }
+    if adapter.method == "xlora" && recipe.train.gradient_checkpointing.0.is_some() {
+        let name = "train.gradient_checkpointing";
+        if found.gives_way(name, "adapter.method") {
+            recipe.train.gradient_checkpointing = GradientCheckpointing::default();
+        } else {
+            found.add(
+                name,
+                "train.gradient_checkpointing does not go with adapter.method = \"xlora\", whose shares of \
+                 the experts are computed outside the blocks",
+                "remove train.gradient_checkpointing, or choose another adapter.method",
+            );
+        }
     }
     let lora = ["lora", "dora"].contains(&adapter.method.as_str());
     if recipe.train.loraplus_lr_ratio.is_some() && !lora {

@@ -1,9 +1,14 @@
 //! Every setting of a recipe, declared once: name, type, default, what it does, what it accepts.
 
+use std::fmt;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use burn::tensor::Device;
 use enamel_data::{OnBadRow, RecordFormat, TrainOn, Truncation};
 use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
 
 use super::section::{
     any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive,
@@ -74,6 +79,10 @@ section! {
         batch_size: usize = 8, positive;
         /// Forward passes an optimizer step; gradients are averaged over all their trained tokens.
         gradient_accumulation_steps: usize = 1, positive;
+        /// Save memory: keep only the input of each block (`true`) or of N blocks at a time (`"every:N"`) and
+        /// compute the blocks once more in the backward pass, for about a third more time. The result is
+        /// the same, bit for bit.
+        gradient_checkpointing: GradientCheckpointing = GradientCheckpointing::default(), any;
         /// Highest learning rate.
         learning_rate: f64 = 2e-4, positive_number;
         /// LoRA+: how many times the rate B (and what has one axis) learns at. Left out: as all else.
@@ -154,6 +163,88 @@ impl<'de> Deserialize<'de> for Paths {
             OneOrMany::One(path) => vec![path],
             OneOrMany::Many(paths) => paths,
         }))
+    }
+}
+
+/// How many blocks at a time are computed again in the backward pass; `None` for not at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GradientCheckpointing(pub Option<NonZeroUsize>);
+
+impl GradientCheckpointing {
+    /// Whether the device, called `name`, can compute blocks again.
+    ///
+    /// # Errors
+    /// If it is asked for and the device cannot.
+    pub fn check(self, device: &Device, name: &impl fmt::Display) -> Result<(), TrainError> {
+        if self.0.is_none() || enamel_kernels::can_checkpoint(device) {
+            return Ok(());
+        }
+        Err(TrainError::Mismatch(format!(
+            "train.gradient_checkpointing does not work on device \"{name}\"\n  \
+             help: remove it and lower train.batch_size instead, or choose device = \"flex\""
+        )))
+    }
+}
+
+impl fmt::Display for GradientCheckpointing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.map(NonZeroUsize::get) {
+            None => f.write_str("all activations"),
+            Some(1) => f.write_str("the activations of one block at a time"),
+            Some(n) => write!(f, "the activations of {n} blocks at a time"),
+        }
+    }
+}
+
+impl std::str::FromStr for GradientCheckpointing {
+    type Err = String;
+
+    /// `every:N`, or `true` or `false`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "expected true, false or \"every:N\" with a number of blocks of at least 1, not \"{text}\""
+            )
+        };
+        match text {
+            "true" => Ok(Self(Some(NonZeroUsize::MIN))),
+            "false" => Ok(Self(None)),
+            text => {
+                let number = text.strip_prefix("every:").ok_or_else(wrong)?;
+                // "+2" would parse.
+                let digits = number.bytes().all(|c| c.is_ascii_digit());
+                let every = number.parse().ok().filter(|_| digits).ok_or_else(wrong)?;
+                Ok(Self(Some(every)))
+            }
+        }
+    }
+}
+
+impl Serialize for GradientCheckpointing {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0.map(NonZeroUsize::get) {
+            None => serializer.serialize_bool(false),
+            Some(1) => serializer.serialize_bool(true),
+            Some(n) => serializer.serialize_str(&format!("every:{n}")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for GradientCheckpointing {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(
+            untagged,
+            expecting = "expected true, false or \"every:N\" with a number of blocks of at least 1"
+        )]
+        enum FlagOrEvery {
+            Flag(bool),
+            Every(String),
+        }
+        match FlagOrEvery::deserialize(deserializer)? {
+            FlagOrEvery::Flag(on) => Ok(Self(on.then_some(NonZeroUsize::MIN))),
+            FlagOrEvery::Every(text) => text.parse().map_err(serde::de::Error::custom),
+        }
     }
 }
 

@@ -124,6 +124,24 @@ fn wrong_values_say_what_is_accepted() {
         "seed = 18446744073709551615\n",
         &["at most 9223372036854775807"],
     );
+    for wrong in [
+        "'every:0'",
+        "'every:-1'",
+        "'every:+2'",
+        "'every:'",
+        "'twice'",
+        "1",
+        "-2",
+    ] {
+        refuses(
+            &format!("{SMALL}[train]\ngradient_checkpointing = {wrong}\n"),
+            &[
+                "r.toml:4",
+                "train.gradient_checkpointing",
+                "true, false or \"every:N\"",
+            ],
+        );
+    }
     refuses("[data]\ntrain = 'a\n", &["r.toml:2:"]);
 }
 
@@ -165,6 +183,17 @@ fn contradictions_are_refused() {
     refuses(
         &with("[train]\nlr_scheduler_type = 'constant'\nwarmup_steps = 1\n"),
         &["constant_with_warmup"],
+    );
+    refuses(
+        &with(
+            "[train]\ngradient_checkpointing = true\n[adapter]\nmethod = 'xlora'\n\
+             [adapter.adapters]\na = 'a'\n",
+        ),
+        &[
+            "r.toml:4",
+            "train.gradient_checkpointing",
+            "adapter.method = \"xlora\"",
+        ],
     );
     refuses(
         &with("valid = 'v'\nvalid_fraction = 0.1\n"),
@@ -234,6 +263,26 @@ fn overrides_take_toml_values_and_bare_words() {
 }
 
 #[test]
+fn blocks_are_computed_again_one_or_several_at_a_time_or_not_at_all() {
+    let every = |text: &str| {
+        let recipe = resolve(SMALL, &[&format!("train.gradient_checkpointing={text}")]).unwrap();
+        recipe.train.gradient_checkpointing.0.map(|n| n.get())
+    };
+    assert_eq!(
+        resolve(SMALL, &[]).unwrap().train.gradient_checkpointing.0,
+        None
+    );
+    for (text, blocks) in [
+        ("false", None),
+        ("true", Some(1)),
+        ("every:1", Some(1)),
+        ("every:12", Some(12)),
+    ] {
+        assert_eq!(every(text), blocks, "{text}");
+    }
+}
+
+#[test]
 fn an_override_displaces_what_it_excludes() {
     let text = format!("{SMALL}valid = 'v'\n[train]\nepochs = 2\neval_steps = 5\n");
     let recipe = resolve(&text, &["train.max_steps=4", "train.eval_strategy=epoch"]).unwrap();
@@ -261,7 +310,7 @@ fn a_lock_file_reads_back_as_the_same_recipe() {
         [adapter]\ntarget_modules = '.*\\.q_proj'\ninit_lora_weights = 'gaussian'\n\
         alpha_pattern = { q_proj = 3 }\nlayers_to_transform = [0, 2]\n\
         [data]\ntrain = 'a.jsonl'\nvalid = ['b.jsonl', 'ü c.jsonl']\n\
-        [train]\nlearning_rate = 0.00012345678901234567\nsample_prompts = ['Who?', \"two\\nlines\"]\n\
+        [train]\nlearning_rate = 0.00012345678901234567\ngradient_checkpointing = 'every:3'\nsample_prompts = ['Who?', \"two\\nlines\"]\n\
         [output]\ndir = 'runs/x'\n";
     let recipe = resolve(text, &[]).unwrap();
     let info = LockInfo {
