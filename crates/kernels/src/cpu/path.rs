@@ -91,8 +91,21 @@ impl CpuPath {
         static CHOSEN: OnceLock<CpuPath> = OnceLock::new();
         *CHOSEN.get_or_init(|| match Self::asked() {
             Some(Ok(path)) => path,
-            _ => Self::available().last().copied().unwrap_or(Self::Portable),
+            _ => Self::fastest(),
         })
+    }
+}
+
+/// Whether the processor is Intel's.
+fn intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // "GenuineIntel" begins so.
+        std::arch::x86_64::__cpuid(0).ebx == u32::from_le_bytes(*b"Genu")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
     }
 }
 

@@ -1,14 +1,13 @@
 //! The loops around the tiles, in f32: which piece of which operand is where in the caches, and which task
 //! computes what. Work is cut by shape alone, and each element is summed by one task in one order.
 
-use std::cell::RefCell;
-
 use rayon::prelude::*;
 
 use super::super::matrix::{Into, MatMut, MatRef};
-use super::Weight;
 use super::pack::Panels;
+use super::room::with_room;
 use super::tile::{Out, Run, Tiles};
+use super::view::View;
 
 /// Rows of the weight that a task of [`times_t`] holds in its core's cache.
 const OUT_BLOCK: usize = 64;
@@ -36,24 +35,6 @@ impl Shared {
     }
 }
 
-thread_local! {
-    /// Room for the operands that a task makes ready.
-    static ROOM: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Runs `f` with `len` floats of unspecified values.
-fn with_room<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    ROOM.with(|room| {
-        let mut room = room.take();
-        if room.len() < len {
-            room.resize(len, 0.0);
-        }
-        let result = f(&mut room[..len]);
-        ROOM.set(room);
-        result
-    })
-}
-
 /// A stretch of one term's contraction.
 #[derive(Clone, Copy)]
 struct Piece {
@@ -69,7 +50,7 @@ fn groups(lengths: impl Iterator<Item = usize>, longest: usize) -> Vec<Vec<Piece
     for (term, len) in lengths.enumerate() {
         // Equal parts, so that no part is a short rest.
         let parts = len.div_ceil(longest).max(1);
-        let part = len.div_ceil(parts).next_multiple_of(8).min(len.max(1));
+        let part = len.div_ceil(parts).next_multiple_of(16).min(len.max(1));
         for from in (0..len).step_by(part) {
             let len = part.min(len - from);
             if taken + len > longest && taken > 0 {
@@ -86,7 +67,8 @@ fn groups(lengths: impl Iterator<Item = usize>, longest: usize) -> Vec<Vec<Piece
 }
 
 /// All tasks, on the pool unless there is one.
-fn run(tasks: usize, task: impl Fn(usize) + Sync + Send) {
+fn run(tiles: Tiles, tasks: usize, task: impl Fn(usize) + Sync + Send) {
+    let task = |i| tiles.within(|| task(i));
     if tasks <= 1 {
         (0..tasks).for_each(task);
     } else {
@@ -96,7 +78,7 @@ fn run(tasks: usize, task: impl Fn(usize) + Sync + Send) {
 
 /// `dst [rows, out] = [dst +] Σ x · wᵀ`. A tile is eight rows of w by the columns of a panel, so that w is
 /// read as it lies.
-pub(super) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Panels, Weight<'_>)]) {
+pub(super) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Panels, View<'_>)]) {
     let Some((first, w)) = terms.first() else {
         return;
     };
@@ -107,7 +89,7 @@ pub(super) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Panels, Weigh
     let groups = groups(terms.iter().map(|(x, _)| x.width), LONGEST);
     let panel_blocks = first.count().div_ceil(PANEL_BLOCK);
     let (at, stride) = (Shared(dst.as_mut_ptr()), dst.stride());
-    run(out.div_ceil(OUT_BLOCK) * panel_blocks, |task| {
+    run(tiles, out.div_ceil(OUT_BLOCK) * panel_blocks, |task| {
         let (block, panels) = (task / panel_blocks * OUT_BLOCK, task % panel_blocks);
         let height = OUT_BLOCK.min(out - block);
         let panels = panels * PANEL_BLOCK..((panels + 1) * PANEL_BLOCK).min(first.count());
@@ -163,31 +145,23 @@ pub(super) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Panels, Weigh
 }
 
 /// Floats a row that [`rows_of`] needs room for.
-fn widened(w: Weight<'_>, len: usize) -> usize {
-    match w {
-        Weight::F32(w) if w.unit_columns() => 0,
-        _ => len,
-    }
+fn widened(w: View<'_>, len: usize) -> usize {
+    if w.direct().is_some() { 0 } else { len }
 }
 
 /// Rows `first ..` of a stretch of w, as they lie or in `room`; the pointer and the distance of rows.
 fn rows_of(
-    w: Weight<'_>,
+    w: View<'_>,
     first: usize,
     height: usize,
     piece: &Piece,
     room: &mut [f32],
 ) -> (*const f32, usize) {
-    if let Weight::F32(w) = w
-        && w.unit_columns()
-    {
+    if let Some(w) = w.direct() {
         return (w.at(first, piece.from), w.row_stride());
     }
-    for (i, row) in room
-        .chunks_exact_mut(piece.len.max(1))
-        .take(height)
-        .enumerate()
-    {
+    let rows = room.chunks_exact_mut(piece.len.max(1)).take(height);
+    for (i, row) in rows.enumerate() {
         w.read(first + i, piece.from, row);
     }
     (room.as_ptr(), piece.len)
@@ -199,7 +173,7 @@ pub(super) fn times(
     tiles: Tiles,
     dst: &mut MatMut<'_>,
     into: Into,
-    terms: &[(MatRef<'_>, Weight<'_>)],
+    terms: &[(MatRef<'_>, View<'_>)],
 ) {
     let Some((g, w)) = terms.first() else { return };
     let (rows, width) = (g.rows(), w.width());
@@ -212,7 +186,7 @@ pub(super) fn times(
     let columns = if rows <= ROW_BLOCK { panel } else { 2 * panel };
     let (row_blocks, column_blocks) = (rows.div_ceil(ROW_BLOCK), width.div_ceil(columns));
     let (at, stride) = (Shared(dst.as_mut_ptr()), dst.stride());
-    run(row_blocks * column_blocks, |task| {
+    run(tiles, row_blocks * column_blocks, |task| {
         let (column, row) = (task / row_blocks * columns, task % row_blocks * ROW_BLOCK);
         let wide = columns.min(width - column);
         let high = ROW_BLOCK.min(rows - row);
@@ -293,7 +267,7 @@ pub(super) fn outer(
     let columns = 2 * tiles.panel();
     let (high_blocks, wide_blocks) = (high.cols().div_ceil(HIGH), wide.cols().div_ceil(columns));
     let (at, stride) = (Shared(dst.as_mut_ptr()), dst.stride());
-    run(high_blocks * wide_blocks, |task| {
+    run(tiles, high_blocks * wide_blocks, |task| {
         let (block, column) = (task / wide_blocks * HIGH, task % wide_blocks * columns);
         let tall = HIGH.min(high.cols() - block);
         let across = columns.min(wide.cols() - column);

@@ -2,6 +2,8 @@
 //! weights are read as they lie.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 #[cfg(target_arch = "x86_64")]
 mod x86_few;
@@ -9,21 +11,26 @@ mod x86_few;
 mod drive;
 mod few;
 mod pack;
+mod room;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
 mod tile;
+mod view;
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 use half::bf16;
+use rayon::prelude::*;
 
 use super::matrix::{Into, MatMut, MatRef};
+use super::path::CpuPath;
 use super::simd::level;
 use crate::profile;
 use few::FEW_ROWS;
 use pack::Panels;
 use tile::Tiles;
+use view::{View, pairs};
 
 /// What the factors of a product are rounded to; sums are f32 always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -33,6 +40,16 @@ pub enum Compute {
     F32,
     /// bf16 where the machine multiplies bf16 (AMX, AVX-512 BF16), f32 elsewhere.
     Bf16,
+}
+
+impl Compute {
+    /// The tiles that multiply bf16, if that is asked for and the machine has them.
+    fn tiles(self) -> Option<Tiles> {
+        match self {
+            Self::F32 => None,
+            Self::Bf16 => Tiles::of_bf16(CpuPath::chosen()),
+        }
+    }
 }
 
 /// A `[out, in]` matrix.
@@ -113,7 +130,10 @@ enum Form {
         rows: usize,
         width: usize,
     },
-    Panels(Panels),
+    Panels {
+        panels: Panels,
+        width: usize,
+    },
 }
 
 impl Packed {
@@ -121,7 +141,7 @@ impl Packed {
     pub(crate) fn new(
         rows: usize,
         width: usize,
-        _compute: Compute,
+        compute: Compute,
         fill: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
         if rows <= FEW_ROWS {
@@ -132,12 +152,11 @@ impl Packed {
             return Self(Form::Rows { data, rows, width });
         }
         let _timer = profile::product("packing", 0, rows * width * 8);
-        Self(Form::Panels(Panels::new(
-            rows,
-            width,
-            Tiles::of(level()),
-            fill,
-        )))
+        let panels = match compute.tiles() {
+            Some(tiles) => Panels::of_pairs(rows, width, tiles, fill),
+            None => Panels::new(rows, width, Tiles::of(level()), fill),
+        };
+        Self(Form::Panels { panels, width })
     }
 
     /// Packs a matrix times `scale`.
@@ -158,7 +177,7 @@ impl Packed {
     fn shape(&self) -> (usize, usize) {
         match &self.0 {
             Form::Rows { rows, width, .. } => (*rows, *width),
-            Form::Panels(p) => (p.rows, p.width),
+            Form::Panels { panels, width } => (panels.rows, *width),
         }
     }
 }
@@ -182,13 +201,14 @@ pub(crate) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Packed, Weigh
         let _timer = profile::product("x · wᵀ, few rows", flops, bytes);
         let terms = terms.iter().filter_map(|(x, w)| match &x.0 {
             Form::Rows { data, .. } => Some((data.as_slice(), *w)),
-            Form::Panels(_) => None,
+            Form::Panels { .. } => None,
         });
         return few::times_t(dst, into, rows, &terms.collect::<Vec<_>>());
     }
     let _timer = profile::product("x · wᵀ", flops, bytes);
     let terms = terms.iter().filter_map(|(x, w)| match &x.0 {
-        Form::Panels(x) => Some((x, *w)),
+        Form::Panels { panels, .. } if panels.tiles.pairs => Some((panels, View::RowPairs(*w))),
+        Form::Panels { panels, .. } => Some((panels, View::Plain(*w))),
         Form::Rows { .. } => None,
     });
     drive::times_t(dst, into, &terms.collect::<Vec<_>>());
@@ -203,7 +223,7 @@ pub(crate) fn times(
     dst: &mut MatMut<'_>,
     into: Into,
     terms: &[(MatRef<'_>, Weight<'_>)],
-    _compute: Compute,
+    compute: Compute,
 ) {
     let (rows, width) = (dst.rows(), dst.cols());
     let mut flops = 0;
@@ -217,7 +237,33 @@ pub(crate) fn times(
         bytes += rows * g.cols() * 4 + w.bytes();
     }
     let _timer = profile::product("g · w", flops, bytes);
-    drive::times(Tiles::of(level()), dst, into, terms);
+    let Some(tiles) = compute.tiles() else {
+        let terms = terms.iter().map(|(g, w)| (*g, View::Plain(*w)));
+        return drive::times(Tiles::of(level()), dst, into, &terms.collect::<Vec<_>>());
+    };
+    let rounded: Vec<Vec<f32>> = terms.iter().map(|(g, _)| in_pairs(*g)).collect();
+    let terms = terms.iter().zip(&rounded).map(|((g, w), pairs)| {
+        let g = MatRef::rows_of(pairs, g.rows(), g.cols().div_ceil(2));
+        (g, View::ColumnPairs(*w))
+    });
+    drive::times(tiles, dst, into, &terms.collect::<Vec<_>>());
+}
+
+/// The numbers of g rounded to bf16, neighbours in a row side by side.
+fn in_pairs(g: MatRef<'_>) -> Vec<f32> {
+    let width = g.cols().div_ceil(2).max(1);
+    let mut out = vec![0.0f32; g.rows() * width];
+    let level = level();
+    let row = |(i, to): (usize, &mut [f32])| {
+        if g.unit_columns() {
+            pairs(level, g.row(i), to);
+        } else {
+            let numbers: Vec<f32> = (0..g.cols()).map(|j| g.get(i, j)).collect();
+            pairs(level, &numbers, to);
+        }
+    };
+    out.par_chunks_mut(width).enumerate().for_each(row);
+    out
 }
 
 /// `dst [p, q] = [dst +] scale · gᵀ · x`, for g `[rows, p]` and x `[rows, q]`, on all threads.

@@ -4,8 +4,11 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
+use super::super::simd::level;
 use super::super::storage::Fresh;
+use super::room::with_room;
 use super::tile::Tiles;
+use super::view::pairs;
 
 /// Panels of `[width, columns]`, each row of x a column: all but the last are as wide as a tile, the last is
 /// as wide as its vectors; columns past the last row are zero.
@@ -97,6 +100,22 @@ impl Panels {
             width,
             tiles,
         }
+    }
+
+    /// The same with the numbers rounded to bf16, in pairs.
+    pub(super) fn of_pairs(
+        rows: usize,
+        width: usize,
+        tiles: Tiles,
+        fill: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Self {
+        let level = level();
+        Self::new(rows, width.div_ceil(2), tiles, |i, row| {
+            with_room(width, |numbers| {
+                fill(i, numbers);
+                pairs(level, numbers, row);
+            });
+        })
     }
 
     pub(super) fn count(&self) -> usize {

@@ -59,8 +59,8 @@ fn times_t_on_every_path() {
             for (into, old) in [(Into::Set, f32::NAN), (Into::Add, 1.5)] {
                 let mut got = vec![old; rows * out];
                 let terms = [
-                    (&px, Weight::F32(mat(&w, out, width))),
-                    (&pl, Weight::F32(mat(&b, out, rank))),
+                    (&px, View::Plain(Weight::F32(mat(&w, out, width)))),
+                    (&pl, View::Plain(Weight::F32(mat(&b, out, rank)))),
                 ];
                 drive::times_t(&mut MatMut::rows_of(&mut got, rows, out), into, &terms);
                 let start = if into == Into::Add { 1.5 } else { 0.0 };
@@ -86,8 +86,14 @@ fn times_on_every_path() {
             for (into, old) in [(Into::Set, f32::NAN), (Into::Add, 1.5)] {
                 let mut got = vec![old; rows * width];
                 let terms = [
-                    (mat(&g, rows, n), Weight::F32(mat(&w, n, width))),
-                    (mat(&low, rows, rank), Weight::F32(mat(&a, rank, width))),
+                    (
+                        mat(&g, rows, n),
+                        View::Plain(Weight::F32(mat(&w, n, width))),
+                    ),
+                    (
+                        mat(&low, rows, rank),
+                        View::Plain(Weight::F32(mat(&a, rank, width))),
+                    ),
                 ];
                 drive::times(
                     tiles,
@@ -239,4 +245,89 @@ fn thread_count_changes_nothing() {
         );
         vec![y, dx, dw]
     });
+}
+
+/// Tiles of pairs: AMX's by its emulation, and those of the machine.
+#[cfg(target_arch = "x86_64")]
+fn pair_tiles() -> Vec<(&'static str, Tiles)> {
+    let mut all = Vec::new();
+    if CpuPath::available().contains(&CpuPath::Avx2) {
+        all.push((
+            "emulated",
+            Tiles {
+                lanes: 16,
+                vectors: 2,
+                rows: 32,
+                tile: amx::tile::<amx::Emulated>,
+                transpose: x86::transpose,
+                pairs: true,
+                amx: false,
+            },
+        ));
+    }
+    let own = CpuPath::available().iter();
+    all.extend(own.filter_map(|path| Some((path.name(), Tiles::of_bf16(*path)?))));
+    all
+}
+
+#[cfg(target_arch = "x86_64")]
+fn rounded(x: &[f32]) -> Vec<f32> {
+    x.iter().map(|x| view::through_bf16(*x)).collect()
+}
+
+/// Products of bf16 numbers are exact in f32, so the sums err as those of floats do.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn products_of_bf16_are_those_of_the_rounded_numbers() {
+    for (name, tiles) in pair_tiles() {
+        for (rows, out, width, rank) in SHAPES {
+            let what = format!("{name} {rows}x{out}x{width}");
+            let (x, g) = (noise(1, rows * width), noise(5, rows * out));
+            let w = rounded(&noise(2, out * width));
+            let narrow: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+            let narrow = Weight::Bf16 {
+                data: &narrow,
+                out,
+                width,
+            };
+            let (low, b) = (noise(3, rows * rank), noise(4, out * rank));
+            let pack = |x: &[f32], width: usize| {
+                Panels::of_pairs(rows, width, tiles, |i, row| {
+                    row.copy_from_slice(&x[i * width..][..width]);
+                })
+            };
+            let (px, pl) = (pack(&x, width), pack(&low, rank));
+            let mut got = vec![f32::NAN; rows * out];
+            let terms = [
+                (&px, View::RowPairs(narrow)),
+                (&pl, View::RowPairs(Weight::F32(mat(&b, out, rank)))),
+            ];
+            let mut dst = MatMut::rows_of(&mut got, rows, out);
+            drive::times_t(&mut dst, Into::Set, &terms);
+            let (x, low, b) = (rounded(&x), rounded(&low), rounded(&b));
+            let want = want_times_t(rows, out, &[(&x, &w, width), (&low, &b, rank)], 0.0);
+            close(&what, &got, &want, width + rank);
+
+            let pairs = in_pairs(mat(&g, rows, out));
+            let g = rounded(&g);
+            let mut got = vec![1.5; rows * width];
+            let mut dst = MatMut::rows_of(&mut got, rows, width);
+            let pairs = mat(&pairs, rows, out.div_ceil(2));
+            drive::times(
+                tiles,
+                &mut dst,
+                Into::Add,
+                &[(pairs, View::ColumnPairs(narrow))],
+            );
+            let mut want = vec![1.5; rows * width];
+            for i in 0..rows {
+                for j in 0..width {
+                    let terms =
+                        (0..out).map(|k| f64::from(g[i * out + k]) * f64::from(w[k * width + j]));
+                    want[i * width + j] += terms.sum::<f64>();
+                }
+            }
+            close(&what, &got, &want, out);
+        }
+    }
 }

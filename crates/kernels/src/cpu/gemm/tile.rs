@@ -1,5 +1,6 @@
 //! The inner loop: one tile of a product held in registers, for each instruction set.
 
+use super::super::path::CpuPath;
 use super::super::simd::{Kind, Level};
 
 /// One stretch of a contraction, `Σ_k a(k, i) · b(k, j)`: `a` is read a number at a time, `b` by vectors.
@@ -65,6 +66,10 @@ pub(super) struct Tiles {
     pub(super) tile: TileFn,
     /// Turns a block around.
     pub(super) transpose: TransposeFn,
+    /// Whether a float is a pair of bf16.
+    pub(super) pairs: bool,
+    /// Whether the tiles are AMX's, which a thread must ask for before it uses them.
+    pub(super) amx: bool,
 }
 
 impl Tiles {
@@ -77,6 +82,8 @@ impl Tiles {
                 rows: 8,
                 tile: super::x86::avx512::tile,
                 transpose: super::x86::transpose,
+                pairs: false,
+                amx: false,
             },
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => Self {
@@ -85,6 +92,8 @@ impl Tiles {
                 rows: 4,
                 tile: super::x86::avx2::tile,
                 transpose: super::x86::transpose,
+                pairs: false,
+                amx: false,
             },
             _ => Self {
                 lanes: portable::LANES,
@@ -92,8 +101,62 @@ impl Tiles {
                 rows: portable::ROWS,
                 tile: portable::tile,
                 transpose: portable::transpose,
+                pairs: false,
+                amx: false,
             },
         }
+    }
+
+    /// The tiles that multiply bf16, where the path has some.
+    pub(super) fn of_bf16(path: CpuPath) -> Option<Self> {
+        match path {
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Avx512Bf16 => Some(Self {
+                lanes: 16,
+                vectors: 3,
+                rows: 8,
+                tile: super::x86::avx512bf16::tile,
+                transpose: super::x86::transpose,
+                pairs: true,
+                amx: false,
+            }),
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Amx if amx_works() => Some(Self {
+                lanes: 16,
+                vectors: 2,
+                rows: 32,
+                tile: super::amx::tile::<super::amx::Amx>,
+                transpose: super::x86::transpose,
+                pairs: true,
+                amx: true,
+            }),
+            #[cfg(target_arch = "x86_64")]
+            CpuPath::Amx => CpuPath::available()
+                .contains(&CpuPath::Avx512Bf16)
+                .then(|| Self::of_bf16(CpuPath::Avx512Bf16))
+                .flatten(),
+            _ => None,
+        }
+    }
+
+    /// Runs a task that computes tiles.
+    pub(super) fn within<R>(&self, task: impl FnOnce() -> R) -> R {
+        #[cfg(target_arch = "x86_64")]
+        if self.amx {
+            /// Gives the registers back, also when the task panics.
+            struct End;
+            impl Drop for End {
+                fn drop(&mut self) {
+                    // SAFETY: made only where the tiles are AMX's.
+                    unsafe { super::amx::Amx::end() }
+                }
+            }
+            // SAFETY: such tiles exist only where the path was found to have AMX.
+            unsafe { super::amx::Amx::begin() };
+            let _end = End;
+            return task();
+        }
+        task()
     }
 
     /// Columns of a panel.
@@ -113,6 +176,15 @@ impl Tiles {
             at += height;
         }
     }
+}
+
+/// Whether AMX computes what it should, asked once.
+#[cfg(target_arch = "x86_64")]
+fn amx_works() -> bool {
+    static WORKS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    // SAFETY: asked only on the path with AMX, which is there only where the processor has it and the
+    // system permits it.
+    *WORKS.get_or_init(|| unsafe { super::amx::works() })
 }
 
 /// Writes a tile that was spilt to memory, row by row.

@@ -7,6 +7,8 @@ macro_rules! tiles {
             use std::arch::x86_64::*;
 
             use super::super::tile::{Out, Run, store};
+            #[allow(unused_imports)]
+            use super::pairs_fma;
 
             /// # Safety
             /// As [`super::super::tile::TileFn`].
@@ -124,6 +126,18 @@ tiles!(
     _mm512_add_ps
 );
 tiles!(
+    avx512bf16,
+    "avx512f,avx512bf16,avx2,fma",
+    16,
+    8,
+    _mm512_setzero_ps,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_set1_ps,
+    pairs_fma,
+    _mm512_add_ps
+);
+tiles!(
     avx2,
     "avx2,fma",
     8,
@@ -139,6 +153,15 @@ tiles!(
 use std::arch::x86_64::*;
 
 use super::tile::Out;
+
+/// `c + a₀·b₀ + a₁·b₁` for pairs of bf16 in the place of floats.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pairs_fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+    // SAFETY: the types differ in name only.
+    let (a, b) = unsafe { std::mem::transmute::<(__m512, __m512), (__m512bh, __m512bh)>((a, b)) };
+    _mm512_dpbf16_ps(c, a, b)
+}
 
 /// Eight vectors of eight, turned around.
 #[inline]
@@ -196,7 +219,7 @@ pub(super) unsafe fn transpose(
 /// As [`super::tile::store`].
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn store_columns(tile: *const f32, width: usize, out: Out) {
+pub(super) unsafe fn store_columns(tile: *const f32, width: usize, out: Out) {
     for from in (0..out.cols).step_by(8) {
         let mut rows = [_mm256_setzero_ps(); 8];
         for (i, row) in rows.iter_mut().enumerate() {
