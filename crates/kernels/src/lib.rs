@@ -9,11 +9,14 @@
 mod check;
 mod cpu;
 
+pub mod add_rms_norm;
 pub mod attention;
 pub mod cross_entropy;
 pub mod dora_linear;
+pub mod gelu;
 pub mod khatri_rao;
 pub mod kron_linear;
+pub mod layer_norm;
 pub mod lora_linear;
 pub mod profile;
 pub mod rms_norm;
@@ -23,11 +26,14 @@ pub mod silu_mul;
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
+pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};
 pub use dora_linear::dora_linear;
+pub use gelu::{GeluKind, gelu, gelu_mul};
 pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};
 pub use kron_linear::{kron, kron_linear};
+pub use layer_norm::layer_norm;
 pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
