@@ -28,7 +28,9 @@ pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
 pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, attention};
-pub use cross_entropy::{linear_cross_entropy, token_log_probs};
+pub use cross_entropy::{
+    LossSpec, linear_cross_entropy, linear_cross_entropy_with, token_log_probs,
+};
 pub use dora_linear::dora_linear;
 pub use gelu::{GeluKind, gelu, gelu_mul};
 pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};

@@ -94,10 +94,25 @@ impl<'a> MatRef<'a> {
         self.cols
     }
 
+    /// `count` of the rows, from `from` on.
+    pub(crate) fn rows_from(self, from: usize, count: usize) -> Self {
+        assert!(from + count <= self.rows, "rows out of bounds");
+        Self {
+            ptr: self.ptr.wrapping_offset(from as isize * self.rs),
+            rows: count,
+            ..self
+        }
+    }
+
     pub(crate) fn get(self, i: usize, j: usize) -> f32 {
         assert!(i < self.rows && j < self.cols);
         // SAFETY: the view was checked when made, and the element is inside it.
         unsafe { *self.ptr.offset(i as isize * self.rs + j as isize * self.cs) }
+    }
+
+    /// Row `i`, if its numbers lie in order.
+    pub(crate) fn line(self, i: usize) -> Option<&'a [f32]> {
+        (self.cs == 1).then(|| self.row(i))
     }
 
     fn row(self, i: usize) -> &'a [f32] {

@@ -46,7 +46,7 @@ impl<const D: usize> OnFlex for Tensor<D> {
     }
 }
 
-/// Whether a frozen weight lies where the CPU kernels can read it: on Flex, as f32 or bf16.
+/// Whether a weight lies where the CPU kernels can read it: on Flex, as f32 or bf16.
 pub(crate) fn weight_on_flex<const D: usize>(w: &Tensor<D>) -> bool {
     matches!(w.dtype(), DType::F32 | DType::BF16)
         && CpuPath::chosen() != CpuPath::Reference
