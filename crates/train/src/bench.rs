@@ -180,6 +180,7 @@ pub fn bench(
                     seed: 42,
                     micro: vec![batch(rows, tokens, vocabulary)],
                     max_grad_norm: 1.0,
+                    label_smoothing: 0.0,
                 };
                 let seconds = lane.step(item, device)?;
                 if step > 0 {

@@ -243,3 +243,46 @@ fn threads_do_not_matter() {
         std::iter::once(y).chain(g.into_iter().flatten()).collect()
     });
 }
+
+/// Numbers of the lists called `name`, one list after the other.
+fn lists(json: &str, name: &str) -> Vec<Vec<f32>> {
+    let start = format!("\"{name}\": [");
+    json.split(&start)
+        .skip(1)
+        .map(|rest| {
+            let numbers = rest.split(']').next().unwrap().split(", ");
+            numbers.map(|x| x.parse().unwrap()).collect()
+        })
+        .collect()
+}
+
+/// Loss and gradients are those of PyTorch's `F.cross_entropy`, whose numbers are in the fixture.
+#[test]
+fn smoothing_is_pytorchs() {
+    let json = include_str!("../../../../tests/fixtures/cross_entropy.json");
+    let one = |name| lists(json, name).remove(0);
+    let labels: Vec<i64> = one("labels").into_iter().map(|l| l as i64).collect();
+    let (rows, width) = (labels.len(), one("hidden").len() / labels.len());
+    let vocabulary = one("head").len() / width;
+    let shares = lists(json, "smoothing");
+    assert_eq!(shares.len(), 3);
+    for (i, share) in shares.iter().enumerate() {
+        let hidden = tensor(one("hidden"), [rows, width], true, &flex());
+        let head = tensor(one("head"), [vocabulary, width], true, &flex());
+        let spec = LossSpec {
+            label_smoothing: f64::from((share[0] * 100.0).round()) / 100.0,
+            ..LossSpec::default()
+        };
+        let loss = linear_cross_entropy_with(hidden.clone(), head.clone(), &labels, spec);
+        let g = loss.clone().backward();
+        close("loss", &floats(loss), &lists(json, "loss")[i], 1e-6);
+        let want = &lists(json, "d_hidden")[i];
+        close("hidden", &grad(&hidden, &g).unwrap(), want, 1e-6);
+        close(
+            "head",
+            &grad(&head, &g).unwrap(),
+            &lists(json, "d_head")[i],
+            1e-6,
+        );
+    }
+}
