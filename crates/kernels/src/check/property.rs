@@ -105,7 +105,7 @@ pub(crate) struct Check {
     pub(crate) reference: Run,
     /// Inputs whose gradient is the slope, where not all of them are.
     pub(crate) slopes: Option<&'static [usize]>,
-    /// Whether non-finite inputs are compared: say why where not.
+    /// Whether non-finite inputs are compared; where not, say why.
     pub(crate) non_finite: bool,
 }
 
@@ -151,19 +151,16 @@ impl Lie {
     }
 }
 
+/// Values, layout, and whether a gradient is wanted.
+type Input = (Vec<f32>, Lie, bool);
+
 struct Outcome {
     outputs: Vec<Vec<f32>>,
     grads: Vec<Option<Vec<f32>>>,
 }
 
 /// Runs one side. Where `turned`, the gradients arrive as transposed views.
-fn run(
-    op: Run,
-    case: &Case,
-    inputs: &[(Vec<f32>, Lie, bool)],
-    turned: bool,
-    device: &Device,
-) -> Outcome {
+fn run(op: Run, case: &Case, inputs: &[Input], turned: bool, device: &Device) -> Outcome {
     let made = inputs
         .iter()
         .zip(&case.shapes)
@@ -200,7 +197,7 @@ pub(crate) fn everything(check: &Check) {
     compare_slopes(check);
 }
 
-fn drawn(check: &Check, seed: u64, limit: usize) -> (Case, Vec<(Vec<f32>, Lie, bool)>, bool, Pick) {
+fn drawn(check: &Check, seed: u64, limit: usize) -> (Case, Vec<Input>, bool, Pick) {
     let mut pick = Pick::new(seed, limit);
     let case = (check.case)(&mut pick);
     let inputs = (0..case.shapes.len())

@@ -72,7 +72,7 @@ pub(super) struct Outcome {
     pub(super) d_head: Vec<f32>,
 }
 
-/// `parts` equal pieces of `n`, each of at most `most`: the length of a piece.
+/// The length of a piece where `n` is cut into the fewest equal pieces of at most `most`.
 fn piece(n: usize, most: usize) -> usize {
     n.div_ceil(n.div_ceil(most.max(1)).max(1)).max(1)
 }
@@ -251,7 +251,11 @@ pub(super) fn pass(
     if count == 0 {
         return outcome;
     }
-    let (rows, columns) = tile(count, vocabulary, job.want_head);
+    let (rows, mut columns) = tile(count, vocabulary, job.want_head);
+    if let Weight::Bf16 { .. } = head {
+        // As much of it as a product may widen at a time.
+        columns = columns.min(piece(vocabulary, TILE / width.max(1)));
+    }
     let mut memory = Memory {
         tile: Fresh::new(rows * columns),
         d_rows: Fresh::new(length(job.want_hidden, rows * width)),
@@ -276,6 +280,7 @@ pub(super) fn pass(
     outcome
 }
 
+/// Buffers that all tiles use.
 struct Memory {
     tile: Fresh,
     /// Gradient of the rows at hand.

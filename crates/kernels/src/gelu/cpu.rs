@@ -72,7 +72,7 @@ pub(super) fn gelu_mul<const D: usize>(
 fn share_and_slope<const L: u8, const TANH: bool>(x: f32) -> (f32, f32) {
     if TANH {
         // (1 + tanh u) / 2 = sigmoid(2u), which has no difference of nearly equal numbers in it.
-        const TWICE_ROOT: f32 = 1.595_769_1;
+        const TWICE_ROOT: f32 = 1.595_769;
         const CUBE: f32 = 0.044_715 * TWICE_ROOT;
         let square = x * x;
         let share = sigmoid::<L>(x * fma::<L>(square, CUBE, TWICE_ROOT));

@@ -69,8 +69,8 @@ fn sum(n: usize, term: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let whole = n / LANES * LANES;
     for from in (0..whole).step_by(LANES) {
-        for i in 0..LANES {
-            lanes[i] += term(from + i);
+        for (i, lane) in lanes.iter_mut().enumerate() {
+            *lane += term(from + i);
         }
     }
     for i in whole..n {
