@@ -1,6 +1,8 @@
 //! Test support: seeded inputs and comparisons. The reference runs on NdArray, the operation under
 //! test on Flex, so that the two share no code below the `Tensor` API.
 
+pub(crate) mod property;
+
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
 pub(crate) fn flex() -> Device {

@@ -9,12 +9,15 @@
 mod check;
 mod cpu;
 
+pub mod add_rms_norm;
 pub mod attention;
 pub mod checkpoint;
 pub mod cross_entropy;
 pub mod dora_linear;
+pub mod gelu;
 pub mod khatri_rao;
 pub mod kron_linear;
+pub mod layer_norm;
 pub mod lora_linear;
 mod measure;
 pub mod profile;
@@ -25,12 +28,17 @@ pub mod silu_mul;
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
+pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use checkpoint::{can_checkpoint, checkpoint_module};
-pub use cross_entropy::{linear_cross_entropy, token_log_probs};
+pub use cross_entropy::{
+    LossSpec, linear_cross_entropy, linear_cross_entropy_with, token_log_probs,
+};
 pub use dora_linear::dora_linear;
+pub use gelu::{GeluKind, gelu, gelu_mul};
 pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};
 pub use kron_linear::{kron, kron_linear};
+pub use layer_norm::layer_norm;
 pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
 pub use measure::{measured_product_speed, measured_read_bandwidth};
 pub use rms_norm::rms_norm;

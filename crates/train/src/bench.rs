@@ -289,6 +289,7 @@ fn item(step: usize, rows: usize, tokens: usize, vocabulary: usize) -> StepItem 
         step,
         seed: 42,
         micro: vec![batch(rows, tokens, vocabulary)],
+        label_smoothing: 0.0,
         max_grad_norm: 1.0,
     }
 }

@@ -144,6 +144,7 @@ fn step_plan(recipe: &Recipe, inputs: &Inputs) -> StepPlan {
         group_by_length: recipe.data.group_by_length,
         pad_id: inputs.base.tokenizer.padding_id(),
         max_grad_norm: recipe.train.max_grad_norm,
+        label_smoothing: recipe.train.label_smoothing_factor,
     };
     StepPlan::new(inputs.train.rows.clone(), settings)
 }

@@ -35,6 +35,8 @@ pub struct StepSettings {
     pub pad_id: u32,
     /// Bound on the global gradient norm; 0 for none.
     pub max_grad_norm: f64,
+    /// Share of each label that is spread evenly over the vocabulary.
+    pub label_smoothing: f64,
 }
 
 /// Optimizer steps an epoch of `rows` rows; the last batch and the last step may be smaller.
@@ -106,6 +108,7 @@ impl StepPlan {
             seed: s.seed,
             micro,
             max_grad_norm: s.max_grad_norm,
+            label_smoothing: s.label_smoothing,
         }
     }
 

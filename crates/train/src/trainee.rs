@@ -10,6 +10,7 @@ use burn::tensor::{Int, Tensor, TensorData};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
 use enamel_adapter::allocator;
 use enamel_data::Batch;
+use enamel_kernels::{LossSpec, linear_cross_entropy_with};
 use enamel_model::causal_lm::{CausalLm, ModelInput};
 
 use crate::gradients;
@@ -33,6 +34,8 @@ pub struct StepItem {
     pub micro: Vec<Batch>,
     /// Bound on the global norm of the gradient; 0 for none.
     pub max_grad_norm: f64,
+    /// Share of each label that is spread evenly over the vocabulary.
+    pub label_smoothing: f64,
 }
 
 /// What one optimizer step measured.
@@ -42,7 +45,8 @@ pub struct StepOutput {
     pub step: usize,
     /// Steps of the whole run.
     pub total_steps: usize,
-    /// Mean negative log-likelihood over the step's trained tokens, in nats; what a method adds to it
+    /// Mean negative log-likelihood over the step's trained tokens (of smoothed labels, if they are
+    /// smoothed), in nats; what a method adds to it
     /// (AdaLoRA's orthogonality) is left out.
     pub loss: f64,
     /// Tokens with a label.
@@ -98,12 +102,15 @@ pub fn shifted_labels(batch: &Batch) -> Vec<i64> {
 }
 
 impl Trainee {
-    /// Sum of the negative log-likelihoods of a batch's labels, `[1]`. In training, `seed` decides what the
-    /// blocks draw ([`ModelInput::seed`]).
+    /// Sum of the negative log-likelihoods of a batch's labels, `[1]`, with `smoothing` as the share of each
+    /// that is spread evenly over the vocabulary. transformers' trainer smooths its validation loss too;
+    /// here that one says how likely the labels are, whatever the training.
+    ///
+    /// In training, `seed` decides what the blocks draw ([`ModelInput::seed`]).
     ///
     /// Rows are padded on the right and attention is causal, so no real token ever sees padding and
     /// no mask is needed; the labels leave padding out of the loss.
-    pub fn loss_sum(&self, batch: &Batch, seed: Option<u64>) -> Tensor<1> {
+    pub fn loss_sum(&self, batch: &Batch, smoothing: f64, seed: Option<u64>) -> Tensor<1> {
         let device = self.model.device();
         let ids = TensorData::new(batch.input_ids.clone(), [batch.batch, batch.len]);
         let input = ModelInput {
@@ -115,8 +122,14 @@ impl Trainee {
         let labels = shifted_labels(batch);
         let hidden = hidden.reshape([rows * len, width]);
         match self.model.head_as_one_product() {
-            Some(head) => enamel_kernels::linear_cross_entropy(hidden, head, &labels),
-            None => self.loss_through_head(hidden, &labels),
+            Some(head) => {
+                let spec = LossSpec {
+                    label_smoothing: smoothing,
+                    ..LossSpec::default()
+                };
+                linear_cross_entropy_with(hidden, head, &labels, spec)
+            }
+            None => self.loss_through_head(hidden, &labels, smoothing),
         }
     }
 }
@@ -124,7 +137,7 @@ impl Trainee {
 impl Trainee {
     /// The same where the head does more than multiply (an adapter with a bias or with dropout is on it):
     /// logits of all labelled rows at once.
-    fn loss_through_head(&self, hidden: Tensor<2>, labels: &[i64]) -> Tensor<1> {
+    fn loss_through_head(&self, hidden: Tensor<2>, labels: &[i64], smoothing: f64) -> Tensor<1> {
         let device = hidden.device();
         let trained = labels.iter().enumerate().filter(|(_, label)| **label >= 0);
         let (places, labels): (Vec<i64>, Vec<i64>) =
@@ -135,7 +148,16 @@ impl Trainee {
         };
         let logits = self.model.logits(hidden.select(0, int(places)));
         let log_probs = burn::tensor::activation::log_softmax(logits, 1);
-        -log_probs.gather(1, int(labels).unsqueeze_dim(1)).sum()
+        let vocabulary = log_probs.dims()[1] as f64;
+        let sharp = -log_probs
+            .clone()
+            .gather(1, int(labels).unsqueeze_dim(1))
+            .sum();
+        if smoothing == 0.0 {
+            return sharp;
+        }
+        let even = -log_probs.sum().div_scalar(vocabulary);
+        sharp.mul_scalar(1.0 - smoothing) + even.mul_scalar(smoothing)
     }
 }
 
@@ -172,7 +194,7 @@ impl TrainStep for Trainee {
             // What is drawn outside the blocks comes from the device's generator.
             let seed = mix_seed(item.seed, item.step as u64, index as u64);
             device.seed(seed);
-            let loss = self.loss_sum(batch, Some(seed));
+            let loss = self.loss_sum(batch, item.label_smoothing, Some(seed));
             sum += scalar(loss.clone().inner());
             tokens += batch.tokens;
             let mut loss = loss.div_scalar(total.max(1) as f64);
@@ -208,7 +230,7 @@ impl InferenceStep for Trainee {
     type Output = EvalOutput;
 
     fn step(&self, batch: Batch) -> EvalOutput {
-        let loss_sum = scalar(self.loss_sum(&batch, None));
+        let loss_sum = scalar(self.loss_sum(&batch, 0.0, None));
         EvalOutput {
             loss_sum,
             trained_tokens: batch.trained_tokens,

@@ -94,6 +94,16 @@ impl<'a> MatRef<'a> {
         self.cols
     }
 
+    /// `count` of the rows, from `from` on.
+    pub(crate) fn rows_from(self, from: usize, count: usize) -> Self {
+        assert!(from + count <= self.rows, "rows out of bounds");
+        Self {
+            ptr: self.ptr.wrapping_offset(from as isize * self.rs),
+            rows: count,
+            ..self
+        }
+    }
+
     pub(crate) fn get(self, i: usize, j: usize) -> f32 {
         assert!(i < self.rows && j < self.cols);
         // SAFETY: the view was checked when made, and the element is inside it.
@@ -124,6 +134,11 @@ impl<'a> MatRef<'a> {
     pub(crate) fn at_or_end(self, i: usize, j: usize) -> *const f32 {
         self.ptr
             .wrapping_offset(i as isize * self.rs + j as isize * self.cs)
+    }
+
+    /// Row `i`, if its numbers lie in order.
+    pub(crate) fn line(self, i: usize) -> Option<&'a [f32]> {
+        self.unit_columns().then(|| self.row(i))
     }
 
     pub(crate) fn row(self, i: usize) -> &'a [f32] {

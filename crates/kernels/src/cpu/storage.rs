@@ -14,6 +14,16 @@ pub(crate) const CHUNK: usize = 16 * 1024;
 /// Whether tensors live where the CPU kernels can read them: on Flex, as f32.
 pub(crate) trait OnFlex {
     fn on_flex(&self) -> bool;
+
+    /// Why no CPU kernel takes a tensor that is on Flex; `None` where one does, and on other devices.
+    fn refusal(&self) -> Option<&'static str>;
+}
+
+/// Counts a call that goes to the reference, if that is because of a tensor on Flex.
+pub(crate) fn note_fallback(op: &'static str, tensors: &[&dyn OnFlex]) {
+    if let Some(reason) = tensors.iter().find_map(|t| t.refusal()) {
+        crate::profile::fallback(op, || reason.to_string());
+    }
 }
 
 impl<const D: usize> OnFlex for Tensor<D> {
@@ -22,6 +32,25 @@ impl<const D: usize> OnFlex for Tensor<D> {
             && CpuPath::chosen() != CpuPath::Reference
             && is_flex(&self.device())
     }
+
+    fn refusal(&self) -> Option<&'static str> {
+        if !is_flex(&self.device()) {
+            None
+        } else if CpuPath::chosen() == CpuPath::Reference {
+            Some("the reference path was asked for")
+        } else if self.dtype() != DType::F32 {
+            Some(self.dtype().name())
+        } else {
+            None
+        }
+    }
+}
+
+/// Whether a weight lies where the CPU kernels can read it: on Flex, as f32 or bf16.
+pub(crate) fn weight_on_flex<const D: usize>(w: &Tensor<D>) -> bool {
+    matches!(w.dtype(), DType::F32 | DType::BF16)
+        && CpuPath::chosen() != CpuPath::Reference
+        && is_flex(&w.device())
 }
 
 fn is_flex(device: &Device) -> bool {

@@ -1,6 +1,8 @@
 //! Linear cross-entropy in plain Burn operations: one logits tensor for the labelled rows.
 
-use burn::tensor::{Int, Tensor, TensorData, activation::log_softmax};
+use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData, activation::log_softmax};
+
+use super::LossSpec;
 
 /// Rows with a label, and their labels.
 fn labelled(labels: &[i64]) -> (Vec<i64>, Vec<i64>) {
@@ -11,10 +13,19 @@ fn labelled(labels: &[i64]) -> (Vec<i64>, Vec<i64>) {
         .unzip()
 }
 
+/// A head in bf16 is widened.
+fn as_hidden(head: Tensor<2>) -> Tensor<2> {
+    if head.dtype() == DType::F32 {
+        return head;
+    }
+    head.cast(FloatDType::F32)
+}
+
 pub(super) fn linear_cross_entropy(
     hidden: Tensor<2>,
     head: Tensor<2>,
     labels: &[i64],
+    spec: LossSpec,
 ) -> Tensor<1> {
     let device = hidden.device();
     let (rows, targets) = labelled(labels);
@@ -24,8 +35,16 @@ pub(super) fn linear_cross_entropy(
     }
     let rows: Tensor<1, Int> = Tensor::from_data(TensorData::new(rows, [n]), &device);
     let targets: Tensor<2, Int> = Tensor::from_data(TensorData::new(targets, [n, 1]), &device);
-    let logits = hidden.select(0, rows).matmul(head.transpose());
-    log_softmax(logits, 1).gather(1, targets).sum().neg()
+    let vocabulary = head.dims()[0];
+    let logits = hidden.select(0, rows).matmul(as_hidden(head).transpose());
+    let log_probs = log_softmax(logits, 1);
+    let sharp = log_probs.clone().gather(1, targets).sum().neg();
+    let s = spec.label_smoothing;
+    if s == 0.0 {
+        return sharp;
+    }
+    let even = log_probs.sum().neg().div_scalar(vocabulary as f64);
+    sharp.mul_scalar(1.0 - s) + even.mul_scalar(s)
 }
 
 pub(super) fn token_log_probs(hidden: Tensor<2>, head: Tensor<2>, labels: &[i64]) -> Tensor<1> {
@@ -38,6 +57,6 @@ pub(super) fn token_log_probs(hidden: Tensor<2>, head: Tensor<2>, labels: &[i64]
     let targets: Vec<i64> = labels.iter().map(|l| (*l).max(0)).collect();
     let keep: Tensor<1> = Tensor::from_data(TensorData::new(keep, [n]), &device);
     let targets: Tensor<2, Int> = Tensor::from_data(TensorData::new(targets, [n, 1]), &device);
-    let logits = hidden.matmul(head.transpose());
+    let logits = hidden.matmul(as_hidden(head).transpose());
     log_softmax(logits, 1).gather(1, targets).reshape([n]) * keep
 }

@@ -19,6 +19,7 @@ use crate::cpu::matrix::{Into, MatMut, MatRef, Threads, product, readable};
 use crate::cpu::simd::{fma, level, simd_fn};
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
 use crate::lora_linear::cpu::{LinearOps, LoraState, dims};
+use crate::profile;
 
 /// The operation as a backend extension.
 #[backend_extension(Flex, Autodiff)]
@@ -206,6 +207,11 @@ fn parts(
     scale: f64,
 ) -> Parts {
     let ((rows, input), (out, _), (r, _)) = (dims(x), dims(w), dims(a));
+    let _timer = profile::op(
+        "dora_linear",
+        2 * (rows + r) * (input * (out + r) + r * out),
+        4 * ((rows + r) * (input + out) + input * out),
+    );
     let all = stacked(values(x), values(a));
     let input = MatRef::rows_of(&all, rows + r, input);
     let mut low = times_transposed(rows + r, r, input, MatRef::of(a));
@@ -305,7 +311,9 @@ impl DoraOps for Flex {
         lengths: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         let (mut grad, out) = (owned(grad), dims(&lengths).1);
-        scale_rows(grad.storage_mut::<f32>(), &values(&lengths)[..out]);
+        let g = grad.storage_mut::<f32>();
+        let _timer = profile::op("dora_linear backward", g.len(), 8 * g.len());
+        scale_rows(g, &values(&lengths)[..out]);
         grad
     }
 
@@ -318,6 +326,7 @@ impl DoraOps for Flex {
         let (mut grad, plain, out) = (owned(grad), dense(plain), dims(&lengths).1);
         let (factor, inverse) = values(&lengths).split_at(out);
         let (g, plain, level) = (grad.storage_mut::<f32>(), values(&plain), level());
+        let _timer = profile::op("dora_linear backward", 3 * g.len(), 12 * g.len());
         assert_eq!(
             g.len(),
             plain.len(),

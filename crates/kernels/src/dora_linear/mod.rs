@@ -9,7 +9,7 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::cpu::storage::OnFlex;
+use crate::cpu::storage::{OnFlex, note_fallback};
 
 /// `y = f ∘ (x · wᵀ + scale · (x · aᵀ) · bᵀ)` with `f = magnitude / ‖w + scale · b·a‖`, row by row. The
 /// length of a row is a constant in the backward pass (DoRA, Liu et al. 2024, arXiv:2402.09353, section
@@ -52,6 +52,7 @@ pub fn dora_linear(
     if matrices && magnitude.on_flex() && base_squares.on_flex() {
         cpu::dora_linear(x, w, a, b, magnitude, base_squares, scale)
     } else {
+        note_fallback("dora_linear", &[&x, &w, &a, &b, &magnitude, &base_squares]);
         reference::dora_linear(x, w, a, b, magnitude, base_squares, scale)
     }
 }

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor};
 
 use super::{dora_linear, reference};
+use crate::check::property::{Case, Check, everything};
 use crate::check::*;
 
 /// Sums of up to 300 products in another order, and a length of as many squares.
@@ -219,4 +220,32 @@ fn threads_do_not_matter() {
             std::iter::once(y).chain(g.into_iter().flatten()).collect()
         });
     }
+}
+
+/// The lengths are constants in the backward, so only the gradients of x and the magnitude are slopes.
+#[test]
+fn matches_reference_everywhere() {
+    type Dora =
+        fn(Tensor<2>, Tensor<2>, Tensor<2>, Tensor<2>, Tensor<1>, Tensor<1>, f64) -> Tensor<2>;
+    fn call(op: Dora, x: &[Tensor<2>]) -> Vec<Tensor<2>> {
+        let n = x[1].dims()[0];
+        let w = x[1].clone().detach().set_require_grad(false);
+        let squares = (w.clone() * w).sum_dim(1).reshape([n]);
+        let [x, w, a, b, m] = [0, 1, 2, 3, 4].map(|i| x[i].clone());
+        vec![op(x, w, a, b, m.reshape([n]), squares, 0.75)]
+    }
+    everything(&Check {
+        name: "dora_linear",
+        // Short rows are divided by their length.
+        tolerance: 1e-5,
+        case: |pick| {
+            let [m, k, n] = [pick.size(60), 3 + pick.size(200), pick.size(200)];
+            let r = pick.size(20);
+            Case::new(vec![[m, k], [n, k], [r, k], [n, r], [1, n]])
+        },
+        ours: |_, x| call(dora_linear, &x),
+        reference: |_, x| call(reference::dora_linear, &x),
+        slopes: Some(&[0, 4]),
+        non_finite: true,
+    });
 }

@@ -16,6 +16,7 @@ use super::Pairs;
 use crate::cpu::simd::{fma, level, simd_fn};
 use crate::cpu::storage::{CHUNK, Fresh, dense, tensor, values};
 use crate::lora_linear::cpu::dims;
+use crate::profile;
 
 /// Columns whose gradients one task computes: with the product of two factors of rank 8, 64 KiB.
 const COLUMNS: usize = 256;
@@ -268,6 +269,7 @@ impl KhatriRaoOps for Flex {
         let (a, b) = (dense(a), dense(b));
         let (a_dims, b_dims) = (dims(&a), dims(&b));
         let (n, [l, k], shape) = sizes(a_dims, b_dims, pairs);
+        let _timer = profile::op("khatri_rao", n * l * k, 4 * n * (l * k + l + k));
         let mut out = Fresh::new(n * l * k);
         if n * l * k > 0 {
             match pairs {
@@ -293,6 +295,8 @@ impl KhatriRaoOps for Flex {
             n * lk[0] * lk[1],
             "the gradient has the product's shape"
         );
+        let numbers = g.len() + 2 * (av.len() + bv.len());
+        let _timer = profile::op("khatri_rao backward", 4 * g.len(), 4 * numbers);
         let [da, db] = if g.is_empty() {
             [vec![0.0; av.len()], vec![0.0; bv.len()]]
         } else {

@@ -9,7 +9,7 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::cpu::storage::OnFlex;
+use crate::cpu::storage::{OnFlex, note_fallback};
 
 /// Every row's numbers by pairs (the face-splitting product, a row-wise Khatri-Rao product):
 /// `result[i, p·k + q] = a[i, p] · b[i, q]`.
@@ -29,6 +29,7 @@ pub fn khatri_rao_rows(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
     if a.on_flex() && b.on_flex() {
         cpu::khatri_rao(a, b, Pairs::Rows)
     } else {
+        note_fallback("khatri_rao", &[&a, &b]);
         reference::rows(a, b)
     }
 }
@@ -51,6 +52,7 @@ pub fn khatri_rao_columns(a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
     if a.on_flex() && b.on_flex() {
         cpu::khatri_rao(a, b, Pairs::Columns)
     } else {
+        note_fallback("khatri_rao", &[&a, &b]);
         reference::columns(a, b)
     }
 }

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor};
 
 use super::{khatri_rao_columns, khatri_rao_rows, reference};
+use crate::check::property::{Case, Check, everything};
 use crate::check::*;
 
 /// A product is rounded once in either; sums of a gradient have up to 23 terms in another order.
@@ -164,4 +165,32 @@ fn threads_do_not_matter() {
             std::iter::once(y).chain(g.into_iter().flatten()).collect()
         });
     }
+}
+
+#[test]
+fn matches_reference_everywhere() {
+    everything(&Check {
+        name: "khatri_rao_rows",
+        tolerance: 2e-6,
+        case: |pick| {
+            let [n, l, k] = [pick.size(300), pick.size(20), pick.size(20)];
+            Case::new(vec![[n, l], [n, k]])
+        },
+        ours: |_, x| vec![khatri_rao_rows(x[0].clone(), x[1].clone())],
+        reference: |_, x| vec![reference::rows(x[0].clone(), x[1].clone())],
+        slopes: None,
+        non_finite: true,
+    });
+    everything(&Check {
+        name: "khatri_rao_columns",
+        tolerance: 2e-6,
+        case: |pick| {
+            let [n, l, k] = [pick.size(600), pick.size(20), pick.size(20)];
+            Case::new(vec![[l, n], [k, n]])
+        },
+        ours: |_, x| vec![khatri_rao_columns(x[0].clone(), x[1].clone())],
+        reference: |_, x| vec![reference::columns(x[0].clone(), x[1].clone())],
+        slopes: None,
+        non_finite: true,
+    });
 }

@@ -23,6 +23,7 @@ use super::tile::{Operand, Sizes, Target, inner_products, products};
 use crate::cpu::matrix::{Into, MatMut, MatRef, Threads, product, readable};
 use crate::cpu::simd::{Level, level};
 use crate::cpu::storage::{Fresh, dense, tensor, values};
+use crate::profile;
 
 /// Numbers in a chunk's rows of x and y together: 64 KiB, so that they and the intermediate results
 /// stay in the second-level cache.
@@ -127,6 +128,12 @@ impl<'a> Factors<'a> {
 
     fn output(&self) -> usize {
         self.l * self.k
+    }
+
+    /// Operations of the adapter's products on a row.
+    fn flops(&self) -> usize {
+        let Self { l, m, k, n, .. } = *self;
+        2 * (m * k * (n + l)).min(l * n * (m + k))
     }
 
     fn empty(&self) -> bool {
@@ -403,6 +410,11 @@ impl KronOps for Flex {
         let (x, w, w1, w2) = (dense(x), readable(w), dense(w1), dense(w2));
         let (rows, out) = (dims(&x).0, dims(&w).0);
         let f = Factors::new(&w1, &w2, scale);
+        let _timer = profile::op(
+            "kron_linear",
+            rows * (2 * f.input() * out + f.flops()),
+            4 * (rows * (f.input() + out) + f.input() * out),
+        );
         let mut y = base(rows, out, MatRef::of(&x), MatRef::of(&w).t());
         let xs = values(&x);
         if rows > 0 && !f.empty() {
@@ -438,6 +450,13 @@ impl KronOps for Flex {
         let f = Factors::new(&w1, &w2, scale);
         let (rows, out) = dims(&grad);
         let input = f.input();
+        let large = usize::from(wanted.x) + usize::from(wanted.w);
+        let small = usize::from(wanted.x) + usize::from(wanted.w1) + usize::from(wanted.w2);
+        let _timer = profile::op(
+            "kron_linear backward",
+            rows * (2 * input * out * large + f.flops() * small),
+            4 * (1 + large) * rows * (input + out),
+        );
         let of = |wanted: bool, values: Vec<f32>, shape: [usize; 2]| {
             let shape = if wanted { shape } else { [0, 0] };
             tensor(values, Shape::from(shape.to_vec()))

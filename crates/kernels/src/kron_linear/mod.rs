@@ -12,7 +12,7 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::cpu::storage::OnFlex;
+use crate::cpu::storage::{OnFlex, note_fallback};
 
 /// `y = x · wᵀ + scale · x · kron(w1, w2)ᵀ`, without the Kronecker product: with a row of x as
 /// `X: [m, n]`, the adapter's part of the same row of y is `w1 · X · w2ᵀ: [l, k]`
@@ -46,6 +46,7 @@ pub fn kron_linear(
     if x.on_flex() && w.on_flex() && w1.on_flex() && w2.on_flex() {
         cpu::kron_linear(x, w, w1, w2, scale)
     } else {
+        note_fallback("kron_linear", &[&x, &w, &w1, &w2]);
         reference::kron_linear(x, w, w1, w2, scale)
     }
 }

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor};
 
 use super::{kron, kron_linear, reference};
+use crate::check::property::{Case, Check, everything};
 use crate::check::*;
 
 /// Sums of up to 1500 products in another order.
@@ -281,4 +282,26 @@ fn threads_do_not_matter() {
             std::iter::once(y).chain(g.into_iter().flatten()).collect()
         });
     }
+}
+
+#[test]
+fn matches_reference_everywhere() {
+    type Kron = fn(Tensor<2>, Tensor<2>, Tensor<2>, Tensor<2>, f64) -> Tensor<2>;
+    fn call(op: Kron, x: &[Tensor<2>]) -> Vec<Tensor<2>> {
+        let [x, w, w1, w2] = [0, 1, 2, 3].map(|i| x[i].clone());
+        vec![op(x, w, w1, w2, 0.75)]
+    }
+    everything(&Check {
+        name: "kron_linear",
+        tolerance: 5e-6,
+        case: |pick| {
+            let rows = pick.size(80);
+            let [l, m, k, n] = [12, 12, 24, 24].map(|most| pick.size(most));
+            Case::new(vec![[rows, m * n], [l * k, m * n], [l, m], [k, n]])
+        },
+        ours: |_, x| call(kron_linear, &x),
+        reference: |_, x| call(reference::kron_linear, &x),
+        slopes: None,
+        non_finite: true,
+    });
 }

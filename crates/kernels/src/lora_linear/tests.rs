@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor};
 
 use super::{Dropout, linear, lora_linear, lora_linear_dropout, reference};
+use crate::check::property::{Case, Check, everything};
 use crate::check::*;
 
 /// Sums of up to 300 products in another order.
@@ -96,6 +97,52 @@ fn dropout_matches_reference_for_every_mask() {
             close_grads("lora_linear_dropout", &got_grads, &want_grads, TOLERANCE);
         }
     }
+}
+
+#[test]
+fn linear_matches_reference_everywhere() {
+    everything(&Check {
+        name: "linear",
+        tolerance: TOLERANCE,
+        case: |pick| {
+            let [m, k, n] = [pick.size(70), pick.size(300), pick.size(300)];
+            Case::new(vec![[m, k], [n, k]])
+        },
+        ours: |_, x| vec![linear(x[0].clone(), x[1].clone())],
+        reference: |_, x| vec![reference::linear(x[0].clone(), x[1].clone())],
+        slopes: None,
+        non_finite: true,
+    });
+}
+
+/// The option says whether there is dropout.
+#[test]
+fn lora_matches_reference_everywhere() {
+    fn call(ops: [Lora; 2], case: &Case, x: &[Tensor<2>]) -> Vec<Tensor<2>> {
+        let [x, w, a, b] = [0, 1, 2, 3].map(|i| x[i].clone());
+        vec![ops[case.options[0]](x, w, a, b, 0.75)]
+    }
+    everything(&Check {
+        name: "lora_linear",
+        tolerance: 2.0 * TOLERANCE,
+        case: |pick| {
+            let [m, k, n] = [pick.size(70), pick.size(300), pick.size(300)];
+            let r = pick.size(20);
+            let options = vec![pick.below(2)];
+            Case::new(vec![[m, k], [n, k], [r, k], [n, r]]).options(options)
+        },
+        ours: |case, x| {
+            let dropped: Lora = |x, w, a, b, s| lora_linear_dropout(x, w, a, b, s, DROPOUT);
+            call([lora_linear, dropped], case, &x)
+        },
+        reference: |case, x| {
+            let dropped: Lora =
+                |x, w, a, b, s| reference::lora_linear_dropout(x, w, a, b, s, DROPOUT);
+            call([reference::lora_linear, dropped], case, &x)
+        },
+        slopes: None,
+        non_finite: true,
+    });
 }
 
 /// The input is masked in a copy, a transposed one in the logical order.

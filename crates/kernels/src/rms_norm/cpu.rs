@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use crate::cpu::simd::{dot, fma, level, simd_fn};
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
+use crate::profile;
 
 /// The operation as a backend extension.
 #[backend_extension(Flex, Autodiff)]
@@ -105,6 +106,7 @@ impl RmsNormOps for Flex {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (x, weight) = (dense(x), dense(weight));
         let (xs, ws, level) = (values(&x), values(&weight), level());
+        let _timer = profile::op("rms_norm", 4 * xs.len(), 8 * xs.len());
         let width = ws.len().max(1);
         let shape = x.layout().shape().clone();
         assert_eq!(
@@ -143,6 +145,7 @@ impl RmsNormOps for Flex {
         let (x, weight, inverse, mut grad) = (dense(x), dense(weight), dense(inverse), owned(grad));
         let (xs, ws, inv, level) = (values(&x), values(&weight), values(&inverse), level());
         let gs = grad.storage_mut::<f32>();
+        let _timer = profile::op("rms_norm backward", 8 * xs.len(), 12 * xs.len());
         assert_eq!(xs.len(), gs.len(), "the gradient has x's shape");
         let width = ws.len().max(1);
         let task = (CHUNK / width).max(1);

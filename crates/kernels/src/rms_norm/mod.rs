@@ -8,7 +8,7 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::cpu::storage::OnFlex;
+use crate::cpu::storage::{OnFlex, note_fallback};
 
 /// `y = x / sqrt(mean(x²) + eps) · weight`, over the last axis.
 ///
@@ -19,6 +19,7 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     if x.on_flex() && weight.on_flex() {
         cpu::rms_norm(x, weight, eps)
     } else {
+        note_fallback("rms_norm", &[&x, &weight]);
         reference::rms_norm(x, weight, eps)
     }
 }

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor};
 
 use super::{reference, rms_norm};
+use crate::check::property::{Case, Check, everything};
 use crate::check::*;
 
 /// A mean of up to 577 squares in another order, and a handful of rounded factors.
@@ -33,6 +34,31 @@ fn matches_reference() {
             close_grads("rms_norm", &got_grads, &want_grads, TOLERANCE);
         }
     }
+}
+
+#[test]
+fn matches_reference_everywhere() {
+    fn call(op: Op, x: &[Tensor<2>]) -> Vec<Tensor<2>> {
+        let [rows, n] = x[0].dims();
+        let y = op(
+            x[0].clone().reshape([1, rows, n]),
+            x[1].clone().reshape([n]),
+            1e-4,
+        );
+        vec![y.reshape([rows, n])]
+    }
+    everything(&Check {
+        name: "rms_norm",
+        tolerance: TOLERANCE,
+        case: |pick| {
+            let (rows, n) = (pick.size(60), pick.size(700));
+            Case::new(vec![[rows, n], [1, n]])
+        },
+        ours: |_, x| call(rms_norm, &x),
+        reference: |_, x| call(reference::rms_norm, &x),
+        slopes: None,
+        non_finite: true,
+    });
 }
 
 #[test]

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use crate::cpu::simd::{fma, level, simd_fn};
 use crate::cpu::storage::{CHUNK, dense, owned, values};
+use crate::profile;
 
 /// The operation as a backend extension.
 #[backend_extension(Flex, Autodiff)]
@@ -65,6 +66,9 @@ impl RopeOps for Flex {
         );
         let (cos, sin, level) = (values(&cos), values(&sin), level());
         assert_eq!(cos.len(), sin.len(), "cos and sin have the same shape");
+        let numbers = x.layout().num_elements();
+        let name = if inverse { "rope backward" } else { "rope" };
+        let _timer = profile::op(name, 3 * numbers, 8 * numbers);
         let sign = if inverse { -1.0 } else { 1.0 };
         let width = heads * dim;
         let turn = |position: usize, row: &mut [f32]| {

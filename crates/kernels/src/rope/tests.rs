@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor};
 
 use super::{reference, rope};
+use crate::check::property::{Case, Check, everything};
 use crate::check::*;
 
 /// Two products and a sum, one of them fused: one unit in the last place of the larger.
@@ -29,6 +30,43 @@ fn matches_reference() {
             close_grads("rope", &[got_grad], &[want_grad], TOLERANCE);
         }
     }
+}
+
+/// The options are batch, tokens and heads. In half of the cases tokens and heads come transposed.
+#[test]
+fn matches_reference_everywhere() {
+    fn call(op: Op, case: &Case, x: &[Tensor<2>]) -> Vec<Tensor<2>> {
+        let [batch, tokens, heads, swapped] = case.options[..].try_into().unwrap();
+        let (rows, dim) = (batch * tokens, x[0].dims()[1] / heads);
+        let split = match swapped {
+            0 => x[0].clone().reshape([batch, tokens, heads, dim]),
+            _ => x[0]
+                .clone()
+                .reshape([batch, heads, tokens, dim])
+                .swap_dims(1, 2),
+        };
+        let y = op(split, x[1].clone(), x[2].clone());
+        vec![y.reshape([rows, heads * dim])]
+    }
+    everything(&Check {
+        name: "rope",
+        tolerance: TOLERANCE,
+        case: |pick| {
+            let [batch, tokens, heads] = [pick.size(3), pick.size(40), pick.size(6)];
+            let half = pick.size(40);
+            let shapes = vec![
+                [batch * tokens, heads * 2 * half],
+                [tokens, half],
+                [tokens, half],
+            ];
+            let options = vec![batch, tokens, heads, pick.below(2)];
+            Case::new(shapes).constant(&[1, 2]).options(options)
+        },
+        ours: |case, x| call(rope, case, &x),
+        reference: |case, x| call(reference::rope, case, &x),
+        slopes: None,
+        non_finite: true,
+    });
 }
 
 #[test]

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use crate::cpu::exp::sigmoid;
 use crate::cpu::simd::{level, simd_fn};
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, values};
+use crate::profile;
 
 /// The operation as a backend extension.
 #[backend_extension(Flex, Autodiff)]
@@ -60,6 +61,7 @@ impl SiluMulOps for Flex {
     fn enamel_silu_mul(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
         let (gate, up) = (dense(gate), dense(up));
         let (x, u, level) = (values(&gate), values(&up), level());
+        let _timer = profile::op("silu_mul", 20 * x.len(), 12 * x.len());
         assert_eq!(x.len(), u.len(), "gate and up have the same shape");
         let mut out = Fresh::new(x.len());
         if x.len() <= CHUNK {
@@ -87,6 +89,7 @@ impl SiluMulOps for Flex {
             values(&up),
             grad.storage_mut::<f32>(),
         );
+        let _timer = profile::op("silu_mul backward", 26 * x.len(), 20 * x.len());
         assert!(
             x.len() == u.len() && x.len() == g.len(),
             "gate, up and gradient agree"

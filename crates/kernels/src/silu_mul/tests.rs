@@ -3,6 +3,7 @@
 use burn::tensor::Device;
 
 use super::{reference, silu_mul};
+use crate::check::property::{Case, Check, everything};
 use crate::check::*;
 
 /// One fused pass against about six rounded operations: a few units in the last place.
@@ -41,6 +42,22 @@ fn matches_reference() {
             close_grads("silu_mul", &got_grads, &want_grads, TOLERANCE);
         }
     }
+}
+
+#[test]
+fn matches_reference_everywhere() {
+    everything(&Check {
+        name: "silu_mul",
+        tolerance: TOLERANCE,
+        case: |pick| {
+            let shape = [pick.size(40), pick.size(600)];
+            Case::new(vec![shape; 2]).scaled(0, 6.0)
+        },
+        ours: |_, x| vec![silu_mul(x[0].clone(), x[1].clone())],
+        reference: |_, x| vec![reference::silu_mul(x[0].clone(), x[1].clone())],
+        slopes: None,
+        non_finite: true,
+    });
 }
 
 #[test]

@@ -106,6 +106,9 @@ section! {
         adam_epsilon: f64 = 1e-8, positive_number;
         /// Scale gradients down to this global norm; 0 leaves them alone.
         max_grad_norm: f64 = 1.0, not_negative;
+        /// Share of each label that is spread evenly over the vocabulary while training; the validation
+        /// loss stays that of the labels as they are.
+        label_smoothing_factor: f64 = 0.0, below_one;
         /// When to validate: `no`, `steps` or `epoch`. Left out: `steps` if `eval_steps` is given,
         /// else `epoch` if there is validation data, else `no`.
         eval_strategy: Option<Strategy> = None, any;

@@ -50,7 +50,7 @@ pub(super) unsafe fn tile<U: Unit>(rows: usize, vectors: usize, runs: &[Run], ou
                 let (mut a, mut a_row) = (run.a.add(from), run.a_row as usize);
                 let (mut b, mut b_row) =
                     (run.b.add(from * run.b_step as usize), run.b_step as usize);
-                if len < SIDE || rows % SIDE != 0 {
+                if len < SIDE || !rows.is_multiple_of(SIDE) {
                     a_copy.fill(0.0);
                     for i in 0..rows {
                         let row = a_copy[i * SIDE..].as_mut_ptr();
@@ -93,7 +93,7 @@ pub(super) unsafe fn tile<U: Unit>(rows: usize, vectors: usize, runs: &[Run], ou
                 U::store::<3>(at.add(SIDE * width + SIDE), 4 * width);
             }
         }
-        if out.transposed && rows % 8 == 0 {
+        if out.transposed && rows.is_multiple_of(8) {
             for i in (0..rows).step_by(8) {
                 let part = Out {
                     at: out.at.add(i),

@@ -4,8 +4,6 @@
 //! so a product of pairs moves through the same loops as a product of floats; only the innermost
 //! instruction differs.
 
-use half::bf16;
-
 use super::super::matrix::MatRef;
 use super::super::simd::{level, simd_fn};
 use super::Weight;
@@ -42,7 +40,7 @@ impl<'a> View<'a> {
     pub(super) fn direct(&self) -> Option<MatRef<'a>> {
         match self {
             Self::Plain(Weight::F32(w)) if w.unit_columns() => Some(*w),
-            Self::RowPairs(Weight::Bf16 { data, out, width }) if width % 2 == 0 => {
+            Self::RowPairs(Weight::Bf16 { data, out, width }) if width.is_multiple_of(2) => {
                 let (before, pairs, after) = {
                     // SAFETY: any bits are a float, which is only copied.
                     unsafe { data.align_to::<f32>() }
@@ -123,11 +121,13 @@ simd_fn! {
 /// What [`pairs`] makes of a number, widened again.
 #[cfg(test)]
 pub(super) fn through_bf16(x: f32) -> f32 {
-    bf16::from_f32(x).to_f32()
+    half::bf16::from_f32(x).to_f32()
 }
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     #[test]
