@@ -9,6 +9,7 @@
 mod check;
 mod cpu;
 
+pub mod adamw;
 pub mod attention;
 pub mod cross_entropy;
 pub mod dora_linear;
@@ -23,6 +24,7 @@ pub mod silu_mul;
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
+pub use adamw::{AdamW, AdamWInput, Moments, adamw, sum_of_squares};
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};
 pub use dora_linear::dora_linear;
