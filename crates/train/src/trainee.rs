@@ -12,7 +12,7 @@ use enamel_adapter::allocator;
 use enamel_data::Batch;
 use enamel_model::causal_lm::{CausalLm, ModelInput};
 
-use crate::gradients;
+use crate::gradients::Clipping;
 
 /// The adapted model under training.
 #[derive(Module, Debug)]
@@ -51,6 +51,8 @@ pub struct StepOutput {
     pub tokens: usize,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
+    /// By what clipping multiplies the gradients, which are handed out as they were before.
+    pub grad_factor: f64,
     /// Learning rate of the step.
     pub learning_rate: f64,
     /// Wall time of forward, backward and clipping.
@@ -177,8 +179,8 @@ impl TrainStep for Trainee {
             let grads = loss.backward();
             accumulator.accumulate(self, GradientsParams::from_grads(grads, self));
         }
-        let (grads, grad_norm) =
-            gradients::clip_global_norm(self, accumulator.grads(), item.max_grad_norm);
+        let grads = accumulator.grads();
+        let clipping = Clipping::of(self, &grads, item.max_grad_norm);
         TrainOutput {
             grads,
             item: StepOutput {
@@ -187,7 +189,8 @@ impl TrainStep for Trainee {
                 loss: sum / total.max(1) as f64,
                 trained_tokens: total,
                 tokens,
-                grad_norm,
+                grad_norm: clipping.norm,
+                grad_factor: clipping.factor,
                 learning_rate: 0.0,
                 seconds: started.elapsed().as_secs_f64(),
                 memory: 0,
