@@ -119,8 +119,10 @@ impl ModuleMapper for Take<'_> {
             require_grad: value.is_require_grad(),
             checkpointing: value.gradient_checkpointing_strategy(),
         });
-        let flat = [value.shape().num_elements()];
+        let (shape, flat) = (value.shape(), [value.shape().num_elements()]);
         let value = value.inner().reshape(flat);
+        // Where it has to be put in order, the copy takes its place: never more than one exists twice.
+        let grad = grad.reshape(flat);
         let (time, moments) = match self.states.remove(&id) {
             Some(state) => (state.time, state.moments),
             None => {
@@ -130,12 +132,12 @@ impl ModuleMapper for Take<'_> {
         };
         self.inputs.push(AdamWInput {
             value,
-            grad: grad.clone().reshape(flat),
+            grad: grad.clone(),
             moments,
             rate: self.rates.lr_from_param(id, None),
             time: time + 1,
         });
-        Param::from_mapped_value(id, grad, mapper)
+        Param::from_mapped_value(id, grad.reshape::<D, _>(shape), mapper)
     }
 }
 
