@@ -30,7 +30,7 @@ struct Rounded {
     rest2: f32,
     root: f32,
     epsilon: f32,
-    step: f32,
+    rate: f32,
 }
 
 impl From<Numbers> for Rounded {
@@ -43,7 +43,7 @@ impl From<Numbers> for Rounded {
             rest2: n.rest2 as f32,
             root: n.root as f32,
             epsilon: n.epsilon as f32,
-            step: n.step as f32,
+            rate: n.rate as f32,
         }
     }
 }
@@ -61,7 +61,7 @@ simd_fn! {
             let g = g * n.factor;
             *m += n.rest1 * (g - *m);
             *v = n.beta2 * *v + n.rest2 * (g * g);
-            *p = n.kept * *p - n.step * (*m / (v.sqrt() * n.root + n.epsilon));
+            *p = n.kept * *p - n.rate * (*m / (v.sqrt() * n.root + n.epsilon));
         }
     }
 }

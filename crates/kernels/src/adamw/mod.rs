@@ -63,11 +63,12 @@ struct Numbers {
     beta2: f64,
     /// `1 − β2`.
     rest2: f64,
-    /// `1 / √(1 − β2^t)`.
+    /// `(1 − β1^t) / √(1 − β2^t)`: the first moment's correction is taken into the divisor, as beside the rate it
+    /// could carry a very high one beyond f32.
     root: f64,
+    /// `(1 − β1^t) ε`.
     epsilon: f64,
-    /// `rate / (1 − β1^t)`.
-    step: f64,
+    rate: f64,
 }
 
 impl AdamW {
@@ -79,9 +80,9 @@ impl AdamW {
             rest1: 1.0 - self.beta1,
             beta2: self.beta2,
             rest2: 1.0 - self.beta2,
-            root: 1.0 / past(self.beta2).sqrt(),
-            epsilon: self.epsilon,
-            step: rate / past(self.beta1),
+            root: past(self.beta1) / past(self.beta2).sqrt(),
+            epsilon: past(self.beta1) * self.epsilon,
+            rate,
         }
     }
 }

@@ -18,7 +18,7 @@ pub(super) fn adamw(n: &Numbers, p: AdamWInput) -> (Tensor<1>, Moments) {
         .sqrt()
         .mul_scalar(n.root)
         .add_scalar(n.epsilon);
-    let value = p.value.mul_scalar(n.kept) - (first.clone() / root).mul_scalar(n.step);
+    let value = p.value.mul_scalar(n.kept) - (first.clone() / root).mul_scalar(n.rate);
     (value, Moments { first, second })
 }
 

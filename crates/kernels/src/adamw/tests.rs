@@ -118,6 +118,24 @@ fn the_first_step_is_as_long_as_the_rate_however_small_the_gradient() {
 }
 
 #[test]
+fn a_rate_near_the_largest_number_does_not_overflow_by_itself() {
+    let mut p = input(50, 1, 1, &plain());
+    let zeros = || vector(vec![0.0; 50], &plain());
+    (p.moments.first, p.moments.second) = (zeros(), zeros());
+    p.rate = 3e38;
+    let (value, _) = adamw(
+        &AdamW {
+            weight_decay: 0.0,
+            ..SETTINGS
+        },
+        1.0,
+        vec![p],
+    )
+    .remove(0);
+    assert!(floats(value).iter().all(|x| x.is_finite()));
+}
+
+#[test]
 fn every_parameter_has_its_own_rate_and_time() {
     let make = || {
         let mut all: Vec<_> = [5, CHUNK + 5, 1, 640]
