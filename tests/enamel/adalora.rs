@@ -8,7 +8,7 @@ use enamel_adapter::{
     import_trainable, load_pretrained, save_pretrained,
 };
 use enamel_model::causal_lm::ModelInput;
-use enamel_train::gradients::clip_global_norm;
+use enamel_train::gradients::Clipping;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -92,12 +92,12 @@ fn forty_steps_agree_and_so_does_the_trimmed_adapter(device: &Device) {
             1e-4,
         );
         let grads = GradientsParams::from_grads(loss.backward(), &model);
-        let (grads, norm) = clip_global_norm(&model, grads, curve.setting("clip"));
+        let Clipping { norm, factor } = Clipping::of(&model, &grads, curve.setting("clip"));
         curve.compare("grad_norm", step, norm, 1e-4 * curve.at("grad_norm", step));
         allocator
-            .note_gradients(&model, &grads)
+            .note_gradients(&model, &grads, factor)
             .unwrap_or_else(|e| panic!("{e}"));
-        model = optimizer.step(curve.setting("lr"), model, grads);
+        optimizer.step(&mut model, grads, factor, &curve.setting("lr").into());
         let done = allocator
             .update(&mut model, step)
             .unwrap_or_else(|e| panic!("{e}"));
@@ -229,14 +229,14 @@ fn a_run_that_was_interrupted_chooses_the_same_ranks() {
         let loss = task_loss(&model, &ModelInput::new(ids(&rows, &device)), &labels);
         let grads = GradientsParams::from_grads(loss.backward(), &model);
         first
-            .note_gradients(&model, &grads)
+            .note_gradients(&model, &grads, 1.0)
             .unwrap_or_else(|e| panic!("{e}"));
         let mut second = RankAllocator::new(config, &model);
         second.restore(first.state());
         second
-            .note_gradients(&model, &grads)
+            .note_gradients(&model, &grads, 1.0)
             .unwrap_or_else(|e| panic!("{e}"));
-        model = optimizer.step(curve.setting("lr"), model, grads);
+        optimizer.step(&mut model, grads, 1.0, &curve.setting("lr").into());
         let mut other = model.clone();
         let a = first
             .update(&mut model, step)

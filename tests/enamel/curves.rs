@@ -2,10 +2,12 @@
 
 use std::fs;
 
-use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::optim::GradientsParams;
 use enamel_adapter::{AdapterError, HostTensor};
+use enamel_kernels::AdamW;
 use enamel_model::causal_lm::{CausalLm, ModelInput};
-use enamel_train::gradients::clip_global_norm;
+use enamel_train::gradients::Clipping;
+use enamel_train::optimizer::Optimizer;
 use serde_json::Value;
 
 use crate::adapted::{folder, task_loss};
@@ -53,15 +55,15 @@ impl Curve {
             .unwrap_or_else(|| panic!("{}: {key}", self.what))
     }
 
-    pub fn optimizer(&self) -> ModuleOptimizer {
+    pub fn optimizer(&self) -> Optimizer {
         let betas = &self.golden["settings"]["betas"];
-        let beta = |i: usize| betas[i].as_f64().expect("a beta") as f32;
-        AdamWConfig::new()
-            .with_beta_1(beta(0))
-            .with_beta_2(beta(1))
-            .with_epsilon(self.setting("eps") as f32)
-            .with_weight_decay(self.setting("weight_decay") as f32)
-            .init()
+        let beta = |i: usize| betas[i].as_f64().expect("a beta");
+        Optimizer::new(AdamW {
+            beta1: beta(0),
+            beta2: beta(1),
+            epsilon: self.setting("eps"),
+            weight_decay: self.setting("weight_decay"),
+        })
     }
 
     /// Ids and labels of a step, padded on the right; causal attention needs no mask for that.
@@ -111,10 +113,10 @@ impl Curve {
             );
             let grads = GradientsParams::from_grads(loss.backward(), &model);
             let clip = self.golden["settings"]["clip"].as_f64().unwrap_or(0.0);
-            let (grads, norm) = clip_global_norm(&model, grads, clip);
+            let Clipping { norm, factor } = Clipping::of(&model, &grads, clip);
             // Relative, as its size is not one.
             self.compare("grad_norm", step, norm, 1e-4 * self.at("grad_norm", step));
-            model = optimizer.step(self.at("lr", step), model, grads);
+            optimizer.step(&mut model, grads, factor, &self.at("lr", step).into());
         }
         model
     }

@@ -96,7 +96,7 @@ impl RankAllocator {
         self.total_step.saturating_sub(self.config.tfinal)
     }
 
-    /// Keeps the gradients of the step about to be taken, as they are after clipping.
+    /// Keeps the gradients of the step about to be taken, as they are after clipping: times `factor`.
     ///
     /// # Errors
     /// A gradient that cannot be read from its device.
@@ -104,6 +104,7 @@ impl RankAllocator {
         &mut self,
         model: &M,
         grads: &GradientsParams,
+        factor: f64,
     ) -> Result<()> {
         self.gradients.clear();
         let mut failed = None;
@@ -115,7 +116,8 @@ impl RankAllocator {
                 return;
             }
             match grads.get::<2>(param.id).map(|grad| to_host(key, grad)) {
-                Some(Ok(values)) => {
+                Some(Ok(mut values)) => {
+                    values.iter_mut().for_each(|value| *value *= factor as f32);
                     self.gradients.insert(key.to_string(), values);
                 }
                 Some(Err(error)) => failed = Some(error),

@@ -9,6 +9,7 @@
 mod check;
 mod cpu;
 
+pub mod adamw;
 pub mod add_rms_norm;
 pub mod attention;
 pub mod checkpoint;
@@ -28,6 +29,7 @@ pub mod silu_mul;
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
+pub use adamw::{AdamW, AdamWInput, Moments, adamw, sum_of_squares};
 pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, attention};
 pub use checkpoint::{can_checkpoint, checkpoint_module};

@@ -7,18 +7,18 @@ mod profile;
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::Device;
 use burn::train::TrainStep;
 use enamel_adapter::{AdapterConfig, RankAllocator};
 use enamel_data::Batch;
-use enamel_kernels::Compute;
+use enamel_kernels::{AdamW, Compute};
 use enamel_model::CausalLm;
 use serde::Serialize;
 
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
 use crate::memory::{Memory, page_faults};
+use crate::optimizer::Optimizer;
 use crate::recipe::{GradientCheckpointing, Recipe};
 use crate::trainee::{StepItem, Trainee};
 
@@ -95,7 +95,7 @@ struct Lane {
     method: String,
     trainable: usize,
     trainee: Trainee,
-    optimizer: ModuleOptimizer,
+    optimizer: Optimizer,
     allocator: Option<RankAllocator>,
     seconds: Vec<f64>,
 }
@@ -115,10 +115,12 @@ impl Lane {
             method: method.to_owned(),
             trainable: plan.trainable,
             trainee: Trainee { model }.fork(&device.clone().autodiff()).train(),
-            optimizer: AdamWConfig::new()
-                .with_epsilon(1e-8)
-                .with_weight_decay(0.0)
-                .init(),
+            optimizer: Optimizer::new(AdamW {
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.0,
+            }),
             allocator,
             seconds: Vec::new(),
         })
@@ -129,11 +131,13 @@ impl Lane {
         let started = Instant::now();
         let step = item.step;
         let output = TrainStep::step(&self.trainee, item);
+        let factor = output.item.grad_factor;
         if let Some(allocator) = &mut self.allocator {
-            allocator.note_gradients(&self.trainee.model, &output.grads)?;
+            allocator.note_gradients(&self.trainee.model, &output.grads, factor)?;
         }
-        let trainee = self.trainee.clone();
-        self.trainee = trainee.optimize(&mut self.optimizer, 1e-4.into(), output.grads);
+        let rates = 1e-4.into();
+        self.optimizer
+            .step(&mut self.trainee, output.grads, factor, &rates);
         if let Some(allocator) = &mut self.allocator {
             allocator.update(&mut self.trainee.model, step)?;
         }

@@ -1,7 +1,7 @@
 //! Checkpoints: adapter, optimizer and position of a run, never the base.
 //!
 //! `checkpoints/step-000120/` holds `adapter/` (PEFT's format, so a checkpoint is an adapter too),
-//! `optimizer.bpk` (Burn's record of AdamW's moments, keyed by parameter) and `state.json`. It is
+//! `optimizer.bpk` (AdamW's moments, keyed by parameter, as in Burn's record) and `state.json`. It is
 //! written under another name and renamed when complete: a run killed at any instant leaves the
 //! last checkpoint loadable. The schedule, the order of rows and dropout depend on the seed and the
 //! step alone, so the step is all the random state there is.
@@ -10,13 +10,13 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use burn::optim::{ModuleOptimizer, OptimizerRecord};
-use burn::tensor::Bytes;
+use burn::module::Module;
 use enamel_adapter::RankAllocator;
 use enamel_adapter::store::{read_tensor_file, write_tensors};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
+use crate::optimizer::Optimizer;
 
 /// Where a run stands between two optimizer steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -116,7 +116,7 @@ impl Checkpoints {
     pub fn save(
         &self,
         state: &RunState,
-        optimizer: &ModuleOptimizer,
+        optimizer: &Optimizer,
         allocator: Option<&RankAllocator>,
         write_adapter: impl FnOnce(&Path) -> Result<(), TrainError>,
     ) -> Result<PathBuf, TrainError> {
@@ -126,10 +126,7 @@ impl Checkpoints {
             .tempdir_in(&self.dir)
             .map_err(TrainError::io(&self.dir, "creating a folder in it"))?;
         write_adapter(&staging.path().join(ADAPTER))?;
-        let bytes = optimizer
-            .into_bytes()
-            .map_err(|e| TrainError::Framework(e.to_string()))?;
-        write_synced(&staging.path().join(OPTIMIZER), &bytes)?;
+        optimizer.save(&staging.path().join(OPTIMIZER))?;
         if let Some(allocator) = allocator {
             write_tensors(&staging.path().join(BUDGET), &allocator.state())?;
         }
@@ -187,23 +184,16 @@ pub fn read_state(dir: &Path) -> Result<RunState, TrainError> {
     })
 }
 
-/// Puts the moments of the checkpoint in `dir` into `optimizer`.
+/// Puts the moments of the checkpoint in `dir` into `optimizer`, which trains `model`.
 ///
 /// # Errors
-/// When the file is missing or damaged.
-pub fn load_optimizer(
+/// When the file is missing, damaged or of another model.
+pub fn load_optimizer<M: Module>(
     dir: &Path,
-    optimizer: ModuleOptimizer,
-) -> Result<ModuleOptimizer, TrainError> {
-    let path = dir.join(OPTIMIZER);
-    let bytes = fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
-    let record =
-        OptimizerRecord::from_bytes(Bytes::from_bytes_vec(bytes)).map_err(|e| TrainError::Run {
-            path,
-            reason: format!("not an optimizer's state: {e}"),
-            help: "resume from another checkpoint".into(),
-        })?;
-    Ok(optimizer.load_record(record))
+    optimizer: &mut Optimizer,
+    model: &M,
+) -> Result<(), TrainError> {
+    optimizer.load(&dir.join(OPTIMIZER), model)
 }
 
 /// Puts the importance and ranks of the checkpoint in `dir` into `allocator`.
@@ -261,7 +251,16 @@ fn sync_dir(dir: &Path) {
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use super::*;
-    use burn::optim::AdamWConfig;
+    use enamel_kernels::AdamW;
+
+    fn optimizer() -> Optimizer {
+        Optimizer::new(AdamW {
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+        })
+    }
 
     fn save(c: &Checkpoints, step: usize, best: Option<usize>) {
         let best = best.map(|step| Best { step, loss: 1.0 });
@@ -270,7 +269,7 @@ mod tests {
             best,
             ..RunState::default()
         };
-        c.save(&state, &AdamWConfig::new().init(), None, |dir| {
+        c.save(&state, &optimizer(), None, |dir| {
             fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating"))
         })
         .unwrap();
@@ -297,7 +296,7 @@ mod tests {
             step: 1,
             ..RunState::default()
         };
-        let failed = c.save(&state, &AdamWConfig::new().init(), None, |_| {
+        let failed = c.save(&state, &optimizer(), None, |_| {
             Err(TrainError::Framework("disk full".into()))
         });
         assert!(failed.is_err());

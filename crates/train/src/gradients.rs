@@ -3,66 +3,72 @@
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
-
-use crate::trainee::scalar;
+use enamel_kernels::sum_of_squares;
 
 /// Added to the norm before dividing, as PyTorch does.
 const EPSILON: f64 = 1e-6;
 
-/// Scales all gradients by `max_norm / (norm + 1e-6)` where that is below 1, and returns them with
-/// the norm from before. `max_norm = 0` only measures.
-pub fn clip_global_norm<M: Module>(
-    module: &M,
-    mut grads: GradientsParams,
-    max_norm: f64,
-) -> (GradientsParams, f64) {
-    let mut norm = SquaredNorm {
-        grads: &grads,
-        sum: None,
-    };
-    module.visit(&mut norm);
-    let norm = norm.sum.map_or(0.0, |s| scalar(s).sqrt());
-    let factor = max_norm / (norm + EPSILON);
-    if max_norm > 0.0 && factor < 1.0 {
-        let mut scaled = GradientsParams::new();
-        module.visit(&mut Scale {
-            from: &mut grads,
-            to: &mut scaled,
-            factor,
-        });
-        return (scaled, norm);
-    }
-    (grads, norm)
+/// Elements whose squares are added up at once, all of an adapter's: a gradient that lies in another order is
+/// copied, and the copies of a whole model should not be there together.
+const BATCH: usize = 1 << 24;
+
+/// What clipping came to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Clipping {
+    /// Global norm of the gradient before clipping.
+    pub norm: f64,
+    /// By what the gradients are to be multiplied: `max_norm / (norm + 1e-6)` where that is below 1, else 1. The
+    /// optimizer does it on the way, so that no scaled gradient is ever written.
+    pub factor: f64,
 }
 
-/// Adds up on the device: one read-back a step, whatever the number of parameters.
-struct SquaredNorm<'a> {
-    grads: &'a GradientsParams,
-    sum: Option<Tensor<1>>,
-}
-
-impl ModuleVisitor for SquaredNorm<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(grad) = self.grads.get::<D>(param.id) {
-            let square = (grad.clone() * grad).sum();
-            self.sum = Some(match self.sum.take() {
-                Some(sum) => sum + square,
-                None => square,
-            });
+impl Clipping {
+    /// Measures the gradients; `max_norm = 0` only measures.
+    pub fn of<M: Module>(module: &M, grads: &GradientsParams, max_norm: f64) -> Self {
+        let mut found = Found {
+            grads,
+            flat: Vec::with_capacity(grads.len()),
+            elements: 0,
+            sum: 0.0,
+        };
+        module.visit(&mut found);
+        found.add_up();
+        let norm = found.sum.sqrt();
+        let factor = max_norm / (norm + EPSILON);
+        let clips = max_norm > 0.0 && factor < 1.0;
+        Self {
+            norm,
+            factor: if clips { factor } else { 1.0 },
         }
     }
 }
 
-struct Scale<'a> {
-    from: &'a mut GradientsParams,
-    to: &'a mut GradientsParams,
-    factor: f64,
+/// The gradients in the order of the module's parameters, and the sum of their squares.
+struct Found<'a> {
+    grads: &'a GradientsParams,
+    /// Those not added up yet.
+    flat: Vec<Tensor<1>>,
+    elements: usize,
+    sum: f64,
 }
 
-impl ModuleVisitor for Scale<'_> {
+impl Found<'_> {
+    fn add_up(&mut self) {
+        self.sum += sum_of_squares(&self.flat);
+        self.elements = 0;
+        self.flat.clear();
+    }
+}
+
+impl ModuleVisitor for Found<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(grad) = self.from.remove::<D>(param.id) {
-            self.to.register(param.id, grad.mul_scalar(self.factor));
+        if let Some(grad) = self.grads.get::<D>(param.id) {
+            let length = grad.shape().num_elements();
+            self.flat.push(grad.reshape([length]));
+            self.elements += length;
+            if self.elements >= BATCH {
+                self.add_up();
+            }
         }
     }
 }

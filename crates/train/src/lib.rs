@@ -21,6 +21,7 @@ mod lora_plus;
 pub mod measures;
 pub mod memory;
 pub mod merge;
+pub mod optimizer;
 pub mod plan;
 pub mod recipe;
 mod renderer;

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::optim::AdamWConfig;
 use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
 use enamel_adapter::{AdapterConfig, RankAllocator, SaveMeta};
+use enamel_kernels::AdamW;
 use enamel_model::source::PullProgress;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,7 @@ use crate::journal::Journal;
 use crate::measures::{
     GradNorm, LearningRate, Loss, Memory, Perplexity, Progress, Scalar, TokensPerSecond,
 };
+use crate::optimizer::Optimizer;
 use crate::plan::step_counts;
 use crate::recipe::{Cadence, LockInfo, Recipe};
 use crate::renderer::{Dashboard, Lines};
@@ -231,24 +233,25 @@ fn launch(
     options: &TrainOptions<'_>,
 ) -> Result<(Trainee, LoopEnd), TrainError> {
     let t = &recipe.train;
-    let mut optimizer = AdamWConfig::new()
-        .with_beta_1(t.adam_beta1 as f32)
-        .with_beta_2(t.adam_beta2 as f32)
-        .with_epsilon(t.adam_epsilon as f32)
-        .with_weight_decay(t.weight_decay as f32)
-        .init();
+    let mut optimizer = Optimizer::new(AdamW {
+        beta1: t.adam_beta1,
+        beta2: t.adam_beta2,
+        epsilon: t.adam_epsilon,
+        weight_decay: t.weight_decay,
+    });
+    let model = Trainee { model };
     if let Some(checkpoint) = &run.checkpoint {
-        optimizer = checkpoints::load_optimizer(checkpoint, optimizer)?;
+        checkpoints::load_optimizer(checkpoint, &mut optimizer, &model)?;
     }
     let total = rhythm.total;
     let at_rate = |rate: f64| {
         Schedule::new(t.lr_scheduler_type, rate, t.warmup(total), total).starting_at(run.state.step)
     };
     let scheduler = match t.loraplus_lr_ratio {
-        Some(ratio) => lora_plus::scheduler(&model, t, ratio, &at_rate),
+        Some(ratio) => lora_plus::scheduler(&model.model, t, ratio, &at_rate),
         None => at_rate(t.learning_rate).into(),
     };
-    let allocator = allocator(&model, &adapter, run.checkpoint.as_deref())?;
+    let allocator = allocator(&model.model, &adapter, run.checkpoint.as_deref())?;
     let valid: &[_] = if rhythm.eval.is_some() {
         &inputs.valid
     } else {
@@ -264,7 +267,7 @@ fn launch(
     let interrupter = Interrupter::new();
     let strategy = StepStrategy {
         device: inputs.device.clone().autodiff(),
-        optimizer: optimizer.clone(),
+        optimizer: Mutex::new(optimizer),
         scheduler: scheduler.clone(),
         start: RunState {
             total_steps: total,
@@ -309,7 +312,8 @@ fn launch(
         .with_interrupter(interrupter)
         .renderer(renderer)
         .label(&run.path.display().to_string());
-    let learner = Learner::new(Trainee { model }, optimizer, scheduler);
+    // The learner has to have an optimizer; the strategy steps with its own.
+    let learner = Learner::new(model, AdamWConfig::new().init(), scheduler);
     // burn-train answers "stop immediately" on the dashboard with a panic.
     let result =
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| training.launch(learner)))

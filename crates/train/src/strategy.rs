@@ -11,7 +11,6 @@ use std::time::Instant;
 use burn::data::dataloader::Progress;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::Module;
-use burn::optim::ModuleOptimizer;
 use burn::tensor::Device;
 use burn::train::{
     EventProcessorTraining, InferenceStep, Interrupter, Learner, LearnerEvent,
@@ -25,6 +24,7 @@ use crate::error::TrainError;
 use crate::journal::{Entry, Journal};
 use crate::measures::duration_text;
 use crate::memory::Memory;
+use crate::optimizer::Optimizer;
 use crate::signals::StopFlag;
 use crate::steps::StepPlan;
 use crate::trainee::{EvalOutput, StepOutput, Trainee};
@@ -83,8 +83,8 @@ pub struct LoopEnd {
 pub struct StepStrategy {
     /// Autodiff device to train on.
     pub device: Device,
-    /// AdamW, with its moments when resuming.
-    pub optimizer: ModuleOptimizer,
+    /// AdamW, with its moments when resuming; the loop takes them.
+    pub optimizer: Mutex<Optimizer>,
     /// The schedule, standing at the first step to do.
     pub scheduler: ModuleLrScheduler,
     /// Where to start.
@@ -122,11 +122,18 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
         valid: ValidLoader<Trainee>,
         _starting_epoch: usize,
     ) -> (Trainee, Events) {
+        // `train` puts the gradient flags, set on a plain device, into force.
+        let model = learner.model().fork(&self.device).train();
+        // It would keep the first values of every parameter until the end.
+        drop(learner);
+        let mut optimizer = self
+            .optimizer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut run = Run {
             s: self,
-            // `train` puts the gradient flags, set on a plain device, into force.
-            model: learner.model().fork(&self.device).train(),
-            optimizer: self.optimizer.clone(),
+            model,
+            optimizer: optimizer.take(),
             scheduler: self.scheduler.clone(),
             allocator: self.allocator.clone(),
             state: self.start.clone(),
@@ -168,7 +175,7 @@ struct Window {
 struct Run<'a> {
     s: &'a StepStrategy,
     model: Trainee,
-    optimizer: ModuleOptimizer,
+    optimizer: Optimizer,
     scheduler: ModuleLrScheduler,
     allocator: Option<RankAllocator>,
     state: RunState,
@@ -202,13 +209,12 @@ impl Run<'_> {
             self.check_finite(&measured)?;
             let rate = self.scheduler.step();
             measured.learning_rate = rate.base();
+            let factor = measured.grad_factor;
             if let Some(allocator) = &mut self.allocator {
-                allocator.note_gradients(&self.model.model, &out.grads)?;
+                allocator.note_gradients(&self.model.model, &out.grads, factor)?;
             }
-            self.model = self
-                .model
-                .clone()
-                .optimize(&mut self.optimizer, rate.clone(), out.grads);
+            self.optimizer
+                .step(&mut self.model, out.grads, factor, &rate);
             self.allocate(total)?;
             self.state.step += 1;
 

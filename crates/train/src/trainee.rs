@@ -13,7 +13,7 @@ use enamel_data::Batch;
 use enamel_kernels::{LossSpec, linear_cross_entropy_with};
 use enamel_model::causal_lm::{CausalLm, ModelInput};
 
-use crate::gradients;
+use crate::gradients::Clipping;
 
 /// The adapted model under training.
 #[derive(Module, Debug)]
@@ -55,6 +55,8 @@ pub struct StepOutput {
     pub tokens: usize,
     /// Global gradient norm before clipping.
     pub grad_norm: f64,
+    /// By what clipping multiplies the gradients, which are handed out as they were before.
+    pub grad_factor: f64,
     /// Learning rate of the step.
     pub learning_rate: f64,
     /// Wall time of forward, backward and clipping.
@@ -205,8 +207,8 @@ impl TrainStep for Trainee {
             let grads = loss.backward();
             accumulator.accumulate(self, GradientsParams::from_grads(grads, self));
         }
-        let (grads, grad_norm) =
-            gradients::clip_global_norm(self, accumulator.grads(), item.max_grad_norm);
+        let grads = accumulator.grads();
+        let clipping = Clipping::of(self, &grads, item.max_grad_norm);
         TrainOutput {
             grads,
             item: StepOutput {
@@ -215,7 +217,8 @@ impl TrainStep for Trainee {
                 loss: sum / total.max(1) as f64,
                 trained_tokens: total,
                 tokens,
-                grad_norm,
+                grad_norm: clipping.norm,
+                grad_factor: clipping.factor,
                 learning_rate: 0.0,
                 seconds: started.elapsed().as_secs_f64(),
                 memory: 0,
