@@ -13,14 +13,17 @@ pub(crate) const CHUNK: usize = 16 * 1024;
 
 /// Whether tensors live where the CPU kernels can read them: on Flex, as f32.
 pub(crate) trait OnFlex {
-    fn on_flex(&self) -> bool;
+    fn on_flex(&self) -> bool {
+        self.on_flex_as(DType::F32)
+    }
+
+    /// The same for another type that a kernel reads.
+    fn on_flex_as(&self, dtype: DType) -> bool;
 }
 
 impl<const D: usize> OnFlex for Tensor<D> {
-    fn on_flex(&self) -> bool {
-        self.dtype() == DType::F32
-            && CpuPath::chosen() != CpuPath::Reference
-            && is_flex(&self.device())
+    fn on_flex_as(&self, dtype: DType) -> bool {
+        self.dtype() == dtype && CpuPath::chosen() != CpuPath::Reference && is_flex(&self.device())
     }
 }
 
