@@ -4,7 +4,10 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
-use enamel_kernels::{AttentionSpec, KeyMask, attention, rms_norm, rope, silu_mul};
+use enamel_kernels::{
+    AttentionSpec, Compute, KeyMask, Norm, Projection, attention, fuses, project, project_add,
+    rms_norm, rope, silu_mul, swiglu_project,
+};
 
 use crate::causal_lm::{LoadError, ModelInput};
 use crate::config::LlamaConfig;
@@ -12,6 +15,9 @@ use crate::kv_cache::KvCache;
 
 /// Hands out a parameter's values by full name and shape.
 pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, LoadError> + 'a;
+
+/// What the fused operations round their products' factors to.
+const COMPUTE: Compute = Compute::F32;
 
 /// A decoder with a language-model head.
 #[derive(Module, Debug)]
@@ -227,14 +233,61 @@ impl Layer {
         positions: &Positions,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
+        let x = self.attend(x, positions, cache);
+        self.feed_forward(x)
+    }
+
+    /// `x + attention(norm(x))`.
+    fn attend(
+        &self,
+        x: Tensor<3>,
+        positions: &Positions,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor<3> {
+        let attn = &self.self_attn;
         let normed = rms_norm(x.clone(), self.input_layernorm.val(), self.eps);
-        let x = x + self.self_attn.forward(normed, positions, cache);
-        let normed = rms_norm(x.clone(), self.post_attention_layernorm.val(), self.eps);
-        x + self.mlp.forward(normed)
+        let y = attn.forward(normed, positions, cache);
+        match attn.o_proj.fused().filter(|_| fuses(&x)) {
+            Some(o_proj) => {
+                let dims = x.dims();
+                project_add(rows(y), o_proj, rows(x), COMPUTE).reshape(dims)
+            }
+            None => x + attn.o_proj.forward(y),
+        }
+    }
+
+    /// `x + mlp(norm(x))`.
+    fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let norm = &self.post_attention_layernorm;
+        let fused = self.mlp.fused().filter(|_| fuses(&x));
+        match fused.zip(frozen(norm, self.eps)) {
+            Some((MlpProjections { gate_up, down }, norm)) => {
+                let dims = x.dims();
+                let x = rows(x);
+                let gate_up = project(x.clone(), Some(norm), gate_up, COMPUTE);
+                swiglu_project(gate_up, down, Some(x), COMPUTE).reshape(dims)
+            }
+            None => {
+                let normed = rms_norm(x.clone(), norm.val(), self.eps);
+                x + self.mlp.forward(normed)
+            }
+        }
     }
 }
 
+/// `[batch, tokens, width]` as one row a token: a batched product would read its weight for every batch row.
+fn rows(x: Tensor<3>) -> Tensor<2> {
+    x.flatten(0, 1)
+}
+
+/// A norm that is not trained, as the fused operations take it.
+fn frozen(norm: &Frozen<1>, eps: f64) -> Option<Norm> {
+    let weight = norm.val();
+    (!weight.is_tracked()).then_some(Norm { weight, eps })
+}
+
 impl Attention {
+    /// All but the output's projection, `[batch, tokens, hidden]` to `[batch, tokens, heads · head_dim]`.
     fn forward(
         &self,
         x: Tensor<3>,
@@ -242,14 +295,7 @@ impl Attention {
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
         let [batch, tokens, _] = x.dims();
-        let heads = |y: Tensor<3>| {
-            let count = y.dims()[2] / self.head_dim;
-            y.reshape([batch, tokens, count, self.head_dim])
-        };
-        let turn = |y: Tensor<4>| rope(y, positions.cos.clone(), positions.sin.clone());
-        let q = turn(heads(self.q_proj.forward(x.clone())));
-        let k = turn(heads(self.k_proj.forward(x.clone())));
-        let v = heads(self.v_proj.forward(x));
+        let (q, k, v) = self.heads(x, positions);
         let (k, v) = match cache {
             Some((cache, layer)) => cache.append(layer, k, v),
             None => (k, v),
@@ -262,9 +308,29 @@ impl Attention {
             key_mask: positions.key_mask.clone(),
         };
         let [_, _, count, _] = q.dims();
-        let y = attention(q, k, v, &spec).reshape([batch, tokens, count * self.head_dim]);
-        self.o_proj.forward(y)
+        attention(q, k, v, &spec).reshape([batch, tokens, count * self.head_dim])
     }
+
+    /// Queries, keys and values of the normalised x, `[batch, tokens, heads, head_dim]`, the first two
+    /// turned to their positions. Three layers and not one `project`: cutting its result into three costs
+    /// a gradient of its whole width for each.
+    fn heads(&self, x: Tensor<3>, positions: &Positions) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+        let [batch, tokens, _] = x.dims();
+        let heads = |y: Tensor<3>| {
+            let count = y.dims()[2] / self.head_dim;
+            y.reshape([batch, tokens, count, self.head_dim])
+        };
+        let turn = |y: Tensor<4>| rope(y, positions.cos.clone(), positions.sin.clone());
+        let q = turn(heads(self.q_proj.forward(x.clone())));
+        let k = turn(heads(self.k_proj.forward(x.clone())));
+        (q, k, heads(self.v_proj.forward(x)))
+    }
+}
+
+/// An MLP's layers as the fused operations take them.
+struct MlpProjections {
+    gate_up: Vec<Projection>,
+    down: Projection,
 }
 
 impl Mlp {
@@ -272,6 +338,13 @@ impl Mlp {
         let gate = self.gate_proj.forward(x.clone());
         self.down_proj
             .forward(silu_mul(gate, self.up_proj.forward(x)))
+    }
+
+    fn fused(&self) -> Option<MlpProjections> {
+        Some(MlpProjections {
+            gate_up: vec![self.gate_proj.fused()?, self.up_proj.fused()?],
+            down: self.down_proj.fused()?,
+        })
     }
 }
 
@@ -391,3 +464,6 @@ impl Builder<'_, '_> {
         Ok(Linear::new(module, weight, bias))
     }
 }
+
+#[cfg(test)]
+mod tests;
