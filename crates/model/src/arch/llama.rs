@@ -244,9 +244,8 @@ impl Layer {
         positions: &Positions,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
-        let attn = &self.self_attn;
-        let normed = rms_norm(x.clone(), self.input_layernorm.val(), self.eps);
-        let y = attn.forward(normed, positions, cache);
+        let (attn, norm) = (&self.self_attn, &self.input_layernorm);
+        let y = attn.forward(x.clone(), norm, self.eps, positions, cache);
         match attn.o_proj.fused().filter(|_| fuses(&x)) {
             Some(o_proj) => {
                 let dims = x.dims();
@@ -287,15 +286,20 @@ fn frozen(norm: &Frozen<1>, eps: f64) -> Option<Norm> {
 }
 
 impl Attention {
-    /// All but the output's projection, `[batch, tokens, hidden]` to `[batch, tokens, heads · head_dim]`.
+    /// The norm and all but the output's projection, `[batch, tokens, hidden]` to
+    /// `[batch, tokens, heads · head_dim]`.
     fn forward(
         &self,
         x: Tensor<3>,
+        norm: &Frozen<1>,
+        eps: f64,
         positions: &Positions,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
         let [batch, tokens, _] = x.dims();
-        let (q, k, v) = self.heads(x, positions);
+        let (q, k, v) = self.heads(x, norm, eps);
+        let turn = |y: Tensor<4>| rope(y, positions.cos.clone(), positions.sin.clone());
+        let (q, k) = (turn(q), turn(k));
         let (k, v) = match cache {
             Some((cache, layer)) => cache.append(layer, k, v),
             None => (k, v),
@@ -311,19 +315,40 @@ impl Attention {
         attention(q, k, v, &spec).reshape([batch, tokens, count * self.head_dim])
     }
 
-    /// Queries, keys and values of the normalised x, `[batch, tokens, heads, head_dim]`, the first two
-    /// turned to their positions. Three layers and not one `project`: cutting its result into three costs
-    /// a gradient of its whole width for each.
-    fn heads(&self, x: Tensor<3>, positions: &Positions) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+    /// Queries, keys and values `[batch, tokens, heads, head_dim]` of the normalised x.
+    fn heads(&self, x: Tensor<3>, norm: &Frozen<1>, eps: f64) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
         let [batch, tokens, _] = x.dims();
+        // In a graph, cutting one result into three would cost a gradient of its whole width for each.
+        let fused = self
+            .fused()
+            .filter(|_| fuses(&x) && !x.device().is_autodiff());
+        if let Some((qkv, norm)) = fused.zip(frozen(norm, eps)) {
+            let [heads, kv_heads] = [0, 1].map(|i| qkv[i].weight.dims()[0] / self.head_dim);
+            let all = project(rows(x), Some(norm), qkv, COMPUTE);
+            let all = all.reshape([batch, tokens, heads + 2 * kv_heads, self.head_dim]);
+            let part = |from, count| all.clone().narrow(2, from, count);
+            return (
+                part(0, heads),
+                part(heads, kv_heads),
+                part(heads + kv_heads, kv_heads),
+            );
+        }
+        let x = rms_norm(x, norm.val(), eps);
         let heads = |y: Tensor<3>| {
             let count = y.dims()[2] / self.head_dim;
             y.reshape([batch, tokens, count, self.head_dim])
         };
-        let turn = |y: Tensor<4>| rope(y, positions.cos.clone(), positions.sin.clone());
-        let q = turn(heads(self.q_proj.forward(x.clone())));
-        let k = turn(heads(self.k_proj.forward(x.clone())));
-        (q, k, heads(self.v_proj.forward(x)))
+        (
+            heads(self.q_proj.forward(x.clone())),
+            heads(self.k_proj.forward(x.clone())),
+            heads(self.v_proj.forward(x)),
+        )
+    }
+
+    /// The projections of q, k and v as the fused operations take them.
+    fn fused(&self) -> Option<Vec<Projection>> {
+        let all = [&self.q_proj, &self.k_proj, &self.v_proj];
+        all.into_iter().map(Linear::fused).collect()
     }
 }
 

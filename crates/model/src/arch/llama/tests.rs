@@ -18,9 +18,29 @@ impl Layer {
         positions: &Positions,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
+        let attn = &self.self_attn;
         let normed = rms_norm(x.clone(), self.input_layernorm.val(), self.eps);
-        let y = self.self_attn.forward(normed, positions, cache);
-        let x = x + self.self_attn.o_proj.forward(y);
+        let heads = |y: Tensor<3>| {
+            let [batch, tokens, width] = y.dims();
+            y.reshape([batch, tokens, width / attn.head_dim, attn.head_dim])
+        };
+        let turn = |y: Tensor<4>| rope(y, positions.cos.clone(), positions.sin.clone());
+        let q = turn(heads(attn.q_proj.forward(normed.clone())));
+        let k = turn(heads(attn.k_proj.forward(normed.clone())));
+        let v = heads(attn.v_proj.forward(normed));
+        let (k, v) = match cache {
+            Some((cache, layer)) => cache.append(layer, k, v),
+            None => (k, v),
+        };
+        let spec = AttentionSpec {
+            causal: true,
+            scale: (attn.head_dim as f64).sqrt().recip(),
+            offset: positions.offset,
+            sliding_window: None,
+            key_mask: None,
+        };
+        let y = attention(q, k, v, &spec).flatten(2, 3);
+        let x = x + attn.o_proj.forward(y);
         let normed = rms_norm(x.clone(), self.post_attention_layernorm.val(), self.eps);
         x + self.mlp.forward(normed)
     }
