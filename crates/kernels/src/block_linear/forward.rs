@@ -15,6 +15,9 @@ use crate::cpu::simd::level;
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
 use crate::lora_linear::cpu::dims;
 
+/// From so many rows on, one product with all a on top of each other is worth the copy that stacks them.
+const STACKED_FROM: usize = 16;
+
 /// What the backward pass may want of the forward pass's work.
 #[derive(Clone, Debug)]
 pub struct Kept<T> {
@@ -223,7 +226,7 @@ fn work(parts: &[Part<FlexTensor>], rows: usize, width: usize) -> (usize, usize)
     sum
 }
 
-/// `x̂ · aᵀ` for all adapters at once.
+/// `x̂ · aᵀ` of all adapters, side by side.
 fn low(packed: &Packed, parts: &[Part<FlexTensor>], rows: usize, width: usize) -> Option<Vec<f32>> {
     let all = parts.iter().filter(|part| rank(part) > 0);
     let all: Vec<_> = all
@@ -232,19 +235,23 @@ fn low(packed: &Packed, parts: &[Part<FlexTensor>], rows: usize, width: usize) -
     if all.is_empty() {
         return None;
     }
-    let stacked = Stacked::new(all, width);
-    let ranks = stacked.view().rows();
-    let mut low = Fresh::new(rows * ranks);
-    // SAFETY: the buffer has that many elements, and the product sets all of them.
-    unsafe {
-        let mut dst = MatMut::raw(low.as_mut_ptr(), rows, ranks, ranks);
-        times_t(
-            &mut dst,
-            Into::Set,
-            &[(packed, Weight::F32(stacked.view()))],
-        );
-        Some(low.into_vec())
+    let ranks = all.iter().map(|a| dims(a).0).sum();
+    let groups = if rows < STACKED_FROM {
+        all.into_iter().map(|a| vec![a]).collect()
+    } else {
+        vec![all]
+    };
+    let (mut low, mut at) = (Fresh::new(rows * ranks), 0);
+    for group in groups {
+        let stacked = Stacked::new(group, width);
+        let a = stacked.view();
+        // SAFETY: columns `at .. at + a.rows()` of the buffer, which has `rows · ranks` elements.
+        let mut dst = unsafe { MatMut::raw(low.as_mut_ptr().add(at), rows, a.rows(), ranks) };
+        times_t(&mut dst, Into::Set, &[(packed, Weight::F32(a))]);
+        at += a.rows();
     }
+    // SAFETY: the products have set all columns.
+    Some(unsafe { low.into_vec() })
 }
 
 /// Every projection's columns of the result.

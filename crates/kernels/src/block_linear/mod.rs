@@ -18,7 +18,7 @@ mod tests;
 use burn::tensor::{DType, Tensor};
 
 use crate::cpu::gemm::Compute;
-use crate::cpu::storage::OnFlex;
+use crate::cpu::storage::{OnFlex, is_flex};
 
 /// Projections that one call takes: a node of the graph has a fixed number of parents.
 const MOST_PROJECTIONS: usize = 3;
@@ -96,7 +96,7 @@ pub fn project(
     let frozen = norm
         .as_ref()
         .is_none_or(|n| n.weight.on_flex() && !n.weight.is_tracked());
-    if frozen && takes("project", &x, &projections, None) {
+    if takes("project", &x, &projections, None) && frozen {
         autodiff::project(x, norm, projections, compute)
     } else {
         reference::project(x, norm, projections)
@@ -151,18 +151,18 @@ fn takes(
     residual: Option<&Tensor<2>>,
 ) -> bool {
     let whole = x.on_flex() && residual.is_none_or(|r| r.on_flex());
-    let takes = whole
-        && (1..=MOST_PROJECTIONS).contains(&projections.len())
-        && projections.iter().all(Projection::fuses);
-    if !takes {
+    let count = (1..=MOST_PROJECTIONS).contains(&projections.len());
+    let takes = whole && count && projections.iter().all(Projection::fuses);
+    if !takes && is_flex(&x.device()) {
         crate::profile::fallback(op, || {
             let trains = projections.iter().any(Projection::trains_base);
-            let why = match (whole, trains) {
-                (false, _) => "of the input's device or type",
-                (true, true) => "the base is trained",
-                (true, false) => "of a weight's device or type",
+            let reason = match (whole, count, trains) {
+                (false, ..) => "no kernel for the input's type, or none is to be used",
+                (true, false, _) => "too many projections",
+                (true, true, true) => "the base is trained",
+                (true, true, false) => "no kernel for a weight's type or device",
             };
-            why.to_string()
+            reason.to_string()
         });
     }
     takes

@@ -27,7 +27,8 @@ impl<const D: usize> OnFlex for Tensor<D> {
     }
 }
 
-fn is_flex(device: &Device) -> bool {
+/// Whether tensors of a device are Flex's, with or without a graph.
+pub(crate) fn is_flex(device: &Device) -> bool {
     match device.as_dispatch() {
         DispatchDevice::Flex(_) => true,
         DispatchDevice::Autodiff(_) => {

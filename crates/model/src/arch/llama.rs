@@ -319,14 +319,14 @@ impl Attention {
     fn heads(&self, x: Tensor<3>, norm: &Frozen<1>, eps: f64) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
         let [batch, tokens, _] = x.dims();
         // In a graph, cutting one result into three would cost a gradient of its whole width for each.
-        let fused = self
-            .fused()
-            .filter(|_| fuses(&x) && !x.device().is_autodiff());
-        if let Some((qkv, norm)) = fused.zip(frozen(norm, eps)) {
-            let [heads, kv_heads] = [0, 1].map(|i| qkv[i].weight.dims()[0] / self.head_dim);
-            let all = project(rows(x), Some(norm), qkv, COMPUTE);
-            let all = all.reshape([batch, tokens, heads + 2 * kv_heads, self.head_dim]);
-            let part = |from, count| all.clone().narrow(2, from, count);
+        let whole = match x.device().is_autodiff() {
+            true => None,
+            false => self.side_by_side(&x, norm, eps),
+        };
+        if let Some(whole) = whole {
+            let [heads, kv_heads] = self.counts();
+            let whole = whole.reshape([batch, tokens, heads + 2 * kv_heads, self.head_dim]);
+            let part = |from, count| whole.clone().narrow(2, from, count);
             return (
                 part(0, heads),
                 part(heads, kv_heads),
@@ -345,10 +345,27 @@ impl Attention {
         )
     }
 
-    /// The projections of q, k and v as the fused operations take them.
-    fn fused(&self) -> Option<Vec<Projection>> {
+    /// Queries, keys and values of the normalised x in one tensor,
+    /// `[batch, tokens, (heads + 2 · kv_heads) · head_dim]`, where their layers and the norm fuse.
+    fn side_by_side(&self, x: &Tensor<3>, norm: &Frozen<1>, eps: f64) -> Option<Tensor<3>> {
+        if !fuses(x) {
+            return None;
+        }
+        let norm = frozen(norm, eps)?;
         let all = [&self.q_proj, &self.k_proj, &self.v_proj];
-        all.into_iter().map(Linear::fused).collect()
+        let all = all
+            .into_iter()
+            .map(Linear::fused)
+            .collect::<Option<Vec<_>>>()?;
+        let [batch, tokens, _] = x.dims();
+        let y = project(rows(x.clone()), Some(norm), all, COMPUTE);
+        let width = y.dims()[1];
+        Some(y.reshape([batch, tokens, width]))
+    }
+
+    /// Heads of the queries, and of keys and values each.
+    fn counts(&self) -> [usize; 2] {
+        [&self.q_proj, &self.k_proj].map(|layer| layer.weight.dims()[0] / self.head_dim)
     }
 }
 
