@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use enamel_kernels::Projection;
 
 use crate::eva::Probe;
 use crate::frozen::frozen_param;
@@ -116,11 +117,46 @@ impl Linear {
         y.reshape(dims)
     }
 
+    /// The layer as the fused operations take it, if that is all that [`Self::forward`] does: a base that
+    /// is not trained, with one low-rank adapter beside it or none.
+    pub fn fused(&self) -> Option<Projection> {
+        if self.probe.is_some() {
+            return None;
+        }
+        let (base, adapter) = match &self.routing {
+            _ if self.idle() => (self.base(), None),
+            Routing::Active(names) => {
+                let mut adapters = names.iter().filter_map(|name| self.adapter(name));
+                let adapter = adapters.next();
+                if adapters.next().is_some() {
+                    return None;
+                }
+                (self.base_for(names), adapter)
+            }
+            Routing::Rows(_) | Routing::Gated(_) => return None,
+        };
+        let lora = match adapter {
+            Some(adapter) => Some(adapter.low_rank()?),
+            None => None,
+        };
+        let projection = Projection {
+            weight: base.weight,
+            bias: base.bias,
+            lora,
+        };
+        (!projection.trains_base()).then_some(projection)
+    }
+
+    /// Whether the base is all there is, however many adapters are attached.
+    fn idle(&self) -> bool {
+        !self.enabled || self.unmerged.is_some() || self.parts.is_empty()
+    }
+
     fn rows(&self, x: Tensor<2>) -> Tensor<2> {
         if let Some(probe) = &self.probe {
             probe.see(&x);
         }
-        if !self.enabled || self.unmerged.is_some() || self.parts.is_empty() {
+        if self.idle() {
             return self.base().forward(x);
         }
         match &self.routing {
@@ -240,9 +276,8 @@ impl Linear {
         let Routing::Active(names) = &self.routing else {
             return None;
         };
-        let idle = !self.enabled || self.unmerged.is_some();
         let mut adapters = names.iter().filter_map(|name| self.adapter(name));
-        if !idle && adapters.any(Adapter::drops) {
+        if !self.idle() && adapters.any(Adapter::drops) {
             return None;
         }
         let Base { weight, bias } = self.in_use();

@@ -12,6 +12,7 @@ mod cpu;
 pub mod adamw;
 pub mod add_rms_norm;
 pub mod attention;
+pub mod block_linear;
 pub mod checkpoint;
 pub mod cross_entropy;
 pub mod dora_linear;
@@ -32,6 +33,7 @@ pub use cpu::path::{CPU_VARIABLE, CpuPath};
 pub use adamw::{AdamW, AdamWInput, Moments, adamw, sum_of_squares};
 pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, attention};
+pub use block_linear::{LowRank, Norm, Projection, fuses, project, project_add, swiglu_project};
 pub use checkpoint::{can_checkpoint, checkpoint_module};
 pub use cross_entropy::{
     LossSpec, linear_cross_entropy, linear_cross_entropy_with, token_log_probs,

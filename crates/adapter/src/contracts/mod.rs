@@ -5,6 +5,7 @@ mod allocator;
 mod compute;
 mod dropout;
 mod files;
+mod fused;
 mod refusals;
 mod several;
 

@@ -8,7 +8,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
-use enamel_kernels::{dora_linear, linear, lora_linear};
+use enamel_kernels::{LowRank, dora_linear, linear, lora_linear};
 
 use super::lora_embedding::{self, LoraEmbedding};
 use super::lora_start;
@@ -177,6 +177,15 @@ impl Method for Lora {
 
     fn adds_up(&self) -> bool {
         self.magnitude.is_none()
+    }
+
+    fn low_rank(&self) -> Option<LowRank> {
+        if self.magnitude.is_some() || self.bias.is_some() || self.dropping() {
+            return None;
+        }
+        let (a, b) = self.factors();
+        let scale = self.scale;
+        Some(LowRank { a, b, scale })
     }
 
     fn scale(&self) -> f64 {

@@ -19,6 +19,7 @@ pub mod vera;
 use burn::module::{Module, Param, ParamId};
 use burn::nn::Dropout;
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use enamel_kernels::LowRank;
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 
@@ -46,6 +47,10 @@ pub trait Method: Module {
     /// Whether [`Method::part`] is the same whatever other adapters are in use, so that parts add up.
     fn adds_up(&self) -> bool {
         true
+    }
+    /// The factors, where `forward` is the base plus their scaled product with x, and nothing else.
+    fn low_rank(&self) -> Option<LowRank> {
+        None
     }
     /// The factor in front of the adapter's product.
     fn scale(&self) -> f64;
@@ -340,6 +345,11 @@ macro_rules! methods {
             /// Whether its part is the same whatever others do; see [`Method::adds_up`].
             pub fn adds_up(&self) -> bool {
                 match self { $(Self::$variant(m) => m.adds_up(),)+ }
+            }
+
+            /// Its factors, where there is nothing else to it; see [`Method::low_rank`].
+            pub fn low_rank(&self) -> Option<LowRank> {
+                match self { $(Self::$variant(m) => m.low_rank(),)+ }
             }
 
             /// The factor in front of the adapter's product.

@@ -13,7 +13,12 @@ pub(crate) const CHUNK: usize = 16 * 1024;
 
 /// Whether tensors live where the CPU kernels can read them: on Flex, as f32.
 pub(crate) trait OnFlex {
-    fn on_flex(&self) -> bool;
+    fn on_flex(&self) -> bool {
+        self.on_flex_as(DType::F32)
+    }
+
+    /// The same for another type that a kernel reads.
+    fn on_flex_as(&self, dtype: DType) -> bool;
 
     /// Why no CPU kernel takes a tensor that is on Flex; `None` where one does, and on other devices.
     fn refusal(&self) -> Option<&'static str>;
@@ -27,10 +32,8 @@ pub(crate) fn note_fallback(op: &'static str, tensors: &[&dyn OnFlex]) {
 }
 
 impl<const D: usize> OnFlex for Tensor<D> {
-    fn on_flex(&self) -> bool {
-        self.dtype() == DType::F32
-            && CpuPath::chosen() != CpuPath::Reference
-            && is_flex(&self.device())
+    fn on_flex_as(&self, dtype: DType) -> bool {
+        self.dtype() == dtype && CpuPath::chosen() != CpuPath::Reference && is_flex(&self.device())
     }
 
     fn refusal(&self) -> Option<&'static str> {
@@ -53,7 +56,8 @@ pub(crate) fn weight_on_flex<const D: usize>(w: &Tensor<D>) -> bool {
         && is_flex(&w.device())
 }
 
-fn is_flex(device: &Device) -> bool {
+/// Whether tensors of a device are Flex's, with or without a graph.
+pub(crate) fn is_flex(device: &Device) -> bool {
     match device.as_dispatch() {
         DispatchDevice::Flex(_) => true,
         DispatchDevice::Autodiff(_) => {

@@ -74,7 +74,7 @@ simd_fn! {
 simd_fn! {
     /// Several rows: with `h = g·weight`, `dx = inverse·h − x·inverse³·mean(h·x)` replaces g, and
     /// `g·x·inverse` is added to `d_weight` unless that is empty.
-    fn backward<L>(
+    pub(crate) fn backward<L>(
         x: &[f32],
         weight: &[f32],
         inverse: &[f32],

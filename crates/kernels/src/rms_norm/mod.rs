@@ -1,6 +1,6 @@
 //! Root-mean-square normalisation over the last axis.
 
-mod cpu;
+pub(crate) mod cpu;
 mod reference;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

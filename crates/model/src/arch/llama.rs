@@ -6,7 +6,10 @@ use std::num::NonZeroUsize;
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
-use enamel_kernels::{AttentionSpec, KeyMask, attention, rms_norm, rope, silu_mul};
+use enamel_kernels::{
+    AttentionSpec, Compute, KeyMask, Norm, Projection, attention, fuses, project, project_add,
+    rms_norm, rope, silu_mul, swiglu_project,
+};
 
 use super::recompute::train_blocks;
 use crate::causal_lm::{LoadError, ModelInput};
@@ -15,6 +18,9 @@ use crate::kv_cache::KvCache;
 
 /// Hands out a parameter's values by full name and shape.
 pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, LoadError> + 'a;
+
+/// What the fused operations round their products' factors to.
+const COMPUTE: Compute = Compute::F32;
 
 /// A decoder with a language-model head.
 #[derive(Module, Debug)]
@@ -241,29 +247,73 @@ impl Layer {
         positions: &Positions,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
-        let normed = rms_norm(x.clone(), self.input_layernorm.val(), self.eps);
-        let x = x + self.self_attn.forward(normed, positions, cache);
-        let normed = rms_norm(x.clone(), self.post_attention_layernorm.val(), self.eps);
-        x + self.mlp.forward(normed)
+        let x = self.attend(x, positions, cache);
+        self.feed_forward(x)
     }
-}
 
-impl Attention {
-    fn forward(
+    /// `x + attention(norm(x))`.
+    fn attend(
         &self,
         x: Tensor<3>,
         positions: &Positions,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
+        let (attn, norm) = (&self.self_attn, &self.input_layernorm);
+        let y = attn.forward(x.clone(), norm, self.eps, positions, cache);
+        match attn.o_proj.fused().filter(|_| fuses(&x)) {
+            Some(o_proj) => {
+                let dims = x.dims();
+                project_add(rows(y), o_proj, rows(x), COMPUTE).reshape(dims)
+            }
+            None => x + attn.o_proj.forward(y),
+        }
+    }
+
+    /// `x + mlp(norm(x))`.
+    fn feed_forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let norm = &self.post_attention_layernorm;
+        let fused = self.mlp.fused().filter(|_| fuses(&x));
+        match fused.zip(frozen(norm, self.eps)) {
+            Some((MlpProjections { gate_up, down }, norm)) => {
+                let dims = x.dims();
+                let x = rows(x);
+                let gate_up = project(x.clone(), Some(norm), gate_up, COMPUTE);
+                swiglu_project(gate_up, down, Some(x), COMPUTE).reshape(dims)
+            }
+            None => {
+                let normed = rms_norm(x.clone(), norm.val(), self.eps);
+                x + self.mlp.forward(normed)
+            }
+        }
+    }
+}
+
+/// `[batch, tokens, width]` as one row a token: a batched product would read its weight for every batch row.
+fn rows(x: Tensor<3>) -> Tensor<2> {
+    x.flatten(0, 1)
+}
+
+/// A norm that is not trained, as the fused operations take it.
+fn frozen(norm: &Frozen<1>, eps: f64) -> Option<Norm> {
+    let weight = norm.val();
+    (!weight.is_tracked()).then_some(Norm { weight, eps })
+}
+
+impl Attention {
+    /// The norm and all but the output's projection, `[batch, tokens, hidden]` to
+    /// `[batch, tokens, heads · head_dim]`.
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        norm: &Frozen<1>,
+        eps: f64,
+        positions: &Positions,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor<3> {
         let [batch, tokens, _] = x.dims();
-        let heads = |y: Tensor<3>| {
-            let count = y.dims()[2] / self.head_dim;
-            y.reshape([batch, tokens, count, self.head_dim])
-        };
+        let (q, k, v) = self.heads(x, norm, eps);
         let turn = |y: Tensor<4>| rope(y, positions.cos.clone(), positions.sin.clone());
-        let q = turn(heads(self.q_proj.forward(x.clone())));
-        let k = turn(heads(self.k_proj.forward(x.clone())));
-        let v = heads(self.v_proj.forward(x));
+        let (q, k) = (turn(q), turn(k));
         let (k, v) = match cache {
             Some((cache, layer)) => cache.append(layer, k, v),
             None => (k, v),
@@ -276,9 +326,67 @@ impl Attention {
             key_mask: positions.key_mask.clone(),
         };
         let [_, _, count, _] = q.dims();
-        let y = attention(q, k, v, &spec).reshape([batch, tokens, count * self.head_dim]);
-        self.o_proj.forward(y)
+        attention(q, k, v, &spec).reshape([batch, tokens, count * self.head_dim])
     }
+
+    /// Queries, keys and values `[batch, tokens, heads, head_dim]` of the normalised x.
+    fn heads(&self, x: Tensor<3>, norm: &Frozen<1>, eps: f64) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
+        let [batch, tokens, _] = x.dims();
+        // In a graph, cutting one result into three would cost a gradient of its whole width for each.
+        let whole = match x.device().is_autodiff() {
+            true => None,
+            false => self.side_by_side(&x, norm, eps),
+        };
+        if let Some(whole) = whole {
+            let [heads, kv_heads] = self.counts();
+            let whole = whole.reshape([batch, tokens, heads + 2 * kv_heads, self.head_dim]);
+            let part = |from, count| whole.clone().narrow(2, from, count);
+            return (
+                part(0, heads),
+                part(heads, kv_heads),
+                part(heads + kv_heads, kv_heads),
+            );
+        }
+        let x = rms_norm(x, norm.val(), eps);
+        let heads = |y: Tensor<3>| {
+            let count = y.dims()[2] / self.head_dim;
+            y.reshape([batch, tokens, count, self.head_dim])
+        };
+        (
+            heads(self.q_proj.forward(x.clone())),
+            heads(self.k_proj.forward(x.clone())),
+            heads(self.v_proj.forward(x)),
+        )
+    }
+
+    /// Queries, keys and values of the normalised x in one tensor,
+    /// `[batch, tokens, (heads + 2 · kv_heads) · head_dim]`, where their layers and the norm fuse.
+    fn side_by_side(&self, x: &Tensor<3>, norm: &Frozen<1>, eps: f64) -> Option<Tensor<3>> {
+        if !fuses(x) {
+            return None;
+        }
+        let norm = frozen(norm, eps)?;
+        let all = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let all = all
+            .into_iter()
+            .map(Linear::fused)
+            .collect::<Option<Vec<_>>>()?;
+        let [batch, tokens, _] = x.dims();
+        let y = project(rows(x.clone()), Some(norm), all, COMPUTE);
+        let width = y.dims()[1];
+        Some(y.reshape([batch, tokens, width]))
+    }
+
+    /// Heads of the queries, and of keys and values each.
+    fn counts(&self) -> [usize; 2] {
+        [&self.q_proj, &self.k_proj].map(|layer| layer.weight.dims()[0] / self.head_dim)
+    }
+}
+
+/// An MLP's layers as the fused operations take them.
+struct MlpProjections {
+    gate_up: Vec<Projection>,
+    down: Projection,
 }
 
 impl Mlp {
@@ -286,6 +394,13 @@ impl Mlp {
         let gate = self.gate_proj.forward(x.clone());
         self.down_proj
             .forward(silu_mul(gate, self.up_proj.forward(x)))
+    }
+
+    fn fused(&self) -> Option<MlpProjections> {
+        Some(MlpProjections {
+            gate_up: vec![self.gate_proj.fused()?, self.up_proj.fused()?],
+            down: self.down_proj.fused()?,
+        })
     }
 }
 
@@ -405,3 +520,6 @@ impl Builder<'_, '_> {
         Ok(Linear::new(module, weight, bias))
     }
 }
+
+#[cfg(test)]
+mod tests;
