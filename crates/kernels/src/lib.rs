@@ -23,7 +23,7 @@ pub mod silu_mul;
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
-pub use attention::{AttentionSpec, KeyMask, attention};
+pub use attention::{AttentionSpec, KeyMask, Segments, SegmentsError, attention, attention_qkv};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};
 pub use dora_linear::dora_linear;
 pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};

@@ -6,7 +6,7 @@ use burn::backend::DispatchDevice;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
 
-use super::path::CpuPath;
+use super::path::{CPU_VARIABLE, CpuPath};
 
 /// Elements one parallel task of an elementwise loop handles: 64 KiB a buffer.
 pub(crate) const CHUNK: usize = 16 * 1024;
@@ -35,6 +35,17 @@ fn is_flex(device: &Device) -> bool {
         }
         #[allow(unreachable_patterns)]
         _ => false,
+    }
+}
+
+/// Notes for the profile why an operation on CPU tensors goes to the reference.
+pub(crate) fn note_fallback<const D: usize>(op: &'static str, t: &Tensor<D>) {
+    if is_flex(&t.device()) {
+        crate::profile::fallback(op, || match CpuPath::chosen() {
+            CpuPath::Reference => format!("{CPU_VARIABLE}=reference"),
+            _ if t.dtype() != DType::F32 => format!("no kernel for {:?}", t.dtype()),
+            _ => "tensors of several types or devices".to_string(),
+        });
     }
 }
 
@@ -89,6 +100,10 @@ impl Fresh {
 
     pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
         self.0.as_mut_ptr().cast()
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const f32 {
+        self.0.as_ptr().cast()
     }
 
     /// # Safety

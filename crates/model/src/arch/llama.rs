@@ -260,6 +260,7 @@ impl Attention {
             offset: positions.offset,
             sliding_window: self.sliding_window,
             key_mask: positions.key_mask.clone(),
+            segments: None,
         };
         let [_, _, count, _] = q.dims();
         let y = attention(q, k, v, &spec).reshape([batch, tokens, count * self.head_dim]);
