@@ -5,11 +5,10 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::AttentionSpec;
-use super::cpu::problem;
-use super::pack;
+use super::cpu::{problem, weight};
+use super::pack::{self, Lines};
 use super::problem::{Columns, Inputs, Problem, QUERIES, Shared, VECTOR};
 use super::tile::{Left, STRIPE, Stripe, stripe};
-use crate::cpu::exp::exp;
 use crate::cpu::heads::{Heads, by_heads};
 use crate::cpu::simd::{Level, dot, level, simd_fn};
 use crate::cpu::storage::{Fresh, dense, tensor, values};
@@ -42,7 +41,7 @@ simd_fn! {
         let (ds, _) = dp.as_chunks_mut::<VECTOR>();
         for (p, d) in ps.iter_mut().zip(ds) {
             for i in 0..VECTOR {
-                p[i] = exp::<L>(p[i] - log_sum);
+                p[i] = weight::<L>(p[i] - log_sum);
                 d[i] = p[i] * (d[i] - delta) * scale;
             }
         }
@@ -158,19 +157,19 @@ struct Panel {
 /// What a task works in.
 struct Scratch {
     /// Of all its tiles: queries, output gradients and query gradients.
-    q: Fresh,
-    grad: Fresh,
-    dq: Vec<f32>,
+    q: Lines,
+    grad: Lines,
+    dq: Lines,
     delta: Vec<f32>,
     /// Of a block of keys.
-    kt: Fresh,
-    vt: Fresh,
-    k: Fresh,
-    dk: Vec<f32>,
-    dv: Vec<f32>,
+    kt: Lines,
+    vt: Lines,
+    k: Lines,
+    dk: Lines,
+    dv: Lines,
     /// Of a tile over a block.
-    probs: Vec<f32>,
-    d_scores: Vec<f32>,
+    probs: Lines,
+    d_scores: Lines,
 }
 
 impl Scratch {
@@ -178,17 +177,17 @@ impl Scratch {
         let panels = p.group() / cut.heads * p.tokens.div_ceil(QUERIES).div_ceil(cut.tiles);
         let (queries, block) = (panels * QUERIES * p.padded(), KEYS * p.padded());
         Self {
-            q: Fresh::new(queries),
-            grad: Fresh::new(queries),
-            dq: vec![0.0; queries],
+            q: Lines::new(queries),
+            grad: Lines::new(queries),
+            dq: Lines::zeros(queries),
             delta: vec![0.0; panels * QUERIES],
-            kt: Fresh::new(block),
-            vt: Fresh::new(block),
-            k: Fresh::new(block),
-            dk: vec![0.0; block],
-            dv: vec![0.0; block],
-            probs: vec![0.0; QUERIES * KEYS],
-            d_scores: vec![0.0; QUERIES * KEYS],
+            kt: Lines::new(block),
+            vt: Lines::new(block),
+            k: Lines::new(block),
+            dk: Lines::zeros(block),
+            dv: Lines::zeros(block),
+            probs: Lines::zeros(QUERIES * KEYS),
+            d_scores: Lines::zeros(QUERIES * KEYS),
         }
     }
 }
@@ -241,11 +240,11 @@ impl Unit<'_> {
                 s.delta[i * QUERIES + row] = inner(level, out, grad);
             }
         }
-        s.dq[..self.panels.len() * size].fill(0.0);
+        s.dq.values()[..self.panels.len() * size].fill(0.0);
         for start in (0..p.keys).step_by(KEYS) {
             let width = KEYS.min(p.keys - start);
-            s.dk.fill(0.0);
-            s.dv.fill(0.0);
+            s.dk.values().fill(0.0);
+            s.dv.values().fill(0.0);
             let mut packed = false;
             for (i, panel) in self.panels.iter().enumerate() {
                 let (first, end) =
@@ -264,9 +263,13 @@ impl Unit<'_> {
                 }
                 self.tile(s, i, (start, width));
             }
-            keys_done(start, &s.dk[..width * dim], &s.dv[..width * dim]);
+            keys_done(
+                start,
+                &s.dk.values()[..width * dim],
+                &s.dv.values()[..width * dim],
+            );
         }
-        for (panel, rows) in self.panels.iter().zip(s.dq.chunks_exact(size)) {
+        for (panel, rows) in self.panels.iter().zip(s.dq.values().chunks_exact(size)) {
             for (i, row) in rows.chunks_exact(dim).take(panel.rows).enumerate() {
                 // SAFETY: this task's own rows.
                 unsafe {
@@ -292,6 +295,8 @@ impl Unit<'_> {
         let log_sums = &self.saved.log_sums[(self.batch * p.heads + head) * p.tokens + from..];
         let delta = &s.delta[number * QUERIES..];
         let offset = number * QUERIES * dim;
+        let (probs, d_scores) = (s.probs.values(), s.d_scores.values());
+        let (dk, dv, dq) = (s.dk.values(), s.dv.values(), &mut s.dq.values()[offset..]);
         let q = Left::rows(s.q.as_ptr().wrapping_add(offset), dim);
         let grad = Left::rows(s.grad.as_ptr().wrapping_add(offset), dim);
         let stripes = || {
@@ -303,8 +308,8 @@ impl Unit<'_> {
             let (lo, hi) = columns.of(row, last);
             let tile_rows = row * KEYS..last * KEYS;
             if lo == hi {
-                s.probs[tile_rows.clone()].fill(0.0);
-                s.d_scores[tile_rows].fill(0.0);
+                probs[tile_rows.clone()].fill(0.0);
+                d_scores[tile_rows].fill(0.0);
                 continue;
             }
             let (lo, hi) = (lo / VECTOR * VECTOR, hi.next_multiple_of(VECTOR));
@@ -321,15 +326,15 @@ impl Unit<'_> {
             };
             // SAFETY: rows of this tile and columns of this block, whole vectors of which are packed.
             unsafe {
-                stripe(level, product(q, s.kt.as_ptr(), &mut s.probs));
-                stripe(level, product(grad, s.vt.as_ptr(), &mut s.d_scores));
+                stripe(level, product(q, s.kt.as_ptr(), probs));
+                stripe(level, product(grad, s.vt.as_ptr(), d_scores));
             }
             for i in row..last {
                 let (first, end) = columns.rows[i];
                 let (first, end) = (first.clamp(lo, hi) - lo, end.clamp(lo, hi) - lo);
                 let (probs, d_scores) = (
-                    &mut s.probs[i * KEYS..(i + 1) * KEYS],
-                    &mut s.d_scores[i * KEYS..(i + 1) * KEYS],
+                    &mut probs[i * KEYS..(i + 1) * KEYS],
+                    &mut d_scores[i * KEYS..(i + 1) * KEYS],
                 );
                 if hi - lo < KEYS {
                     for x in [&mut *probs, &mut *d_scores] {
@@ -366,17 +371,17 @@ impl Unit<'_> {
             };
             // SAFETY: rows of this tile and keys of this block.
             unsafe {
-                stripe(level, product(&s.probs, grad, &mut s.dv));
-                stripe(level, product(&s.d_scores, q, &mut s.dk));
+                stripe(level, product(probs, grad, dv));
+                stripe(level, product(d_scores, q, dk));
             }
         }
         for (row, last) in stripes() {
             let (lo, hi) = columns.of(row, last);
             let product = Stripe {
-                left: Left::rows(s.d_scores.as_ptr(), KEYS).from(row, lo),
+                left: Left::rows(d_scores.as_ptr(), KEYS).from(row, lo),
                 right: s.k.as_ptr().wrapping_add(lo * dim),
                 right_stride: dim,
-                c: s.dq[offset + row * dim..].as_mut_ptr(),
+                c: dq[row * dim..].as_mut_ptr(),
                 c_stride: dim,
                 rows: last - row,
                 cols: dim,
@@ -446,16 +451,18 @@ pub(super) fn backward_into(
         return;
     }
     let area = p.keys * dim;
-    let mut parts = vec![0.0f32; p.batch * p.kv_heads * cut.tasks() * 2 * area];
-    let of_tasks = parts.par_chunks_exact_mut(2 * area).zip(tasks);
+    let mut parts = Fresh::new(p.batch * p.kv_heads * cut.tasks() * 2 * area);
+    let of_tasks = parts.slots().par_chunks_exact_mut(2 * area).zip(tasks);
     of_tasks.for_each_init(scratch, |s, (part, i)| {
         let (part_dk, part_dv) = part.split_at_mut(area);
         unit(i).run(s, dq, turn, |start, block_dk, block_dv| {
             let rows = start * dim..start * dim + block_dk.len();
-            part_dk[rows.clone()].copy_from_slice(block_dk);
-            part_dv[rows].copy_from_slice(block_dv);
+            part_dk[rows.clone()].write_copy_of_slice(block_dk);
+            part_dv[rows].write_copy_of_slice(block_dv);
         });
     });
+    // SAFETY: each task has written its gradients of all keys.
+    let parts = unsafe { parts.into_vec() };
     // In task order, whatever order they finished in.
     let blocks = p.keys.div_ceil(KEYS);
     (0..p.batch * p.kv_heads * blocks)

@@ -13,7 +13,7 @@ use super::AttentionSpec;
 use super::backward::backward;
 use super::decode::forward_few;
 use super::ops::AttentionOps;
-use super::pack;
+use super::pack::{self, Lines};
 use super::problem::{Columns, Inputs, Problem, QUERIES, Shared, VECTOR};
 use super::tile::{Left, STRIPE, Stripe, stripe};
 use crate::cpu::exp::exp;
@@ -27,17 +27,32 @@ const KEYS: usize = 128;
 /// Up to so many query rows a key head, dot products beat packed tiles: decoding.
 const FEW_ROWS: usize = 16;
 
-/// The lanes joined as a tree of fixed shape.
+/// The lanes joined as a tree of fixed shape. One array a level: each is a vector operation.
 #[inline(always)]
-fn tree(mut lanes: [f32; VECTOR], join: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut n = VECTOR / 2;
-    while n > 0 {
-        for i in 0..n {
-            lanes[i] = join(lanes[i], lanes[i + n]);
+fn tree(lanes: [f32; VECTOR], join: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
+    #[inline(always)]
+    fn halved<const N: usize, const H: usize>(
+        x: [f32; N],
+        join: impl Fn(f32, f32) -> f32,
+    ) -> [f32; H] {
+        let mut joined = [0.0; H];
+        for i in 0..H {
+            joined[i] = join(x[i], x[i + H]);
         }
-        n /= 2;
+        joined
     }
-    lanes[0]
+    let x: [f32; 8] = halved(lanes, join);
+    let x: [f32; 4] = halved(x, join);
+    let x: [f32; 2] = halved(x, join);
+    join(x[0], x[1])
+}
+
+/// `exp(x)`, and 0 below the normal numbers: the processor takes its time over the others.
+#[inline(always)]
+pub(super) fn weight<const L: u8>(x: f32) -> f32 {
+    const LEAST: f32 = -87.0;
+    let y = exp::<L>(if x < LEAST { LEAST } else { x });
+    if x < LEAST { 0.0 } else { y }
 }
 
 /// The larger; a NaN is passed over: it is met again where the result is subtracted.
@@ -79,15 +94,15 @@ simd_fn! {
         let mut lanes = [0.0f32; VECTOR];
         for x in vectors {
             for i in 0..VECTOR {
-                x[i] = exp::<L>(x[i] - base);
+                x[i] = weight::<L>(x[i] - base);
                 lanes[i] += x[i];
             }
         }
         for (x, lane) in rest.iter_mut().zip(&mut lanes) {
-            *x = exp::<L>(*x - base);
+            *x = weight::<L>(*x - base);
             *lane += *x;
         }
-        let correction = exp::<L>(*max - base);
+        let correction = weight::<L>(*max - base);
         *sum = *sum * correction + tree(lanes, |a, b| a + b);
         *max = top;
         correction
@@ -119,8 +134,8 @@ pub(super) fn reciprocal(sum: f32) -> f32 {
 /// Keys and values of all heads, packed once for the queries and heads that share them: of each block
 /// of keys, `kt [dim, stride]` times the scale and `v [stride, padded dim]`.
 struct Packed {
-    kt: Fresh,
-    v: Fresh,
+    kt: Lines,
+    v: Lines,
     /// Keys a block.
     block: usize,
     /// Of a head.
@@ -135,7 +150,7 @@ impl Packed {
         let blocks = p.keys.div_ceil(block);
         let (kt_step, v_step) = (p.dim * block, block * p.padded());
         let count = p.batch * p.kv_heads * blocks;
-        let (mut kt, mut vs) = (Fresh::new(count * kt_step), Fresh::new(count * v_step));
+        let (mut kt, mut vs) = (Lines::new(count * kt_step), Lines::new(count * v_step));
         kt.slots()
             .par_chunks_exact_mut(kt_step)
             .zip(vs.slots().par_chunks_exact_mut(v_step))
@@ -160,18 +175,18 @@ impl Packed {
 
 /// What a task works in.
 struct Scratch {
-    queries: Fresh,
-    scores: Vec<f32>,
-    acc: Vec<f32>,
+    queries: Lines,
+    scores: Lines,
+    acc: Lines,
 }
 
 impl Scratch {
     fn new(p: Problem<'_>, block: usize) -> Self {
         let rows = QUERIES.min(p.tokens);
         Self {
-            queries: Fresh::new(rows * p.padded()),
-            scores: vec![0.0; rows * block],
-            acc: vec![0.0; rows * p.padded()],
+            queries: Lines::new(rows * p.padded()),
+            scores: Lines::zeros(rows * block),
+            acc: Lines::zeros(rows * p.padded()),
         }
     }
 }
@@ -191,7 +206,10 @@ fn forward_tile(
     let queries = scratch.queries.slots();
     pack::rows(q, (batch, from, head), rows, queries, dim);
     let queries = Left::rows(queries.as_ptr().cast(), dim);
-    let (scores, acc) = (&mut scratch.scores, &mut scratch.acc[..rows * dim]);
+    let (scores, acc) = (
+        scratch.scores.values(),
+        &mut scratch.acc.values()[..rows * dim],
+    );
     acc.fill(0.0);
     let (mut max, mut sum) = ([f32::NEG_INFINITY; QUERIES], [0.0f32; QUERIES]);
     let (first, end) = p.visible_to_any(batch, from, to);
