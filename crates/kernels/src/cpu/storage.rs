@@ -102,10 +102,6 @@ impl Fresh {
         self.0.as_mut_ptr().cast()
     }
 
-    pub(crate) fn as_ptr(&self) -> *const f32 {
-        self.0.as_ptr().cast()
-    }
-
     /// # Safety
     /// Every element has been written.
     pub(crate) unsafe fn into_vec(self) -> Vec<f32> {
