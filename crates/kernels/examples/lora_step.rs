@@ -95,6 +95,7 @@ fn main() {
         offset: 0,
         sliding_window: None,
         key_mask: None,
+        segments: None,
     };
     println!(
         "cpu path: {}, threads: {}",

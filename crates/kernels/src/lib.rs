@@ -32,7 +32,7 @@ pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
 pub use adamw::{AdamW, AdamWInput, Moments, adamw, sum_of_squares};
 pub use add_rms_norm::add_rms_norm;
-pub use attention::{AttentionSpec, KeyMask, attention};
+pub use attention::{AttentionSpec, KeyMask, Segments, SegmentsError, attention, attention_qkv};
 pub use block_linear::{LowRank, Norm, Projection, fuses, project, project_add, swiglu_project};
 pub use checkpoint::{can_checkpoint, checkpoint_module};
 pub use cross_entropy::{

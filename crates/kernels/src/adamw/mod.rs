@@ -11,8 +11,7 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::cpu::storage::OnFlex;
-use crate::profile;
+use crate::cpu::storage::{OnFlex, note_fallback};
 
 /// AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), as `torch.optim.AdamW` computes it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -120,7 +119,7 @@ pub fn adamw(
         return cpu::adamw(settings, factor, parameters);
     }
     if let Some(p) = parameters.first() {
-        note_fallback("adamw", &p.value);
+        note_fallback("adamw", &[&p.value, &p.grad]);
     }
     let step = |p: AdamWInput| reference::adamw(&settings.numbers(factor, p.rate, p.time), p);
     parameters.into_iter().map(step).collect()
@@ -134,21 +133,11 @@ pub fn sum_of_squares(tensors: &[Tensor<1>]) -> f64 {
         return cpu::sum_of_squares(tensors);
     }
     if let Some(t) = tensors.first() {
-        note_fallback("gradient norm", t);
+        note_fallback("gradient norm", &[t]);
     }
     reference::sum_of_squares(tensors)
 }
 
 fn plain(t: &Tensor<1>) -> bool {
     t.on_flex() && !t.is_autodiff()
-}
-
-fn note_fallback(op: &'static str, example: &Tensor<1>) {
-    profile::fallback(op, || {
-        format!(
-            "a tensor is not f32 on Flex without autodiff: the first is {:?} on {:?}",
-            example.dtype(),
-            example.device()
-        )
-    });
 }

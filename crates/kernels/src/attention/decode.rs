@@ -2,8 +2,7 @@
 //! once for all the heads that share it.
 
 use super::cpu::{log_sum, online_softmax, reciprocal, scaled};
-use super::problem::{Problem, Shared};
-use crate::cpu::heads::Heads;
+use super::problem::{Inputs, Problem, Shared};
 use crate::cpu::simd::{Level, dot, fma, simd_fn};
 
 simd_fn! {
@@ -53,7 +52,7 @@ simd_fn! {
 pub(super) fn forward_few(
     level: Level,
     p: Problem<'_>,
-    (q, k, v): (&Heads<'_>, &Heads<'_>, &Heads<'_>),
+    Inputs { q, k, v }: Inputs<'_>,
     (batch, kv): (usize, usize),
     out: Shared,
     log_sums: Shared,
@@ -63,7 +62,7 @@ pub(super) fn forward_few(
         .flat_map(|t| heads.clone().map(move |h| (t, h)))
         .collect();
     let queries: Vec<&[f32]> = rows.iter().map(|(t, h)| q.row(batch, *t, *h)).collect();
-    let (start, end) = p.visible_to_any(0, p.tokens);
+    let (start, end) = p.visible_to_any(batch, 0, p.tokens);
     let count = end - start;
     let mut scores = vec![0.0f32; rows.len() * count];
     let mut acc = vec![0.0f32; rows.len() * p.dim];
@@ -82,7 +81,7 @@ pub(super) fn forward_few(
         );
         let padding = p.padding(batch, start, end);
         for (row, (t, _)) in scores.chunks_exact_mut(count).zip(&rows) {
-            let (lo, hi) = p.columns(*t, start, end);
+            let (lo, hi) = p.columns(batch, *t, start, end);
             let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
             online_softmax(level, row, lo, hi, padding, &mut max, &mut sum);
             totals.push((max, sum));

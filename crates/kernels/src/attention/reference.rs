@@ -3,6 +3,7 @@
 use burn::tensor::{Bool, Tensor, TensorData, activation::softmax};
 
 use super::AttentionSpec;
+use crate::rope::reference::rope;
 
 pub(super) fn attention(
     q: Tensor<4>,
@@ -33,10 +34,18 @@ pub(super) fn attention(
     let visible = |b: usize, t: usize, s: usize| {
         let p = t + spec.offset;
         (!spec.causal || s <= p)
+            && spec.segments.as_ref().is_none_or(|g| {
+                let (start, end) = g.around(b, p);
+                (start..end).contains(&s)
+            })
             && spec.sliding_window.is_none_or(|w| s + w > p)
             && spec.key_mask.as_ref().is_none_or(|m| m.valid[b * keys + s])
     };
-    let rows = if spec.key_mask.is_some() { batch } else { 1 };
+    let rows = if spec.key_mask.is_some() || spec.segments.is_some() {
+        batch
+    } else {
+        1
+    };
     let mut hidden = Vec::with_capacity(rows * tokens * keys);
     let mut empty_rows = false;
     for b in 0..rows {
@@ -58,4 +67,24 @@ pub(super) fn attention(
         probs = probs.mask_fill(hidden, 0.0);
     }
     probs.matmul(v).swap_dims(1, 2)
+}
+
+pub(super) fn attention_qkv(
+    qkv: Tensor<3>,
+    cos: Tensor<2>,
+    sin: Tensor<2>,
+    heads: usize,
+    kv_heads: usize,
+    spec: &AttentionSpec,
+) -> Tensor<3> {
+    let [batch, tokens, width] = qkv.dims();
+    let dim = width / (heads + 2 * kv_heads);
+    let part = |from: usize, count: usize| {
+        let part = qkv.clone().narrow(2, from * dim, count * dim);
+        part.reshape([batch, tokens, count, dim])
+    };
+    let q = rope(part(0, heads), cos.clone(), sin.clone());
+    let k = rope(part(heads, kv_heads), cos, sin);
+    let v = part(heads + kv_heads, kv_heads);
+    attention(q, k, v, spec).reshape([batch, tokens, heads * dim])
 }

@@ -38,6 +38,7 @@ fn spec(causal: bool, dim: usize) -> AttentionSpec {
         offset: 0,
         sliding_window: None,
         key_mask: None,
+        segments: None,
     }
 }
 

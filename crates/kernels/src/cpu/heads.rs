@@ -2,9 +2,8 @@
 
 use burn::backend::flex::FlexTensor;
 
-use super::matrix::MatRef;
-
 /// A `[batch, tokens, heads, dim]` tensor whose last axis lies in order.
+#[derive(Clone, Copy)]
 pub(crate) struct Heads<'a> {
     pub(crate) data: &'a [f32],
     start: usize,
@@ -24,20 +23,19 @@ impl<'a> Heads<'a> {
         }
     }
 
+    /// Part of a larger buffer: its first element lies at `start`.
+    pub(crate) fn within(data: &'a [f32], start: usize, strides: [usize; 3], dim: usize) -> Self {
+        Self {
+            data,
+            start,
+            strides,
+            dim,
+        }
+    }
+
     pub(crate) fn at(&self, batch: usize, token: usize, head: usize) -> usize {
         let [b, t, h] = self.strides;
         self.start + batch * b + token * t + head * h
-    }
-
-    /// Rows `token .. token + rows` of a head.
-    pub(crate) fn tile(&self, batch: usize, token: usize, head: usize, rows: usize) -> MatRef<'a> {
-        MatRef::strided(
-            self.data,
-            self.at(batch, token, head),
-            rows,
-            self.dim,
-            self.strides[1],
-        )
     }
 
     pub(crate) fn row(&self, batch: usize, token: usize, head: usize) -> &'a [f32] {

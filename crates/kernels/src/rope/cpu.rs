@@ -5,12 +5,13 @@ use burn::backend::autodiff::Autodiff;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use crate::cpu::simd::{fma, level, simd_fn};
+use crate::cpu::simd::{Level, fma, level, simd_fn};
 use crate::cpu::storage::{CHUNK, dense, owned, values};
 use crate::profile;
 
@@ -50,6 +51,73 @@ simd_fn! {
     }
 }
 
+/// Cosines and sines by position, and which way to turn.
+#[derive(Clone, Copy)]
+pub(crate) struct Turn<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    half: usize,
+    positions: usize,
+    sign: f32,
+}
+
+impl<'a> Turn<'a> {
+    /// Of tables made [`dense`], for `rows` rows of which each batch row has `tokens`, and heads of
+    /// `dim`.
+    pub(crate) fn new(
+        cos: &'a FlexTensor,
+        sin: &'a FlexTensor,
+        [rows, tokens, dim]: [usize; 3],
+        inverse: bool,
+    ) -> Self {
+        let shape = cos.layout().shape();
+        let (positions, half) = (shape[0], shape[1]);
+        assert!(
+            dim == 2 * half && (positions == tokens || positions == rows),
+            "cos is [{positions}, {half}], not [tokens, head_dim / 2] of {tokens} tokens (or all {rows} \
+             rows) and heads of {dim}"
+        );
+        let (cos, sin) = (values(cos), values(sin));
+        assert_eq!(cos.len(), sin.len(), "cos and sin have the same shape");
+        let sign = if inverse { -1.0 } else { 1.0 };
+        Self {
+            cos,
+            sin,
+            half,
+            positions,
+            sign,
+        }
+    }
+
+    /// Turns heads of one row, of all the batch's.
+    pub(crate) fn heads(&self, level: Level, row: usize, heads: &mut [f32]) {
+        let at = row % self.positions * self.half;
+        let (cos, sin) = (&self.cos[at..at + self.half], &self.sin[at..at + self.half]);
+        rotate(level, heads, cos, sin, self.sign);
+    }
+
+    /// Turns the first `turned` elements of each row of `width`.
+    pub(crate) fn rows(&self, level: Level, values: &mut [f32], width: usize, turned: usize) {
+        if width == 0 || turned == 0 {
+            return;
+        }
+        let task = (CHUNK / width).max(1);
+        let some = |(i, rows): (usize, &mut [f32])| {
+            for (j, row) in rows.chunks_exact_mut(width).enumerate() {
+                self.heads(level, i * task + j, &mut row[..turned]);
+            }
+        };
+        if values.len() <= CHUNK {
+            values.chunks_mut(task * width).enumerate().for_each(some);
+        } else {
+            values
+                .par_chunks_mut(task * width)
+                .enumerate()
+                .for_each(some);
+        }
+    }
+}
+
 impl RopeOps for Flex {
     fn enamel_rope(
         x: FloatTensor<Self>,
@@ -58,42 +126,13 @@ impl RopeOps for Flex {
         inverse: bool,
     ) -> FloatTensor<Self> {
         let (mut x, cos, sin) = (owned(x), dense(cos), dense(sin));
-        let [tokens, heads, dim] = [1, 2, 3].map(|i| x.layout().shape()[i]);
-        let half = cos.layout().shape()[1];
-        assert!(
-            dim == 2 * half && cos.layout().shape()[0] == tokens,
-            "cos and sin are [tokens, head_dim / 2]"
-        );
-        let (cos, sin, level) = (values(&cos), values(&sin), level());
-        assert_eq!(cos.len(), sin.len(), "cos and sin have the same shape");
-        let numbers = x.layout().num_elements();
+        let [batch, tokens, heads, dim] = [0, 1, 2, 3].map(|i| x.layout().shape()[i]);
+        let elements = batch * tokens * heads * dim;
         let name = if inverse { "rope backward" } else { "rope" };
-        let _timer = profile::op(name, 3 * numbers, 8 * numbers);
-        let sign = if inverse { -1.0 } else { 1.0 };
+        let _timer = profile::op(name, 3 * elements, 8 * elements);
+        let turn = Turn::new(&cos, &sin, [batch * tokens, tokens, dim], inverse);
         let width = heads * dim;
-        let turn = |position: usize, row: &mut [f32]| {
-            let at = position % tokens * half;
-            rotate(level, row, &cos[at..at + half], &sin[at..at + half], sign);
-        };
-        let values = x.storage_mut::<f32>();
-        if values.len() <= CHUNK {
-            if width > 0 {
-                values
-                    .chunks_exact_mut(width)
-                    .enumerate()
-                    .for_each(|(i, row)| turn(i, row));
-            }
-        } else {
-            let task = (CHUNK / width).max(1);
-            values
-                .par_chunks_mut(task * width)
-                .enumerate()
-                .for_each(|(i, rows)| {
-                    rows.chunks_exact_mut(width)
-                        .enumerate()
-                        .for_each(|(j, r)| turn(i * task + j, r));
-                });
-        }
+        turn.rows(level(), x.storage_mut::<f32>(), width, width);
         x
     }
 }

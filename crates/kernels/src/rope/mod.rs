@@ -1,7 +1,7 @@
 //! Rotary position embedding, rotate-half form (as in Hugging Face Llama).
 
-mod cpu;
-mod reference;
+pub(crate) mod cpu;
+pub(crate) mod reference;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
@@ -15,7 +15,8 @@ use crate::cpu::storage::{OnFlex, note_fallback};
 ///
 /// # Shapes
 /// - x, result: `[batch, tokens, heads, head_dim]`
-/// - cos, sin: `[tokens, head_dim / 2]`, one row a position (any attention scaling already in them)
+/// - cos, sin: `[tokens, head_dim / 2]`, one row a position (any attention scaling already in them), or
+///   `[batch·tokens, head_dim / 2]` where batch rows have positions of their own
 pub fn rope(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     if x.on_flex() && cos.on_flex() && sin.on_flex() {
         cpu::rope(x, cos, sin)

@@ -70,6 +70,20 @@ fn matches_reference_everywhere() {
 }
 
 #[test]
+fn rows_with_positions_of_their_own_matches_reference() {
+    let ops: [(Op, Device); 2] = [(rope, flex()), (reference::rope, ndarray())];
+    let [got, want] = ops.map(|(op, device)| {
+        let x = leaf(1, [3, 5, 2, 6], true, &device);
+        let table = |seed| leaf(seed, [15, 3], false, &device);
+        let y = op(x.clone(), table(2), table(3));
+        let g = backward(&y, 4);
+        (floats(y), vec![grad(&x, &g)])
+    });
+    close("rope", &got.0, &want.0, TOLERANCE);
+    close_grads("rope", &got.1, &want.1, TOLERANCE);
+}
+
+#[test]
 fn reads_views() {
     let ops: [(Op, Device); 2] = [(rope, flex()), (reference::rope, ndarray())];
     let [got, want] = ops.map(|(op, device)| {

@@ -7,8 +7,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
 use enamel_kernels::{
-    AttentionSpec, Compute, KeyMask, Norm, Projection, attention, fuses, project, project_add,
-    rms_norm, rope, silu_mul, swiglu_project,
+    AttentionSpec, Compute, KeyMask, Norm, Projection, attention, attention_qkv, fuses, project,
+    project_add, rms_norm, rope, silu_mul, swiglu_project,
 };
 
 use super::recompute::train_blocks;
@@ -311,19 +311,27 @@ impl Attention {
         cache: Option<(&mut KvCache, usize)>,
     ) -> Tensor<3> {
         let [batch, tokens, _] = x.dims();
-        let (q, k, v) = self.heads(x, norm, eps);
-        let turn = |y: Tensor<4>| rope(y, positions.cos.clone(), positions.sin.clone());
-        let (q, k) = (turn(q), turn(k));
-        let (k, v) = match cache {
-            Some((cache, layer)) => cache.append(layer, k, v),
-            None => (k, v),
-        };
         let spec = AttentionSpec {
             causal: true,
             scale: (self.head_dim as f64).sqrt().recip(),
             offset: positions.offset,
             sliding_window: self.sliding_window,
             key_mask: positions.key_mask.clone(),
+            segments: None,
+        };
+        let (cos, sin) = (positions.cos.clone(), positions.sin.clone());
+        if cache.is_none()
+            && let Some(qkv) = self.side_by_side(&x, norm, eps)
+        {
+            let [heads, kv_heads] = self.counts();
+            return attention_qkv(qkv, cos, sin, heads, kv_heads, &spec);
+        }
+        let (q, k, v) = self.heads(x, norm, eps);
+        let q = rope(q, cos.clone(), sin.clone());
+        let k = rope(k, cos, sin);
+        let (k, v) = match cache {
+            Some((cache, layer)) => cache.append(layer, k, v),
+            None => (k, v),
         };
         let [_, _, count, _] = q.dims();
         attention(q, k, v, &spec).reshape([batch, tokens, count * self.head_dim])

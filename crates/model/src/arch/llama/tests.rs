@@ -38,6 +38,7 @@ impl Layer {
             offset: positions.offset,
             sliding_window: None,
             key_mask: None,
+            segments: None,
         };
         let y = attention(q, k, v, &spec).flatten(2, 3);
         let x = x + attn.o_proj.forward(y);
