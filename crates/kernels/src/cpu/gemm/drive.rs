@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::super::matrix::{Into, MatMut, MatRef};
 use super::pack::Panels;
 use super::room::with_room;
-use super::tile::{Out, Run, Tiles};
+use super::tile::{Out, Run, Tiles, fetch};
 use super::view::View;
 
 /// Rows of the weight that a task of [`times_t`] holds in its core's cache.
@@ -16,9 +16,16 @@ const PANEL_BLOCK: usize = 4;
 /// Longest contraction in one go; what is longer is added up in several.
 const LONGEST: usize = 2048 + 64;
 /// Rows of g that a task of [`times`] goes through.
-const ROW_BLOCK: usize = 256;
+const ROW_BLOCK: usize = 512;
+/// The same where w is no wider than a panel.
+const NARROW_BLOCK: usize = 64;
 /// Longest contraction that [`times`] and [`outer`] pack or read at once.
 const STRETCH: usize = 1664;
+
+/// Fewer tasks than that are cut in two.
+const FEW_TASKS: usize = 6;
+/// Rows of the weight between one that is copied and the one that is asked for.
+const SOON: usize = 12;
 
 /// A destination that several tasks write, each its own part.
 #[derive(Clone, Copy)]
@@ -105,13 +112,23 @@ pub(super) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Panels, View<
                     room = rest;
                 }
                 let mut runs = Vec::with_capacity(group.len());
-                for p in panels.clone() {
+                for (nth, p) in panels.clone().enumerate() {
                     let place = first.panel(p);
-                    tiles.heights(height, |from, height| {
+                    tiles.heights(height, place.vectors, |from, height| {
                         runs.clear();
                         for (piece, (w, row)) in group.iter().zip(&weights) {
                             let panel = terms[piece.term].0.panel(p);
                             let columns = panel.vectors * tiles.lanes;
+                            // The first panel meets rows of w that come from memory; later, an eighth of
+                            // the next panel a tile, since there are eight to a block.
+                            let (ahead, ahead_row) = if nth == 0 {
+                                (w.wrapping_add((from + height) * row), *row)
+                            } else {
+                                let next = terms[piece.term].0.width * columns;
+                                let eighth = (from / 8 * piece.len + piece.from * 8) * 6;
+                                (panel.at.wrapping_add(next + eighth), piece.len * 6 / 8)
+                            };
+                            let ahead_row = ahead_row as isize;
                             runs.push(Run {
                                 len: piece.len,
                                 a: w.wrapping_add(from * row),
@@ -119,12 +136,8 @@ pub(super) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Panels, View<
                                 a_step: 1,
                                 b: panel.at.wrapping_add(piece.from * columns),
                                 b_step: columns as isize,
-                                // An eighth of the next panel, a tile: there are eight to a block.
-                                ahead: panel
-                                    .at
-                                    .wrapping_add(terms[piece.term].0.width * columns)
-                                    .wrapping_add((from / 8 * piece.len + piece.from * 8) * 6),
-                                ahead_row: (piece.len * 6 / 8) as isize,
+                                ahead,
+                                ahead_row,
                             });
                         }
                         let out = Out {
@@ -182,14 +195,22 @@ pub(super) fn times(
     }
     let panel = tiles.panel();
     let groups = groups(terms.iter().map(|(g, _)| g.cols()), STRETCH);
-    // Few rows: narrow tasks, so that there are some for every thread.
-    let columns = if rows <= ROW_BLOCK { panel } else { 2 * panel };
-    let (row_blocks, column_blocks) = (rows.div_ceil(ROW_BLOCK), width.div_ceil(columns));
+    // A narrow result is little work a row, and there is one column of tasks.
+    let block = if width <= panel {
+        NARROW_BLOCK
+    } else {
+        ROW_BLOCK
+    };
+    let row_blocks = rows.div_ceil(block);
+    // Few tasks: narrow ones, so that there are some for every thread.
+    let few = row_blocks * width.div_ceil(2 * panel) < FEW_TASKS;
+    let columns = if few { panel } else { 2 * panel };
+    let column_blocks = width.div_ceil(columns);
     let (at, stride) = (Shared(dst.as_mut_ptr()), dst.stride());
     run(tiles, row_blocks * column_blocks, |task| {
-        let (column, row) = (task / row_blocks * columns, task % row_blocks * ROW_BLOCK);
+        let (column, row) = (task / row_blocks * columns, task % row_blocks * block);
         let wide = columns.min(width - column);
-        let high = ROW_BLOCK.min(rows - row);
+        let high = block.min(rows - row);
         let padded = wide.next_multiple_of(tiles.lanes);
         for (g, group) in groups.iter().enumerate() {
             let length: usize = group.iter().map(|p| p.len).sum();
@@ -202,13 +223,17 @@ pub(super) fn times(
                     for piece in group {
                         let w = terms[piece.term].1;
                         for (n, slot) in (0..piece.len).zip(&mut slots) {
+                            if let Some(w) = w.direct() {
+                                let soon = w.at_or_end(piece.from + n + SOON, column + from);
+                                fetch(soon, real);
+                            }
                             w.read(piece.from + n, column + from, &mut slot[..real]);
                             slot[real..].fill(0.0);
                         }
                     }
                 }
                 let mut runs = Vec::with_capacity(group.len());
-                tiles.heights(high, |up, height| {
+                tiles.heights(high, padded / tiles.lanes, |up, height| {
                     for from in (0..padded).step_by(panel) {
                         let part = panel.min(padded - from);
                         let mut b = room[from * length..].as_ptr();
@@ -222,7 +247,7 @@ pub(super) fn times(
                                 a_step: x.column_stride() as isize,
                                 b,
                                 b_step: part as isize,
-                                ahead: x.at_or_end(row + up + 8, piece.from),
+                                ahead: x.at_or_end(row + up + height, piece.from),
                                 ahead_row: x.row_stride() as isize,
                             });
                             b = b.wrapping_add(piece.len * part);
@@ -293,7 +318,7 @@ pub(super) fn outer(
                     } else {
                         (copy[left..].as_ptr(), padded)
                     };
-                    tiles.heights(tall, |up, height| {
+                    tiles.heights(tall, part / tiles.lanes, |up, height| {
                         let run = Run {
                             len,
                             a: high.at(from, block + up),

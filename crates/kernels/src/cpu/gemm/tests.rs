@@ -258,6 +258,7 @@ fn pair_tiles() -> Vec<(&'static str, Tiles)> {
                 lanes: 16,
                 vectors: 2,
                 rows: 32,
+                narrow: 32,
                 tile: amx::tile::<amx::Emulated>,
                 transpose: x86::transpose,
                 pairs: true,

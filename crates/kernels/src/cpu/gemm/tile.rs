@@ -62,6 +62,8 @@ pub(super) struct Tiles {
     pub(super) vectors: usize,
     /// Most rows a tile: a power of two.
     pub(super) rows: usize,
+    /// The same where a row is one vector, which leaves room for more of them.
+    pub(super) narrow: usize,
     /// Computes one.
     pub(super) tile: TileFn,
     /// Turns a block around.
@@ -80,6 +82,7 @@ impl Tiles {
                 lanes: 16,
                 vectors: 3,
                 rows: 8,
+                narrow: 16,
                 tile: super::x86::avx512::tile,
                 transpose: super::x86::transpose,
                 pairs: false,
@@ -90,6 +93,7 @@ impl Tiles {
                 lanes: 8,
                 vectors: 3,
                 rows: 4,
+                narrow: 8,
                 tile: super::x86::avx2::tile,
                 transpose: super::x86::transpose,
                 pairs: false,
@@ -99,6 +103,7 @@ impl Tiles {
                 lanes: portable::LANES,
                 vectors: portable::VECTORS,
                 rows: portable::ROWS,
+                narrow: portable::ROWS,
                 tile: portable::tile,
                 transpose: portable::transpose,
                 pairs: false,
@@ -115,6 +120,7 @@ impl Tiles {
                 lanes: 16,
                 vectors: 3,
                 rows: 8,
+                narrow: 16,
                 tile: super::x86::avx512bf16::tile,
                 transpose: super::x86::transpose,
                 pairs: true,
@@ -125,6 +131,7 @@ impl Tiles {
                 lanes: 16,
                 vectors: 2,
                 rows: 32,
+                narrow: 32,
                 tile: super::amx::tile::<super::amx::Amx>,
                 transpose: super::x86::transpose,
                 pairs: true,
@@ -164,10 +171,11 @@ impl Tiles {
         self.lanes * self.vectors
     }
 
-    /// Calls `f` with the first row and the height of each tile among `rows` rows: as high as they come,
-    /// then the rest by powers of two.
-    pub(super) fn heights(&self, rows: usize, mut f: impl FnMut(usize, usize)) {
-        let (mut at, mut height) = (0, self.rows);
+    /// Calls `f` with the first row and the height of each tile of `vectors` vectors among `rows` rows: as
+    /// high as they come, then the rest by powers of two.
+    pub(super) fn heights(&self, rows: usize, vectors: usize, mut f: impl FnMut(usize, usize)) {
+        let mut at = 0;
+        let mut height = if vectors == 1 { self.narrow } else { self.rows };
         while at < rows {
             while height > rows - at {
                 height /= 2;
@@ -176,6 +184,18 @@ impl Tiles {
             at += height;
         }
     }
+}
+
+/// Asks for the cache lines of `len` floats that will be read soon. Any address may be named.
+pub(super) fn fetch(from: *const f32, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..len + 15).step_by(16) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, for any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, len);
 }
 
 /// Whether AMX computes what it should, asked once.

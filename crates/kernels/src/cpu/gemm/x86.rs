@@ -2,7 +2,7 @@
 
 /// A module with the tile function of one instruction set.
 macro_rules! tiles {
-    ($name:ident, $features:literal, $lanes:literal, $rows:literal, $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident, $add:ident) => {
+    ($name:ident, $features:literal, $lanes:literal, $rows:literal, $narrow:literal, $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident, $add:ident) => {
         pub(super) mod $name {
             use std::arch::x86_64::*;
 
@@ -26,6 +26,7 @@ macro_rules! tiles {
                         ($rows, 3) => body::<$rows, 3>(runs, out),
                         ($rows, 2) => body::<$rows, 2>(runs, out),
                         ($rows, 1) => body::<$rows, 1>(runs, out),
+                        ($narrow, 1) => body::<$narrow, 1>(runs, out),
                         (4, 3) => body::<4, 3>(runs, out),
                         (4, 2) => body::<4, 2>(runs, out),
                         (4, 1) => body::<4, 1>(runs, out),
@@ -102,8 +103,14 @@ macro_rules! tiles {
                         }
                     }
                     let spilt = spilt.as_ptr().cast::<f32>();
-                    if out.transposed && M == 8 {
-                        super::store_columns(spilt, N * $lanes, out);
+                    if out.transposed && M % 8 == 0 {
+                        for i in (0..M).step_by(8) {
+                            let part = Out {
+                                at: out.at.add(i),
+                                ..out
+                            };
+                            super::store_columns(spilt.add(i * N * $lanes), N * $lanes, part);
+                        }
                     } else {
                         store(spilt, M, N * $lanes, out);
                     }
@@ -118,6 +125,7 @@ tiles!(
     "avx512f,avx2,fma",
     16,
     8,
+    16,
     _mm512_setzero_ps,
     _mm512_loadu_ps,
     _mm512_storeu_ps,
@@ -130,6 +138,7 @@ tiles!(
     "avx512f,avx512bf16,avx2,fma",
     16,
     8,
+    16,
     _mm512_setzero_ps,
     _mm512_loadu_ps,
     _mm512_storeu_ps,
@@ -142,6 +151,7 @@ tiles!(
     "avx2,fma",
     8,
     4,
+    8,
     _mm256_setzero_ps,
     _mm256_loadu_ps,
     _mm256_storeu_ps,
