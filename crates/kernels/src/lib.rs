@@ -10,6 +10,7 @@ mod check;
 mod cpu;
 
 pub mod attention;
+pub mod base_weight;
 pub mod cross_entropy;
 pub mod dora_linear;
 pub mod khatri_rao;
@@ -24,6 +25,7 @@ pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
 pub use attention::{AttentionSpec, KeyMask, attention};
+pub use base_weight::{BaseWeight, HostValues, holds_bf16};
 pub use cross_entropy::{linear_cross_entropy, token_log_probs};
 pub use dora_linear::dora_linear;
 pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};

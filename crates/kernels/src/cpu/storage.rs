@@ -24,7 +24,14 @@ impl<const D: usize> OnFlex for Tensor<D> {
     }
 }
 
-fn is_flex(device: &Device) -> bool {
+/// Whether a weight lies where the CPU kernels can read it: on Flex, as f32 or bf16.
+pub(crate) fn weight_on_flex<const D: usize>(w: &Tensor<D>) -> bool {
+    matches!(w.dtype(), DType::F32 | DType::BF16)
+        && CpuPath::chosen() != CpuPath::Reference
+        && is_flex(&w.device())
+}
+
+pub(crate) fn is_flex(device: &Device) -> bool {
     match device.as_dispatch() {
         DispatchDevice::Flex(_) => true,
         DispatchDevice::Autodiff(_) => {
