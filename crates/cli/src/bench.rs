@@ -4,9 +4,8 @@ use std::io::Write;
 
 use anyhow::anyhow;
 use enamel_train::bench::{BenchOptions, bench};
-use enamel_train::device;
 use enamel_train::loaded::OpenBase;
-use enamel_train::thousands;
+use enamel_train::{Compute, device, thousands};
 
 use crate::Outcome;
 use crate::pull_progress::Bars;
@@ -36,6 +35,9 @@ pub struct Args {
     /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
+    /// What products with the base multiply: f32, or bf16 with sums in f32, the base rounded to bf16
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    compute_dtype: Compute,
     /// Print a line of JSON a shape instead of a table
     #[arg(long)]
     json: bool,
@@ -58,6 +60,11 @@ impl Args {
         if !self.json {
             let model = &self.model;
             writeln!(out, "{model} on {choice}, r = {} on all linear layers", self.r)?;
+            let (compute, words) = (
+                self.compute_dtype,
+                base.computing(self.compute_dtype, &device),
+            );
+            writeln!(out, "{}: {words}", compute.name())?;
             writeln!(
                 out,
                 "{:<8} {:<8} {:>10} {:>10} {:>9} {:>12} {:>12}",
@@ -70,6 +77,7 @@ impl Args {
             r: self.r,
             methods: self.methods,
             decode: self.decode,
+            compute: self.compute_dtype,
         };
         let mut failure = None;
         let decode = bench(base, &device, &options, &mut |step| {

@@ -70,6 +70,11 @@ pub fn widened<const D: usize>(values: Tensor<D>) -> Tensor<D> {
     }
 }
 
+/// An f32 rounded to bf16, to the nearest and among two to the even one.
+pub fn rounded(value: f32) -> f32 {
+    bf16::from_f32(value).to_f32()
+}
+
 /// Values of a matrix on the host, on their way to a device.
 #[derive(Clone, Debug)]
 pub enum HostValues {

@@ -9,6 +9,7 @@ use burn::tensor::Device;
 use burn::train::TrainStep;
 use enamel_adapter::{AdapterConfig, RankAllocator};
 use enamel_data::Batch;
+use enamel_kernels::Compute;
 use enamel_model::{CausalLm, Sampling, generate};
 use serde::Serialize;
 
@@ -32,6 +33,8 @@ pub struct BenchOptions {
     pub methods: Vec<String>,
     /// Tokens to decode after a prompt of 128; 0 for none.
     pub decode: usize,
+    /// What products with the base multiply.
+    pub compute: Compute,
 }
 
 /// A training step of one method and shape.
@@ -158,7 +161,7 @@ pub fn bench(
     on_step: &mut dyn FnMut(&StepFigures),
 ) -> Result<Option<DecodeFigures>, TrainError> {
     let vocabulary = base.config.vocab_size;
-    let model = base.weights(device)?;
+    let model = base.weights(device, options.compute)?;
     drop(base);
     let lanes = options
         .methods

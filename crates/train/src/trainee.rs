@@ -111,7 +111,7 @@ impl Trainee {
         let labels = shifted_labels(batch);
         let hidden = hidden.reshape([rows * len, width]);
         match self.model.head_as_one_product() {
-            Some(head) => enamel_kernels::linear_cross_entropy(hidden, head, &labels),
+            Some(head) => enamel_kernels::linear_cross_entropy(hidden, head.dense(), &labels),
             None => self.loss_through_head(hidden, &labels),
         }
     }

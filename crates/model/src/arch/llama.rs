@@ -2,16 +2,18 @@
 //! transformers' `modeling_llama.py`.
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor};
 use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
-use enamel_kernels::{AttentionSpec, KeyMask, attention, rms_norm, rope, silu_mul};
+use enamel_kernels::{
+    AttentionSpec, BaseWeight, Compute, HostValues, KeyMask, attention, rms_norm, rope, silu_mul,
+};
 
 use crate::causal_lm::{LoadError, ModelInput};
 use crate::config::LlamaConfig;
 use crate::kv_cache::KvCache;
 
 /// Hands out a parameter's values by full name and shape.
-pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, LoadError> + 'a;
+pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<HostValues, LoadError> + 'a;
 
 /// A decoder with a language-model head.
 #[derive(Module, Debug)]
@@ -88,19 +90,25 @@ pub struct Positions {
 
 impl Llama {
     /// Builds the module, asking `fetch` for each parameter in the order of [`LlamaConfig::modules`].
+    /// Matrices are held as `compute` says, or in bf16 where they came in it.
     pub(crate) fn build(
         config: &LlamaConfig,
         device: &Device,
+        compute: Compute,
         fetch: &mut Fetch<'_>,
     ) -> Result<Self, LoadError> {
-        let mut build = Builder { device, fetch };
+        let mut build = Builder {
+            device,
+            compute,
+            fetch,
+        };
         let hidden = config.hidden_size;
         let inner = config.intermediate_size;
         let queries = config.num_attention_heads * config.head_dim;
         let keys = config.num_key_value_heads * config.head_dim;
         let embed_tokens = Embedding::new(
             "model.embed_tokens.weight",
-            build.tensor("model.embed_tokens.weight", [config.vocab_size, hidden])?,
+            build.matrix("model.embed_tokens.weight", [config.vocab_size, hidden])?,
         );
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for (i, sliding_window) in config.sliding_windows.iter().enumerate() {
@@ -357,20 +365,33 @@ impl Adaptable for Llama {
 /// Makes modules from fetched values: one parameter is in host memory at a time.
 struct Builder<'a, 'f> {
     device: &'a Device,
+    compute: Compute,
     fetch: &'a mut Fetch<'f>,
 }
 
 impl Builder<'_, '_> {
+    /// A parameter's values, rounded if the base is held in bf16.
+    fn values(&mut self, name: &str, shape: &[usize]) -> Result<HostValues, LoadError> {
+        let values = (self.fetch)(name, shape)?;
+        Ok(match self.compute {
+            Compute::F32 => values,
+            Compute::Bf16 => values.rounded(),
+        })
+    }
+
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<BaseWeight, LoadError> {
+        let values = self.values(name, &shape)?.into_tensor(shape, self.device);
+        Ok(BaseWeight::new(values, self.compute))
+    }
+
+    /// A small parameter, in f32 whatever its values are rounded to.
     fn tensor<const D: usize>(
         &mut self,
         name: &str,
         shape: [usize; D],
     ) -> Result<Tensor<D>, LoadError> {
-        let values = (self.fetch)(name, &shape)?;
-        Ok(Tensor::from_data(
-            TensorData::new(values, shape),
-            self.device,
-        ))
+        let values = HostValues::F32(self.values(name, &shape)?.into_f32());
+        Ok(values.into_tensor(shape, self.device))
     }
 
     fn frozen<const D: usize>(
@@ -384,7 +405,7 @@ impl Builder<'_, '_> {
     }
 
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Linear, LoadError> {
-        let weight = self.tensor(&format!("{module}.weight"), shape)?;
+        let weight = self.matrix(&format!("{module}.weight"), shape)?;
         let bias = bias
             .then(|| self.tensor(&format!("{module}.bias"), [shape[0]]))
             .transpose()?;
