@@ -8,6 +8,7 @@ Exits with 1 where the mean loss of any ten steps in a row, or the validation lo
 """
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def losses(recipe, steps, dtype, out):
     """Losses of all steps and the last validation loss of a run in `dtype`."""
     settings = [f"train.max_steps={steps}", "train.logging_steps=1", "train.samples=0",
                 f"train.eval_steps={steps}", f"train.save_steps={steps}"]
-    command = ["target/release/enamel", "train", recipe, "--output", str(out), "--overwrite",
+    command = [os.environ.get("ENAMEL", "target/release/enamel"), "train", recipe, "--output", str(out), "--overwrite",
                "--compute-dtype", dtype]
     for setting in settings:
         command += ["--set", setting]
