@@ -91,7 +91,11 @@ pub fn task_loss(model: &CausalLm, input: &ModelInput, labels: &[Vec<i64>]) -> T
     let [b, t, h] = hidden.dims();
     let labels = shifted(labels);
     let count = labels.iter().filter(|l| **l >= 0).count();
-    let sum = linear_cross_entropy(hidden.reshape([b * t, h]), model.head_weight(), &labels);
+    let sum = linear_cross_entropy(
+        hidden.reshape([b * t, h]),
+        model.head_weight().dense(),
+        &labels,
+    );
     sum.div_scalar(count as f64)
 }
 
@@ -155,9 +159,9 @@ pub fn base_values(model: &CausalLm) -> BTreeMap<String, Vec<f32>> {
                 if let Some(bias) = &linear.bias {
                     all.insert(format!("{name}.bias"), floats(bias.val().inner()));
                 }
-                floats(linear.weight.val())
+                floats(linear.weight.dense())
             }
-            SlotRef::Embedding(table) => floats(table.weight.val()),
+            SlotRef::Embedding(table) => floats(table.weight.dense()),
             SlotRef::Norm(norm) => floats(norm.weight.val()),
         };
         all.insert(format!("{name}.weight"), weight);

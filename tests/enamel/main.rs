@@ -4,6 +4,7 @@
 
 mod adalora;
 mod adapted;
+mod bf16;
 mod checkpoint_errors;
 mod cli_adapter;
 mod cli_adapter_refusals;

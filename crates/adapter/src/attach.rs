@@ -203,7 +203,7 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
                         trainable,
                         adapter,
                         shared: &shared,
-                        weight: linear.weight.val(),
+                        weight: linear.weight.get(),
                         origin,
                     };
                     part.adapter = Some(cfg.build(target, value, &place));
@@ -211,19 +211,19 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
                 if saved(name) {
                     let bias = linear.bias.as_ref();
                     part.saved = Some(SavedLinear {
-                        weight: copier.copy(&key(name, "weight"), &linear.weight),
-                        bias: bias.map(|b| copier.copy(&key(name, "bias"), b)),
+                        weight: copier.copy(&key(name, "weight"), linear.weight.dense()),
+                        bias: bias.map(|b| copier.copy(&key(name, "bias"), b.val())),
                     });
                 }
                 if let (Some(plan), Some(base)) = (bias(name), &linear.bias) {
-                    part.bias = Some(copier.copy(&plan.key, base));
+                    part.bias = Some(copier.copy(&plan.key, base.val()));
                 }
                 if part.adapter.is_some() || part.saved.is_some() || part.bias.is_some() {
                     linear.parts.push(part);
                 }
             }
             Slot::Embedding(table) => {
-                freeze(&mut table.weight);
+                table.weight.set_frozen();
                 let mut part = EmbeddingPart {
                     name: adapter.to_string(),
                     lora: None,
@@ -236,20 +236,20 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
                         trainable,
                         adapter,
                         shared: &shared,
-                        weight: table.weight.val(),
+                        weight: table.weight.get(),
                         origin,
                     };
                     part.lora = cfg.build_embedding(target, value, &place);
                 }
                 if saved(name) {
-                    part.saved = Some(copier.copy(&key(name, "weight"), &table.weight));
+                    part.saved = Some(copier.copy(&key(name, "weight"), table.weight.dense()));
                 }
                 if let Some(plan) = tokens(name) {
                     let id = adapter_param_id(adapter, &plan.key);
                     part.tokens = Some(TrainableTokens::from_table(
                         id,
                         &plan.indices,
-                        table.weight.val(),
+                        table.weight.dense(),
                         trainable,
                     ));
                 }
@@ -262,7 +262,7 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
                 if saved(name) {
                     norm.parts.push(FrozenPart {
                         name: adapter.to_string(),
-                        saved: copier.copy(&key(name, "weight"), &norm.weight),
+                        saved: copier.copy(&key(name, "weight"), norm.weight.val()),
                     });
                 }
             }
@@ -285,14 +285,14 @@ fn make_values<M: Adaptable>(
             return;
         };
         let weight = match slot {
-            SlotRef::Linear(linear) => linear.weight.val(),
-            SlotRef::Embedding(table) => table.weight.val(),
+            SlotRef::Linear(linear) => linear.weight.get(),
+            SlotRef::Embedding(table) => table.weight.get(),
             SlotRef::Norm(_) => return,
         };
         if failed.is_some() {
             return;
         }
-        match values(target, &|| to_host(name, weight.clone())) {
+        match values(target, &|| to_host(name, weight.dense())) {
             Ok(made) => {
                 ready.insert(name.to_string(), made);
             }
@@ -310,12 +310,12 @@ fn train_everything<M: Adaptable>(model: &mut M, trainable: bool) {
     model.for_each_slot(&mut |_, slot| match slot {
         Slot::Linear(linear) => {
             linear.trains_base = true;
-            set(&mut linear.weight, trainable);
+            linear.weight.widen(trainable);
             linear.bias.iter_mut().for_each(|b| set(b, trainable));
         }
         Slot::Embedding(table) => {
             table.trains_base = true;
-            set(&mut table.weight, trainable);
+            table.weight.widen(trainable);
         }
         Slot::Norm(norm) => {
             norm.trains_base = true;
@@ -337,7 +337,7 @@ pub(crate) fn device<M: Adaptable>(model: &M) -> Device {
 }
 
 fn freeze_linear(linear: &mut Linear) {
-    freeze(&mut linear.weight);
+    linear.weight.set_frozen();
     linear.bias.iter_mut().for_each(freeze);
 }
 
@@ -353,8 +353,8 @@ struct Copier<'a> {
 
 impl Copier<'_> {
     /// A parameter of its own that starts with another's values.
-    fn copy<const D: usize>(&self, key: &str, from: &Param<Tensor<D>>) -> Param<Tensor<D>> {
-        Param::initialized(adapter_param_id(self.adapter, key), from.val().detach())
+    fn copy<const D: usize>(&self, key: &str, from: Tensor<D>) -> Param<Tensor<D>> {
+        Param::initialized(adapter_param_id(self.adapter, key), from.detach())
             .set_require_grad(self.trainable)
     }
 }

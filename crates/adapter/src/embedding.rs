@@ -1,9 +1,10 @@
 //! The embedding table that adapters attach to.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Int, Tensor, module::embedding};
+use burn::tensor::{Int, Tensor};
+use enamel_kernels::BaseWeight;
 
-use crate::frozen::frozen_param;
+use crate::base_param::{BaseParam, rows_of};
 use crate::methods::lora_embedding::LoraEmbedding;
 use crate::methods::tokens::TrainableTokens;
 use crate::routing::{Routing, groups, index, reunite};
@@ -13,11 +14,11 @@ use crate::xlora::Gates;
 #[derive(Module, Debug)]
 pub struct Embedding {
     /// The base table. Never trained, unless all of the base is.
-    pub weight: Param<Tensor<2>>,
+    pub weight: BaseParam,
     /// What each adapter that touches the table does to it.
     pub parts: Vec<EmbeddingPart>,
     /// The base as it was, while adapters are merged into it.
-    pub(crate) unmerged: Option<Param<Tensor<2>>>,
+    pub(crate) unmerged: Option<BaseParam>,
     #[module(skip)]
     pub(crate) routing: Routing,
     #[module(skip)]
@@ -45,9 +46,9 @@ pub struct EmbeddingPart {
 
 impl Embedding {
     /// Wraps a loaded table; `name` is the full parameter name and decides the parameter's id.
-    pub fn new(name: &str, weight: Tensor<2>) -> Self {
+    pub fn new(name: &str, weight: impl Into<BaseWeight>) -> Self {
         Self {
-            weight: frozen_param(name, weight),
+            weight: BaseParam::new(name, weight.into()),
             parts: Vec::new(),
             unmerged: None,
             routing: Routing::default(),
@@ -63,7 +64,7 @@ impl Embedding {
         match &self.routing {
             Routing::Active(names) if self.in_force() => self.through(ids, names),
             Routing::Rows(rows) if self.in_force() => {
-                let device = self.weight.val().device();
+                let device = self.weight.device();
                 let width = self.weight.dims()[1];
                 let groups = groups(rows, batch);
                 let results = groups.iter().map(|group| {
@@ -76,14 +77,14 @@ impl Embedding {
                 reunite(&groups, results, &device).reshape([batch, tokens, width])
             }
             Routing::Gated(gates) if self.in_force() => self.mixed(ids, gates),
-            _ => embedding(self.weight.val(), ids),
+            _ => rows_of(&self.weight.get(), ids),
         }
     }
 
     /// Each token with its own shares of the experts.
     fn mixed(&self, ids: Tensor<2, Int>, gates: &Gates) -> Tensor<3> {
         let [batch, tokens] = ids.dims();
-        let mut y: Tensor<3> = embedding(self.weight.val(), ids.clone());
+        let mut y = rows_of(&self.weight.get(), ids.clone());
         for (i, name) in gates.names.iter().enumerate() {
             if let Some(lora) = self.part(name).and_then(|part| part.lora.as_ref()) {
                 let share = gates.share(self.place, i).reshape([batch, tokens, 1]);
@@ -102,19 +103,22 @@ impl Embedding {
         let together = adapters.clone().count() > 1;
         if together && adapters.clone().any(|lora| lora.magnitude.is_some()) {
             // Lengths are of all that came before, in the order of the names.
-            return embedding(self.folded(names), ids);
+            return rows_of(&self.folded(names), ids);
         }
         let table = self.table_for(names);
-        let y = embedding(table.clone(), ids.clone());
+        let y = rows_of(&table, ids.clone());
         adapters.fold(y, |y, lora| lora.forward(ids.clone(), y, &table))
     }
 
     /// The table with what adapters train of it whole: a copy, or single rows.
-    fn table_for(&self, names: &[String]) -> Tensor<2> {
-        self.parts_of(names).fold(self.weight.val(), |table, part| {
-            let table = part.saved.as_ref().map_or(table, |saved| saved.val());
+    fn table_for(&self, names: &[String]) -> BaseWeight {
+        self.parts_of(names).fold(self.weight.get(), |table, part| {
+            let table = match &part.saved {
+                Some(saved) => BaseWeight::new(saved.val(), table.compute()),
+                None => table,
+            };
             match &part.tokens {
-                Some(tokens) => tokens.replace(table),
+                Some(tokens) => table.map(|table| tokens.replace(table)),
                 None => table,
             }
         })
@@ -133,22 +137,24 @@ impl Embedding {
     }
 
     /// The table with the named adapters folded in, `[vocabulary, hidden]`.
-    pub fn folded(&self, names: &[String]) -> Tensor<2> {
+    pub fn folded(&self, names: &[String]) -> BaseWeight {
         let table = self.table_for(names);
         let adapters = self.parts_of(names).filter_map(|part| part.lora.as_ref());
-        adapters.fold(table, |table, lora| lora.merged(table))
+        adapters.fold(table, |table, lora| table.map(|table| lora.merged(table)))
     }
 
     /// The matrix of a head that shares this table, `[vocabulary, hidden]`. As in PEFT, it follows the
     /// rows that `trainable_token_indices` trains, and neither low-rank factors nor a trained copy.
-    pub fn head_weight(&self) -> Tensor<2> {
+    pub fn head_weight(&self) -> BaseWeight {
         let Routing::Active(names) = &self.routing else {
-            return self.weight.val();
+            return self.weight.get();
         };
         if !self.in_force() {
-            return self.weight.val();
+            return self.weight.get();
         }
         let tokens = self.parts_of(names).filter_map(|part| part.tokens.as_ref());
-        tokens.fold(self.weight.val(), |table, tokens| tokens.replace(table))
+        tokens.fold(self.weight.get(), |table, tokens| {
+            table.map(|table| tokens.replace(table))
+        })
     }
 }

@@ -243,9 +243,9 @@ impl HostAdapter {
         let module = self.on_one(shape, base, onto, device)?;
         match module.module {
             Module::Embedding(table) if !table.trains_base => {
-                to_host(&shape.name, table.head_weight())
+                to_host(&shape.name, table.head_weight().dense())
             }
-            Module::Embedding(table) => to_host(&shape.name, table.weight.val()),
+            Module::Embedding(table) => to_host(&shape.name, table.weight.dense()),
             _ => Err(AdapterError::NoAdapter),
         }
     }

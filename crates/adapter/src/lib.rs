@@ -12,6 +12,7 @@
 
 pub mod allocator;
 pub mod attach;
+pub mod base_param;
 pub mod choose;
 pub mod combine;
 pub mod config;
@@ -45,6 +46,7 @@ mod testing;
 
 pub use allocator::RankAllocator;
 pub use attach::{attach, attach_as, attach_given, detach, set_enabled, shapes};
+pub use base_param::BaseParam;
 pub use choose::{adapters, delete, routing, set_active, set_rows};
 pub use config::{Bias, InitLora, LoraConfig, Purpose, Targets, TokenIndices};
 pub use embedding::Embedding;

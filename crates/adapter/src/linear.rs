@@ -2,8 +2,9 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use enamel_kernels::Projection;
+use enamel_kernels::{BaseWeight, Compute, Projection};
 
+use crate::base_param::BaseParam;
 use crate::eva::Probe;
 use crate::frozen::frozen_param;
 use crate::methods::Adapter;
@@ -13,13 +14,13 @@ use crate::routing::{Routing, groups, index, reunite};
 #[derive(Module, Debug)]
 pub struct Linear {
     /// Base weight `[out, in]`, as in Hugging Face files.
-    pub weight: Param<Tensor<2>>,
+    pub weight: BaseParam,
     /// Base bias `[out]`.
     pub bias: Option<Param<Tensor<1>>>,
     /// What each adapter that touches this layer does to it.
     pub parts: Vec<LinearPart>,
     /// The base as it was, while adapters are merged into it.
-    pub(crate) unmerged: Option<SavedLinear>,
+    pub(crate) unmerged: Option<UnmergedLinear>,
     #[module(skip)]
     pub(crate) routing: Routing,
     /// Whether adapters and copies are in use at all.
@@ -59,11 +60,18 @@ pub struct SavedLinear {
     pub bias: Option<Param<Tensor<1>>>,
 }
 
+/// What a layer was before adapters were merged into it.
+#[derive(Module, Debug)]
+pub(crate) struct UnmergedLinear {
+    pub(crate) weight: BaseParam,
+    pub(crate) bias: Option<Param<Tensor<1>>>,
+}
+
 /// Weight and bias of the layer that an adapter is beside.
 #[derive(Clone, Debug)]
 pub struct Base {
-    /// `[out, in]`
-    pub weight: Tensor<2>,
+    /// `[out, in]`, with what products round their factors to.
+    pub weight: BaseWeight,
     /// `[out]`
     pub bias: Option<Tensor<1>>,
 }
@@ -85,9 +93,9 @@ impl Base {
 
 impl Linear {
     /// Wraps loaded tensors. `name` is the module's path (`model.layers.0.self_attn.q_proj`).
-    pub fn new(name: &str, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
+    pub fn new(name: &str, weight: impl Into<BaseWeight>, bias: Option<Tensor<1>>) -> Self {
         Self {
-            weight: frozen_param(&format!("{name}.weight"), weight),
+            weight: BaseParam::new(&format!("{name}.weight"), weight.into()),
             bias: bias.map(|b| frozen_param(&format!("{name}.bias"), b)),
             parts: Vec::new(),
             unmerged: None,
@@ -117,6 +125,11 @@ impl Linear {
         y.reshape(dims)
     }
 
+    /// What products with the base round their factors to.
+    pub fn compute(&self) -> Compute {
+        self.weight.compute()
+    }
+
     /// The layer as the fused operations take it, if that is all that [`Self::forward`] does: a base that
     /// is not trained, with one low-rank adapter beside it or none.
     pub fn fused(&self) -> Option<Projection> {
@@ -140,7 +153,7 @@ impl Linear {
             None => None,
         };
         let projection = Projection {
-            weight: base.weight,
+            weight: base.weight.values(),
             bias: base.bias,
             lora,
         };
@@ -209,7 +222,7 @@ impl Linear {
     /// The frozen layer.
     pub fn base(&self) -> Base {
         Base {
-            weight: self.weight.val(),
+            weight: self.weight.get(),
             bias: self.bias.as_ref().map(|b| b.val()),
         }
     }
@@ -219,7 +232,7 @@ impl Linear {
         let mut base = self.base();
         for part in self.parts_of(names) {
             if let Some(saved) = &part.saved {
-                base.weight = saved.weight.val();
+                base.weight = BaseWeight::new(saved.weight.val(), base.weight.compute());
                 base.bias = saved.bias.as_ref().map(|b| b.val());
             }
             if let Some(bias) = &part.bias {
@@ -252,9 +265,9 @@ impl Linear {
         base
     }
 
-    /// The weight that `forward` multiplies by, `[out, in]`, where all rows share one.
+    /// The values of the weight that `forward` multiplies by, `[out, in]`, where all rows share one.
     pub fn weight_in_use(&self) -> Tensor<2> {
-        self.in_use().weight
+        self.in_use().weight.dense()
     }
 
     /// The bias that `forward` adds, `[out]`.
@@ -263,7 +276,7 @@ impl Linear {
     }
 
     /// Weight and bias that stand for `forward` where no dropout is at work and all rows share them.
-    fn in_use(&self) -> Base {
+    pub fn in_use(&self) -> Base {
         match &self.routing {
             Routing::Active(names) if self.enabled && self.unmerged.is_none() => self.folded(names),
             _ => self.base(),
@@ -272,7 +285,7 @@ impl Linear {
 
     /// The weight `[out, in]`, if `forward` is a product with it and nothing else: no bias, no dropout, no
     /// difference between rows.
-    pub fn as_one_product(&self) -> Option<Tensor<2>> {
+    pub fn as_one_product(&self) -> Option<BaseWeight> {
         let Routing::Active(names) = &self.routing else {
             return None;
         };

@@ -9,7 +9,7 @@ use crate::attach::detach;
 use crate::choose::{refuse_merged, routing};
 use crate::error::{AdapterError, Result};
 use crate::frozen::frozen_param;
-use crate::linear::{Base, Linear, SavedLinear};
+use crate::linear::{Base, Linear, UnmergedLinear};
 use crate::routing::Routing;
 use crate::slot::{Adaptable, Slot, SlotRef};
 
@@ -39,7 +39,7 @@ pub fn merge<M: Adaptable>(model: &mut M) -> Result<()> {
     Ok(())
 }
 
-/// Folds the named adapters into the base, one after the other, and keeps what was there for
+/// Folds the named adapters into the base (in f32, whatever it was held in), one after the other, and keeps what was there for
 /// [`unmerge`]: PEFT's `merge_adapter`. What adapters are in use makes no difference until then.
 ///
 /// # Errors
@@ -69,11 +69,11 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
         Slot::Linear(linear) => {
             if linear.parts.iter().any(|part| names.contains(&part.name)) {
                 let base = linear.folded(&names);
-                let old = SavedLinear {
+                let old = UnmergedLinear {
                     weight: linear.weight.clone(),
                     bias: linear.bias.clone(),
                 };
-                linear.weight = with_value(&old.weight, base.weight);
+                linear.weight = old.weight.with_values(untracked(base.weight.dense()));
                 linear.bias = match (&old.bias, base.bias) {
                     (Some(old), Some(new)) => Some(with_value(old, new)),
                     // An adapter with a bias of its own on a layer that had none.
@@ -88,7 +88,7 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
         Slot::Embedding(table) => {
             if table.parts.iter().any(|part| names.contains(&part.name)) {
                 let old = table.weight.clone();
-                table.weight = with_value(&old, table.folded(&names));
+                table.weight = old.with_values(untracked(table.folded(&names).dense()));
                 table.unmerged = Some(old);
             }
         }
@@ -176,7 +176,7 @@ fn check<M: Adaptable>(model: &M, names: &[String]) -> Result<()> {
         let parameter = match slot {
             SlotRef::Linear(linear) => {
                 let Base { weight, bias } = linear.folded(names);
-                if !finite(weight) {
+                if !finite(weight.dense()) {
                     Some("weight")
                 } else if bias.is_some_and(|bias| !finite(bias)) {
                     Some("bias")
@@ -184,7 +184,7 @@ fn check<M: Adaptable>(model: &M, names: &[String]) -> Result<()> {
                     None
                 }
             }
-            SlotRef::Embedding(table) => (!finite(table.folded(names))).then_some("weight"),
+            SlotRef::Embedding(table) => (!finite(table.folded(names).dense())).then_some("weight"),
             SlotRef::Norm(norm) => (!finite(norm.folded(names))).then_some("weight"),
         };
         bad = parameter.map(|parameter| format!("{name}.{parameter}, merged,"));

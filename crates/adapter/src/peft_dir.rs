@@ -294,8 +294,9 @@ fn is_base_of<M: Adaptable>(model: &M) -> impl Fn(&str, &Stored) -> bool + '_ {
                 SlotRef::Embedding(table) => &table.weight,
                 SlotRef::Norm(_) => return,
             };
-            let base = crate::methods::to_host(name, base.val()).unwrap_or_default();
-            same = stored.is_rounded(&base, values);
+            let held = crate::methods::to_host(name, base.dense()).unwrap_or_default();
+            same = stored.is_rounded(&held, values)
+                || crate::base_param::are_rounded(values, base, &held);
         });
         same
     }

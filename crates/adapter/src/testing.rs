@@ -94,7 +94,7 @@ impl Tiny {
         let x = self.between(x, &|linear, x| linear.forward(x));
         match &self.head {
             Some(head) => head.forward(x),
-            None => x.matmul(self.embed.head_weight().transpose().unsqueeze()),
+            None => x.matmul(self.embed.head_weight().dense().transpose().unsqueeze()),
         }
     }
 
@@ -104,7 +104,7 @@ impl Tiny {
             let y = x.matmul(linear.weight_in_use().transpose().unsqueeze());
             y + linear.bias_in_use().unwrap().unsqueeze()
         };
-        let table = self.embed.folded(&[crate::DEFAULT.to_string()]);
+        let table = self.embed.folded(&[crate::DEFAULT.to_string()]).dense();
         let x = burn::tensor::module::embedding(table, ids);
         product(self.head.as_ref().unwrap(), self.between(x, &product))
     }

@@ -26,7 +26,10 @@ pub fn for_each_param_of<M: Adaptable>(
         match slot {
             SlotRef::Linear(linear) => {
                 if whole && linear.trains_base {
-                    f(&format!("{name}.weight"), ParamRef::Matrix(&linear.weight));
+                    f(
+                        &format!("{name}.weight"),
+                        ParamRef::Matrix(linear.weight.param()),
+                    );
                     if let Some(bias) = &linear.bias {
                         f(&format!("{name}.bias"), ParamRef::Vector(bias));
                     }
@@ -52,7 +55,10 @@ pub fn for_each_param_of<M: Adaptable>(
             }
             SlotRef::Embedding(table) => {
                 if whole && table.trains_base {
-                    f(&format!("{name}.weight"), ParamRef::Matrix(&table.weight));
+                    f(
+                        &format!("{name}.weight"),
+                        ParamRef::Matrix(table.weight.param()),
+                    );
                 }
                 let Some(part) = table.part(adapter) else {
                     return;
@@ -108,7 +114,7 @@ pub fn for_each_param_of_mut<M: Adaptable>(
                 if whole && linear.trains_base {
                     f(
                         &format!("{name}.weight"),
-                        ParamMut::Matrix(&mut linear.weight),
+                        ParamMut::Matrix(linear.weight.param_mut()),
                     );
                     if let Some(bias) = &mut linear.bias {
                         f(&format!("{name}.bias"), ParamMut::Vector(bias));
@@ -134,7 +140,7 @@ pub fn for_each_param_of_mut<M: Adaptable>(
                 if whole && table.trains_base {
                     f(
                         &format!("{name}.weight"),
-                        ParamMut::Matrix(&mut table.weight),
+                        ParamMut::Matrix(table.weight.param_mut()),
                     );
                 }
                 for part in table.parts.iter_mut().filter(|p| p.name == adapter) {

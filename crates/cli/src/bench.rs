@@ -4,9 +4,9 @@ use std::io::Write;
 
 use anyhow::anyhow;
 use enamel_train::bench::{BenchOptions, Figure, bench, first_step};
-use enamel_train::device;
 use enamel_train::loaded::OpenBase;
 use enamel_train::recipe::GradientCheckpointing;
+use enamel_train::{Compute, device};
 
 use crate::Outcome;
 use crate::bench_text as text;
@@ -42,6 +42,9 @@ pub struct Args {
     /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
+    /// What products with the base multiply: f32, or bf16 with sums in f32, the base rounded to bf16
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    compute_dtype: Compute,
     /// Profile one more step a shape: time, bytes and operations of each fused operation
     #[arg(long)]
     profile: bool,
@@ -74,6 +77,11 @@ impl Args {
             if self.gradient_checkpointing.0.is_some() {
                 writeln!(out, "keeping {}", self.gradient_checkpointing)?;
             }
+            let (compute, words) = (
+                self.compute_dtype,
+                base.computing(self.compute_dtype, &device),
+            );
+            writeln!(out, "{}: {words}", compute.name())?;
         }
         let options = BenchOptions {
             shapes: self.shapes,
@@ -83,6 +91,7 @@ impl Args {
             checkpointing: self.gradient_checkpointing,
             decode: self.decode,
             profile: self.profile,
+            compute: self.compute_dtype,
         };
         if self.first_step {
             let first = first_step(base, &device, &options)?;

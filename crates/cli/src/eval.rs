@@ -35,8 +35,12 @@ impl Args {
         writeln!(out, "perplexity  {:.4}", report.perplexity)?;
         writeln!(
             out,
-            "on          {} rows, {} trained tokens, {:.1} s on {}",
-            report.rows, report.trained_tokens, report.seconds, report.device
+            "on          {} rows, {} trained tokens, {:.1} s on {} in {}",
+            report.rows,
+            report.trained_tokens,
+            report.seconds,
+            report.device,
+            report.compute_dtype
         )?;
         Ok(Outcome::Done)
     }

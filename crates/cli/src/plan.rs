@@ -42,7 +42,7 @@ impl Args {
             }
             (None, model) => {
                 let model = model.unwrap_or_default();
-                let recipe = Recipe::for_model(&model, &self.changes.set)?;
+                let recipe = Recipe::for_model(&model, &self.changes.overrides())?;
                 plan::plan_model(&recipe, &mut progress)?
             }
         };

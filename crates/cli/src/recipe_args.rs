@@ -23,6 +23,18 @@ pub struct Changes {
     /// Compute here instead: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
+    /// Multiply with the base in f32 or bf16 instead, as --set model.compute_dtype=bf16
+    #[arg(long, value_name = "DTYPE")]
+    pub compute_dtype: Option<String>,
+}
+
+impl Changes {
+    /// What changes, as after --set; the device aside.
+    pub fn overrides(&self) -> Vec<String> {
+        let dtype = self.compute_dtype.iter();
+        let dtype = dtype.map(|dtype| format!("model.compute_dtype={dtype}"));
+        self.set.iter().cloned().chain(dtype).collect()
+    }
 }
 
 impl RecipeArgs {
@@ -33,7 +45,7 @@ impl RecipeArgs {
 
     /// The same, with what a lock file says of the run that wrote it.
     pub fn load_with_lock(&self) -> anyhow::Result<(Recipe, Option<LockInfo>)> {
-        let file = RecipeFile::read(&self.recipe)?.with_overrides(&self.changes.set);
+        let file = RecipeFile::read(&self.recipe)?.with_overrides(&self.changes.overrides());
         let mut recipe = file.resolve()?;
         if let Some(device) = &self.changes.device {
             recipe.device.clone_from(device);

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use enamel_model::Sampling;
-use enamel_train::device;
 use enamel_train::loaded::{LoadedBase, OpenBase, base_of};
+use enamel_train::{Compute, device};
 
 use crate::pull_progress::Bars;
 
@@ -21,6 +21,9 @@ pub struct ModelArgs {
     /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
+    /// What products with the base multiply: f32, or bf16 with sums in f32, the base rounded to bf16
+    #[arg(long, value_name = "DTYPE", default_value = "f32")]
+    pub compute_dtype: Compute,
 }
 
 impl ModelArgs {
@@ -33,7 +36,7 @@ impl ModelArgs {
             (None, None) => bail!("give a model with --model or an adapter with --adapter"),
         };
         let base = OpenBase::open(&reference, None, &mut Bars::default())?;
-        let mut base = base.load(&device)?;
+        let mut base = base.load(&device, self.compute_dtype)?;
         if let Some(adapter) = &self.adapter {
             enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
         }

@@ -12,6 +12,7 @@ mod cpu;
 pub mod adamw;
 pub mod add_rms_norm;
 pub mod attention;
+pub mod base_weight;
 pub mod block_linear;
 pub mod checkpoint;
 pub mod cross_entropy;
@@ -33,6 +34,7 @@ pub use cpu::path::{CPU_VARIABLE, CpuPath};
 pub use adamw::{AdamW, AdamWInput, Moments, adamw, sum_of_squares};
 pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, Segments, SegmentsError, attention, attention_qkv};
+pub use base_weight::{BaseWeight, HostValues, holds_bf16};
 pub use block_linear::{LowRank, Norm, Projection, fuses, project, project_add, swiglu_project};
 pub use checkpoint::{can_checkpoint, checkpoint_module};
 pub use cross_entropy::{

@@ -7,7 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use enamel_adapter::frozen::param_id;
 use enamel_adapter::{Adaptable, Slot, SlotRef, XLora, xlora};
-use enamel_kernels::KeyMask;
+use enamel_kernels::{BaseWeight, Compute, HostValues, KeyMask};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -132,10 +132,23 @@ impl CausalLm {
         checkpoint: &dyn TensorSource,
         device: &Device,
     ) -> Result<Self, LoadError> {
+        Self::load_for(config, checkpoint, device, Compute::F32)
+    }
+
+    /// [`Self::load`] for products of another kind: for bf16, every parameter is rounded to bf16 as it
+    /// comes (to nearest, ties to even: `torch_dtype = bfloat16`), and matrices are held in bf16 where the
+    /// device's kernels read that. For f32 nothing is rounded, and matrices that are bf16 in the file stay
+    /// so there, which changes no number.
+    pub fn load_for(
+        config: &LlamaConfig,
+        checkpoint: &dyn TensorSource,
+        device: &Device,
+        compute: Compute,
+    ) -> Result<Self, LoadError> {
         let (config, embedding) = Self::fit(config, checkpoint)?;
-        let model = Llama::build(&config, device, &mut |name, shape| {
+        let model = Llama::build(&config, device, compute, &mut |name, shape| {
             let stored = if name == EMBEDDING { embedding } else { name };
-            let values = checkpoint.read_f32(stored)?;
+            let values = checkpoint.read(stored)?;
             let expected = shape.iter().product();
             if values.len() == expected {
                 return Ok(values);
@@ -178,13 +191,14 @@ impl CausalLm {
     /// decide its values.
     pub fn random(config: &LlamaConfig, seed: u64, device: &Device) -> Result<Self, LoadError> {
         let deviation = config.initializer_range;
-        let model = Llama::build(config, device, &mut |name, shape| {
+        let model = Llama::build(config, device, Compute::F32, &mut |name, shape| {
             let count = shape.iter().product();
             if shape.len() == 1 {
                 let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
-                return Ok(vec![value; count]);
+                return Ok(HostValues::F32(vec![value; count]));
             }
-            Ok(normal_values(seed ^ param_id(name).val(), count, deviation))
+            let values = normal_values(seed ^ param_id(name).val(), count, deviation);
+            Ok(HostValues::F32(values))
         })?;
         Ok(Self::Llama(model))
     }
@@ -249,10 +263,10 @@ impl CausalLm {
     /// they are tied. An adapter on the head is included, and gradients reach it. A trained copy of a
     /// tied embedding, or low-rank factors beside it, leave the head as it was, as in PEFT; single
     /// trained rows do not.
-    pub fn head_weight(&self) -> Tensor<2> {
+    pub fn head_weight(&self) -> BaseWeight {
         match self {
             Self::Llama(model) => match &model.lm_head {
-                Some(head) => head.weight_in_use(),
+                Some(head) => head.in_use().weight,
                 None => model.embed_tokens.head_weight(),
             },
         }
@@ -260,7 +274,7 @@ impl CausalLm {
 
     /// [`Self::head_weight`], if [`Self::logits`] is a product with it and nothing else: an adapter on the
     /// head may add a bias, drop inputs in training, or differ between rows.
-    pub fn head_as_one_product(&self) -> Option<Tensor<2>> {
+    pub fn head_as_one_product(&self) -> Option<BaseWeight> {
         match self {
             Self::Llama(model) => match &model.lm_head {
                 Some(head) => head.as_one_product(),

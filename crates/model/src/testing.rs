@@ -65,9 +65,9 @@ impl MemorySource {
             let (weight, shape, bias) = match slot {
                 SlotRef::Linear(l) => {
                     let bias = l.bias.as_ref().map(|b| values(b.val()));
-                    (values(l.weight.val()), l.weight.dims().to_vec(), bias)
+                    (values(l.weight.dense()), l.weight.dims().to_vec(), bias)
                 }
-                SlotRef::Embedding(e) => (values(e.weight.val()), e.weight.dims().to_vec(), None),
+                SlotRef::Embedding(e) => (values(e.weight.dense()), e.weight.dims().to_vec(), None),
                 SlotRef::Norm(n) => (values(n.weight.val()), n.weight.dims().to_vec(), None),
             };
             source.put(&format!("{name}.weight"), &shape, weight);

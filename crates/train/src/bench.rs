@@ -45,13 +45,8 @@ pub struct BenchOptions {
     pub decode: usize,
     /// Whether one more step a shape and method is profiled.
     pub profile: bool,
-}
-
-impl BenchOptions {
-    /// What the factors of a step's large products are rounded to.
-    fn compute(&self) -> Compute {
-        Compute::F32
-    }
+    /// What products with the base multiply.
+    pub compute: Compute,
 }
 
 /// One thing measured; a line of `enamel bench --json`.
@@ -169,7 +164,7 @@ impl Lane {
             page_faults: page_faults().zip(before).map(|(now, then)| now - then),
             peak_memory: Memory::new().peak(),
         };
-        let machine = || enamel_kernels::measured_product_speed(options.compute());
+        let machine = || enamel_kernels::measured_product_speed(options.compute);
         Ok(StepProfile::new(measured, &counts, machine))
     }
 }
@@ -207,7 +202,7 @@ pub fn bench(
     on_figure: &mut dyn FnMut(Figure),
 ) -> Result<(), TrainError> {
     let vocabulary = base.config.vocab_size;
-    let model = base.weights(device)?;
+    let model = base.weights(device, options.compute)?;
     drop(base);
     // Before training, which leaves memory behind that would count as decoding's.
     let mut decoded = Vec::new();

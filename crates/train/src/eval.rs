@@ -27,6 +27,8 @@ pub struct EvalReport {
     pub seconds: f64,
     /// Where it ran.
     pub device: String,
+    /// What products with the base multiplied: `f32` or `bf16`.
+    pub compute_dtype: &'static str,
 }
 
 /// Evaluates the recipe's base, with `adapter` if one is given, on the validation rows.
@@ -45,7 +47,7 @@ pub fn evaluate(
                 .to_string(),
         ));
     }
-    let mut model = inputs.base.weights(&inputs.device)?;
+    let mut model = inputs.base.weights(&inputs.device, inputs.compute)?;
     if let Some(dir) = adapter {
         enamel_adapter::load_pretrained(&mut model, dir, false)?;
     }
@@ -67,5 +69,6 @@ pub fn evaluate(
         perplexity: loss.exp(),
         seconds: started.elapsed().as_secs_f64(),
         device: inputs.device_name,
+        compute_dtype: inputs.compute.name(),
     })
 }

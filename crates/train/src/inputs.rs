@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan};
 use enamel_data::{Example, Examples, load_examples, split_rows};
+use enamel_kernels::Compute;
 use enamel_model::CausalLm;
 use enamel_model::checkpoint::{hex, sha256_file};
 use enamel_model::source::PullProgress;
@@ -23,6 +24,8 @@ pub struct Inputs {
     pub device: Device,
     /// Its name.
     pub device_name: String,
+    /// What products with the base multiply.
+    pub compute: Compute,
     /// The base model.
     pub base: OpenBase,
     /// Training rows.
@@ -111,6 +114,7 @@ impl Inputs {
         Ok(Self {
             device,
             device_name,
+            compute: recipe.model.compute_dtype.into(),
             base,
             train,
             valid,
@@ -118,6 +122,12 @@ impl Inputs {
             plan,
             lock,
         })
+    }
+
+    /// The compute dtype with what it comes to here: `bf16: bf16 weights, f32 products: ..`.
+    pub fn computing(&self) -> String {
+        let words = self.base.computing(self.compute, &self.device);
+        format!("{}: {words}", self.compute.name())
     }
 
     /// The base with the adapter attached, on the plain device: from `checkpoint` when resuming, else
@@ -132,7 +142,7 @@ impl Inputs {
         checkpoint: Option<&Path>,
         say: &dyn Fn(&str),
     ) -> Result<(CausalLm, AdapterConfig), TrainError> {
-        let mut model = self.base.weights(&self.device)?;
+        let mut model = self.base.weights(&self.device, self.compute)?;
         let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
             Some(dir) => enamel_adapter::load_pretrained(&mut model, dir, true)?.config,
             None => match eva::config(&self.adapter) {

@@ -38,6 +38,7 @@ pub mod strategy;
 pub mod trainee;
 mod whole;
 
+pub use enamel_kernels::Compute;
 pub use error::TrainError;
 pub use run::{RunOutcome, TrainOptions, train};
 pub use run_dir::Resume;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use enamel_data::Tokenizer;
+use enamel_kernels::Compute;
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::source::{
     self, Catalogue, EntrySource, LocalModel, ModelRef, PullOptions, PullProgress,
@@ -107,21 +108,28 @@ impl OpenBase {
         self.local.revision.clone().filter(is_commit)
     }
 
-    /// The model on a device, frozen: its weights, read one tensor after the other.
+    /// The model on a device, frozen: its weights, read one tensor after the other and rounded if
+    /// products are to be in bf16.
     ///
     /// # Errors
     /// Missing, unexpected and misshapen tensors, all at once.
-    pub fn weights(&self, device: &Device) -> Result<CausalLm, TrainError> {
-        Ok(CausalLm::load(&self.config, &self.checkpoint, device)?)
+    pub fn weights(&self, device: &Device, compute: Compute) -> Result<CausalLm, TrainError> {
+        let (config, checkpoint) = (&self.config, &self.checkpoint);
+        Ok(CausalLm::load_for(config, checkpoint, device, compute)?)
     }
 
     /// The files and the model together.
     ///
     /// # Errors
     /// As [`Self::weights`].
-    pub fn load(self, device: &Device) -> Result<LoadedBase, TrainError> {
-        let model = self.weights(device)?;
+    pub fn load(self, device: &Device, compute: Compute) -> Result<LoadedBase, TrainError> {
+        let model = self.weights(device, compute)?;
         Ok(LoadedBase { open: self, model })
+    }
+
+    /// What becomes of a compute dtype with this model on a device, in words.
+    pub fn computing(&self, compute: Compute, device: &Device) -> String {
+        compute.on(device, self.checkpoint.is_bf16())
     }
 
     /// Refuses a model that cannot read text.

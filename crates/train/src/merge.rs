@@ -314,7 +314,9 @@ impl<'a> Merging<'a> {
 
     /// Compares logits: with the adapters beside the base, merged in f32, and as written.
     fn check(&self, output: &Path) -> Result<MergeCheck, TrainError> {
-        let mut model = self.base.weights(self.device)?;
+        let mut model = self
+            .base
+            .weights(self.device, enamel_kernels::Compute::F32)?;
         let adapted = self.adapted(&mut model)?;
         self.put_into(&mut model)?;
         let merged = probe_logits(&model)?;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
 use enamel_data::Note;
+use enamel_kernels::Compute;
 use enamel_model::LlamaConfig;
 use enamel_model::config::vit_modules;
 use enamel_model::source::PullProgress;
@@ -28,6 +29,10 @@ pub struct PlanReport {
     pub source: String,
     /// Its shape in words.
     pub shape: String,
+    /// The compute dtype and what it comes to, in words; empty for a model that is planned for alone.
+    pub computing: String,
+    /// Bytes of one of the frozen weights.
+    pub weight_bytes: usize,
     /// The adapter's rank, alpha and dropout in words.
     pub method: String,
     /// Matched modules and counts.
@@ -87,6 +92,8 @@ pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanRepo
         model: recipe.model.base.clone(),
         source: inputs.base.local.source_note.clone(),
         shape: shape(&inputs.base.config),
+        computing: inputs.computing(),
+        weight_bytes: weight_bytes(recipe, &inputs),
         method: method(&inputs.adapter),
         checkpointing: recipe.train.gradient_checkpointing,
         data: Some(data_plan(recipe, &inputs)),
@@ -106,11 +113,24 @@ pub fn plan_model(
         model: recipe.model.base.clone(),
         source,
         shape,
+        computing: String::new(),
+        weight_bytes: size_of::<f32>(),
         method: method(&config),
         adapter: enamel_adapter::plan(&modules, &config)?,
         checkpointing: recipe.train.gradient_checkpointing,
         data: None,
     })
+}
+
+/// Bytes that one weight of the base takes: two where matrices are held in bf16.
+fn weight_bytes(recipe: &Recipe, inputs: &Inputs) -> usize {
+    let bf16 = inputs.compute == Compute::Bf16 || inputs.base.checkpoint.is_bf16();
+    // A trained base is f32, whatever it was loaded in.
+    let frozen = recipe.adapter.method != "full";
+    match bf16 && frozen && enamel_kernels::holds_bf16(&inputs.device) {
+        true => 2,
+        false => size_of::<f32>(),
+    }
 }
 
 /// The model's shape in words, its modules, and where it came from.
@@ -277,12 +297,12 @@ impl PlanReport {
         groups
     }
 
-    /// Bytes that weights, adapter, gradients and AdamW's two moments take in f32; activations come
-    /// on top and grow with the batch.
+    /// Bytes that weights, adapter, gradients and AdamW's two moments take, in f32 unless the weights are
+    /// held in bf16; activations come on top and grow with the batch.
     pub fn memory(&self) -> Memory {
         let float = size_of::<f32>();
         Memory {
-            base: (self.adapter.total - self.adapter.trainable) * float,
+            base: (self.adapter.total - self.adapter.trainable) * self.weight_bytes,
             adapter: self.adapter.trainable * float,
             gradients: self.adapter.trainable * float,
             optimizer: self.adapter.trainable * 2 * float,
@@ -352,6 +372,9 @@ impl fmt::Display for PlanReport {
             writeln!(f, "           {}", self.source)?;
         }
         writeln!(f, "           {}", self.shape)?;
+        if !self.computing.is_empty() {
+            writeln!(f, "compute    {}", self.computing)?;
+        }
         writeln!(f, "adapter    {}", self.method)?;
         let groups = self.groups();
         let width = groups.iter().map(|g| g.pattern.len()).max().unwrap_or(0);
@@ -398,11 +421,15 @@ impl fmt::Display for PlanReport {
         let memory = self.memory();
         write!(
             f,
-            "memory     base {}, adapter {}, gradients {}, optimizer {} (in f32, {} on top)",
+            "memory     base {}, adapter {}, gradients {}, optimizer {} ({}, {} on top)",
             bytes_text(memory.base),
             bytes_text(memory.adapter),
             bytes_text(memory.gradients),
             bytes_text(memory.optimizer),
+            match self.weight_bytes {
+                2 => "base in bf16, the rest in f32",
+                _ => "in f32",
+            },
             self.checkpointing
         )?;
         match &self.data {

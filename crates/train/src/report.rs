@@ -45,6 +45,7 @@ pub fn write(
             "device",
             format!("{}, {} threads", inputs.device_name, inputs.lock.threads),
         ),
+        ("compute", inputs.computing()),
         (
             "trained parameters",
             format!(

@@ -64,6 +64,7 @@ pub fn announce(say: &Say, recipe: &Recipe, inputs: &Inputs, run: &RunDir, rhyth
         "device   {}, {} threads",
         inputs.device_name, inputs.lock.threads
     ));
+    say(&format!("compute  {}", inputs.computing()));
     say(&format!(
         "adapter  {} on {} modules: {} of {} parameters trained ({:.3} %)",
         recipe.adapter.method,
@@ -118,6 +119,7 @@ pub fn card(recipe: &Recipe, inputs: &Inputs, outcome: &RunOutcome) -> String {
     let mut row = |name: &str, value: String| {
         let _ = writeln!(card, "| {name} | {value} |");
     };
+    row("compute dtype", inputs.compute.name().to_owned());
     row("rows", inputs.train.rows.len().to_string());
     row("optimizer steps", outcome.step.to_string());
     row(

@@ -127,9 +127,9 @@ impl Trainee {
             Some(head) => {
                 let spec = LossSpec {
                     label_smoothing: smoothing,
-                    ..LossSpec::default()
+                    compute: head.compute(),
                 };
-                linear_cross_entropy_with(hidden, head, &labels, spec)
+                linear_cross_entropy_with(hidden, head.values(), &labels, spec)
             }
             None => self.loss_through_head(hidden, &labels, smoothing),
         }

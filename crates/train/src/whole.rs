@@ -45,13 +45,13 @@ pub fn values(
             .and_then(|rest| rest.strip_prefix('.'));
         match (parameter, slot) {
             (Some("weight"), SlotRef::Linear(linear)) => {
-                data = Some(linear.weight.val().into_data())
+                data = Some(linear.weight.dense().into_data())
             }
             (Some("bias"), SlotRef::Linear(linear)) => {
                 data = linear.bias.as_ref().map(|bias| bias.val().into_data());
             }
             (Some("weight"), SlotRef::Embedding(table)) => {
-                data = Some(table.weight.val().into_data())
+                data = Some(table.weight.dense().into_data())
             }
             (Some("weight"), SlotRef::Norm(norm)) => data = Some(norm.weight.val().into_data()),
             _ => {}

@@ -151,9 +151,9 @@ fn gradients_reach_the_adapter_alone_after_every_way_into_training() {
         model.for_each_slot_ref(&mut |name, slot| {
             let base = match slot {
                 SlotRef::Linear(l) => {
-                    l.weight.val().grad(&grads).is_some() || l.weight.val().is_require_grad()
+                    l.weight.dense().grad(&grads).is_some() || l.weight.dense().is_require_grad()
                 }
-                SlotRef::Embedding(e) => e.weight.val().grad(&grads).is_some(),
+                SlotRef::Embedding(e) => e.weight.dense().grad(&grads).is_some(),
                 SlotRef::Norm(n) => n.weight.val().grad(&grads).is_some(),
             };
             assert!(!base, "{how}: {name}");
@@ -186,7 +186,7 @@ fn ids_follow_from_names_and_differ() {
     let mut ids: Vec<_> = all.iter().map(|(_, id, _)| *id).collect();
     model.for_each_slot_ref(&mut |_, slot| {
         if let SlotRef::Linear(l) = slot {
-            ids.push(l.weight.id);
+            ids.push(l.weight.param().id);
         }
     });
     let count = ids.len();

@@ -123,9 +123,9 @@ fn gradients_reach_every_parameter_of_the_adapter_and_nothing_else() {
                         .bias
                         .as_ref()
                         .is_some_and(|b| b.val().grad(&grads).is_some());
-                    bias || l.weight.val().grad(&grads).is_some()
+                    bias || l.weight.dense().grad(&grads).is_some()
                 }
-                SlotRef::Embedding(e) => e.weight.val().grad(&grads).is_some(),
+                SlotRef::Embedding(e) => e.weight.dense().grad(&grads).is_some(),
                 SlotRef::Norm(n) => n.weight.val().grad(&grads).is_some(),
             };
             assert!(!reached, "{name}: {module}");

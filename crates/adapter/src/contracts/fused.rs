@@ -23,7 +23,7 @@ fn fuses(what: &str, layer: &Linear) -> bool {
     let Some(projection) = layer.fused() else {
         return false;
     };
-    let x = fill([3, 64], 1, &layer.weight.val().device()) * 10.0;
+    let x = fill([3, 64], 1, &layer.weight.dense().device()) * 10.0;
     let values = |tensor: burn::tensor::Tensor<2>| tensor.into_data().try_into_vec().unwrap();
     let fused = project(x.clone(), None, vec![projection], Compute::F32);
     // 64 products of values up to 1, in another order.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod allocator;
+mod bf16;
 mod compute;
 mod dropout;
 mod files;
@@ -390,7 +391,7 @@ fn base_of(model: &Tiny) -> Vec<(String, Vec<f32>)> {
             SlotRef::Linear(linear) => {
                 add(
                     "weight",
-                    linear.weight.val().into_data().try_into_vec().unwrap(),
+                    linear.weight.dense().into_data().try_into_vec().unwrap(),
                 );
                 if let Some(bias) = &linear.bias {
                     add("bias", bias.val().into_data().try_into_vec().unwrap());
@@ -399,7 +400,7 @@ fn base_of(model: &Tiny) -> Vec<(String, Vec<f32>)> {
             SlotRef::Embedding(table) => {
                 add(
                     "weight",
-                    table.weight.val().into_data().try_into_vec().unwrap(),
+                    table.weight.dense().into_data().try_into_vec().unwrap(),
                 );
             }
             SlotRef::Norm(norm) => {

@@ -73,9 +73,9 @@ impl OneModule {
             Module::Linear(linear) => {
                 let folded = linear.folded(&names);
                 let bias = folded.bias.map(|b| to_host(name, b)).transpose()?;
-                (to_host(name, folded.weight)?, bias)
+                (to_host(name, folded.weight.dense())?, bias)
             }
-            Module::Embedding(table) => (to_host(name, table.folded(&names))?, None),
+            Module::Embedding(table) => (to_host(name, table.folded(&names).dense())?, None),
             Module::Norm(norm) => (to_host(name, norm.folded(&names))?, None),
         };
         Ok(HostModule { weight, bias })

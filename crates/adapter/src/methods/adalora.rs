@@ -152,7 +152,7 @@ impl Method for AdaLora {
         }
         let delta = self.lora_b.val().matmul(self.scaled_a());
         Base {
-            weight: base.weight + delta.mul_scalar(self.scale),
+            weight: base.weight.map(|w| w + delta.mul_scalar(self.scale)),
             ..base
         }
     }

@@ -69,7 +69,7 @@ impl Method for Ia3 {
 
     fn merged(&self, base: Base) -> Base {
         // `[out, 1]` scales rows, `[1, in]` columns.
-        let weight = base.weight * self.l.val();
+        let weight = base.weight.map(|w| w * self.l.val());
         let bias = match (base.bias, self.feedforward) {
             (Some(bias), false) => {
                 let count = bias.dims()[0];

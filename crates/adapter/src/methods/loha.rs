@@ -140,7 +140,7 @@ impl Method for Loha {
             let (left, right) = self.khatri_rao();
             lora_linear(x, weight, right, left, self.scale)
         } else {
-            linear(x, weight + self.delta().mul_scalar(self.scale))
+            linear(x, weight.map(|w| w + self.delta().mul_scalar(self.scale)))
         };
         base.plus_bias(y)
     }
@@ -155,7 +155,7 @@ impl Method for Loha {
 
     fn merged(&self, base: Base) -> Base {
         Base {
-            weight: base.weight + self.delta().mul_scalar(self.scale),
+            weight: base.weight.map(|w| w + self.delta().mul_scalar(self.scale)),
             ..base
         }
     }

@@ -173,7 +173,7 @@ impl Method for Lokr {
     fn merged(&self, base: Base) -> Base {
         let delta = kron(self.w1.val(), self.w2.val()).mul_scalar(self.scale);
         Base {
-            weight: base.weight + delta,
+            weight: base.weight.map(|w| w + delta),
             ..base
         }
     }

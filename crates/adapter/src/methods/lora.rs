@@ -159,14 +159,16 @@ impl Method for Lora {
 
     fn merged(&self, base: Base) -> Base {
         let (a, b) = self.factors();
-        let sum = base.weight + b.matmul(a).mul_scalar(self.scale);
-        let weight = match &self.magnitude {
-            Some(magnitude) => {
-                let factor = magnitude.length.val() / row_lengths(untracked(sum.clone()));
-                sum * factor.unsqueeze_dim(1)
+        let weight = base.weight.map(|weight| {
+            let sum = weight + b.matmul(a).mul_scalar(self.scale);
+            match &self.magnitude {
+                Some(magnitude) => {
+                    let factor = magnitude.length.val() / row_lengths(untracked(sum.clone()));
+                    sum * factor.unsqueeze_dim(1)
+                }
+                None => sum,
             }
-            None => sum,
-        };
+        });
         let own = self.bias.as_ref().map(|b| b.val().mul_scalar(self.scale));
         let bias = match (base.bias, own) {
             (Some(bias), Some(own)) => Some(bias + own),
@@ -280,7 +282,7 @@ impl MethodConfig for LoraConfig {
         let magnitude = self.use_dora.then(|| Magnitude {
             length: place.param(&target.key(MAGNITUDE), next(), [out]),
             base_squares: {
-                let weight = untracked(place.weight.clone());
+                let weight = untracked(place.weight.dense());
                 (weight.clone() * weight).sum_dim(1).reshape([out])
             },
         });
@@ -398,7 +400,8 @@ mod tests {
             let super::Adapter::Lora(lora) = linear.parts[0].adapter.as_ref().unwrap() else {
                 panic!()
             };
-            let by_hand = linear.weight.val() + lora.lora_b.val().matmul(lora.lora_a.val()) * scale;
+            let by_hand =
+                linear.weight.dense() + lora.lora_b.val().matmul(lora.lora_a.val()) * scale;
             assert!(difference(&values(linear.weight_in_use()), &values(by_hand)) < 1e-6);
         }
     }
@@ -419,7 +422,7 @@ mod tests {
         autodiff.seed(1);
         let linear = first(&training);
         let x = fill([1, 64], 1, &autodiff) * 10.0;
-        let base = values(enamel_kernels::linear(x.clone(), linear.weight.val()));
+        let base = values(enamel_kernels::linear(x.clone(), linear.weight.dense()));
         let without = values(first(&plain).forward(x.clone().inner()));
         let mut sum = vec![0.0; without.len()];
         let runs = 4000;
@@ -464,7 +467,7 @@ mod tests {
         let device = Device::flex().autodiff();
         let x = Tensor::<2>::random([1, 64], Distribution::Default, &device);
         let base = values(
-            enamel_kernels::linear(x.clone(), linear.weight.val())
+            enamel_kernels::linear(x.clone(), linear.weight.dense())
                 + linear.bias_in_use().unwrap().unsqueeze(),
         );
         assert!((0..50).any(|_| values(linear.forward(x.clone())) == base));

@@ -4,6 +4,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, module::embedding};
+use enamel_kernels::BaseWeight;
 
 use super::lora::{MAGNITUDE, row_lengths, untracked};
 use super::{ParamMut, ParamRef, Parameters, Placement};
@@ -58,9 +59,9 @@ impl LoraEmbedding {
     ///
     /// # Shapes
     /// - ids: `[batch, tokens]`, y and result: `[batch, tokens, hidden]`, table: `[vocabulary, hidden]`
-    pub fn forward(&self, ids: Tensor<2, Int>, y: Tensor<3>, table: &Tensor<2>) -> Tensor<3> {
+    pub fn forward(&self, ids: Tensor<2, Int>, y: Tensor<3>, table: &BaseWeight) -> Tensor<3> {
         let own = self.part(ids);
-        match self.factor(table) {
+        match self.factor(|| table.dense()) {
             Some(factor) => (y + own) * factor.unsqueeze(),
             None => y + own,
         }
@@ -80,7 +81,7 @@ impl LoraEmbedding {
     /// The table with the factors folded in, `[vocabulary, hidden]`.
     pub fn merged(&self, table: Tensor<2>) -> Tensor<2> {
         let sum = table.clone() + self.delta();
-        match self.factor(&table) {
+        match self.factor(|| table) {
             Some(factor) => sum * factor.unsqueeze(),
             None => sum,
         }
@@ -93,9 +94,9 @@ impl LoraEmbedding {
     }
 
     /// DoRA's learnt lengths over those of the columns of the sum, `[hidden]`.
-    fn factor(&self, table: &Tensor<2>) -> Option<Tensor<1>> {
+    fn factor(&self, table: impl FnOnce() -> Tensor<2>) -> Option<Tensor<1>> {
         let magnitude = self.magnitude.as_ref()?;
-        let sum = untracked(table.clone()) + untracked(self.delta());
+        let sum = untracked(table()) + untracked(self.delta());
         Some(magnitude.val() / row_lengths(sum.transpose()))
     }
 

@@ -19,7 +19,7 @@ pub mod vera;
 use burn::module::{Module, Param, ParamId};
 use burn::nn::Dropout;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use enamel_kernels::LowRank;
+use enamel_kernels::{BaseWeight, LowRank};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
 
@@ -178,7 +178,7 @@ pub struct Placement<'a> {
     /// Frozen tensors that all layers share.
     pub shared: &'a [(&'static str, Tensor<2>)],
     /// The weight that the adapter is beside.
-    pub weight: Tensor<2>,
+    pub weight: BaseWeight,
     /// Values that the parameters started from, where [`MethodConfig::takes_from_base`].
     pub origin: Option<Vec<Vec<f32>>>,
 }

@@ -104,7 +104,7 @@ impl Method for Vera {
     fn merged(&self, base: Base) -> Base {
         let (a, b) = self.factors();
         Base {
-            weight: base.weight + b.matmul(a),
+            weight: base.weight.map(|w| w + b.matmul(a)),
             ..base
         }
     }

@@ -317,7 +317,7 @@ fn built(
         trainable,
         adapter: DEFAULT,
         shared: &[],
-        weight: burn::tensor::Tensor::zeros([1, 1], device),
+        weight: burn::tensor::Tensor::zeros([1, 1], device).into(),
         origin: None,
     };
     layers

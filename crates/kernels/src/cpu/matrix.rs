@@ -10,7 +10,7 @@ use super::simd::{dot, level, simd_fn};
 
 /// Up to so many rows, a product with a row-major `wᵀ` is bound by reading w: dot products read it
 /// on all threads, in order and without packing, where `gemm` would use one.
-const FEW_ROWS: usize = 4;
+pub(crate) const FEW_ROWS: usize = 4;
 /// Weights that one task of such a product reads.
 const FEW_ROWS_TASK: usize = 64 * 1024;
 
@@ -270,7 +270,10 @@ pub(crate) fn product(
         return;
     }
     if threads == Threads::All && m <= FEW_ROWS && a.cs == 1 && b.rs == 1 && k > 0 {
-        return few_rows(dst, into, scale, a, b.t());
+        let (w, level) = (b.t(), level());
+        return few_rows(dst, into, scale, k, |from, out| {
+            few_dots(level, a, w, from, out);
+        });
     }
     let threads = match threads {
         Threads::One => Parallelism::None,
@@ -302,21 +305,29 @@ pub(crate) fn product(
     }
 }
 
-/// [`product`] of few rows of `a` with the rows of `w`.
-fn few_rows(dst: &mut MatMut<'_>, into: Into, scale: f32, a: MatRef<'_>, w: MatRef<'_>) {
-    let task = (FEW_ROWS_TASK / a.cols).max(1);
-    let level = level();
+/// `dst = [dst +] scale · x · wᵀ` for few rows; `dots` writes the products with the rows of w, `width`
+/// long, from a given one on, `[column][row]`.
+pub(super) fn few_rows(
+    dst: &mut MatMut<'_>,
+    into: Into,
+    scale: f32,
+    width: usize,
+    dots: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let task = (FEW_ROWS_TASK / width.max(1)).max(1);
     // `[column][row]` first: a task then owns an unbroken piece of it.
     let mut columns = vec![0.0f32; dst.cols * dst.rows];
     let rows = dst.rows;
-    let part = |(i, part): (usize, &mut [f32])| few_dots(level, a, w, i * task, part);
+    if rows == 0 {
+        return;
+    }
     if dst.cols <= task {
-        part((0, &mut columns));
+        dots(0, &mut columns);
     } else {
         columns
             .par_chunks_mut(task * rows)
             .enumerate()
-            .for_each(part);
+            .for_each(|(i, part)| dots(i * task, part));
     }
     for i in 0..rows {
         for (j, column) in columns.chunks_exact(rows).enumerate() {

@@ -6,6 +6,7 @@
 pub(crate) mod erf;
 pub(crate) mod exp;
 pub(crate) mod gemm;
+pub(crate) mod half;
 pub(crate) mod heads;
 pub(crate) mod matrix;
 pub(crate) mod path;

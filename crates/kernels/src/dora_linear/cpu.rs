@@ -15,16 +15,20 @@ use burn::backend::{Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::cpu::matrix::{Into, MatMut, MatRef, Threads, product, readable};
+use crate::base_weight::BaseWeight;
+use crate::cpu::gemm::{Compute, Packed, Weight, times_t};
+use crate::cpu::half::held;
+use crate::cpu::matrix::{Into, MatRef};
 use crate::cpu::simd::{fma, level, simd_fn};
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
-use crate::lora_linear::cpu::{LinearOps, LoraState, dims};
+use crate::lora_linear::cpu::{LinearOps, LoraState, dims, fresh};
 use crate::profile;
 
 /// The operation as a backend extension.
 #[backend_extension(Flex, Autodiff)]
 pub trait DoraOps: LinearOps {
     /// `f ∘ (x · wᵀ + scale · (x · aᵀ) · bᵀ)`, `f = magnitude / ‖w + scale · b·a‖`.
+    #[allow(clippy::too_many_arguments)]
     fn enamel_dora(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -33,11 +37,12 @@ pub trait DoraOps: LinearOps {
         magnitude: FloatTensor<Self>,
         base_squares: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self>;
 
     /// [`Self::enamel_dora`], the same before the factor, `x · aᵀ`, and `[2, out]`: the factor and one
     /// over the length.
-    #[allow(clippy::type_complexity)]
+    #[allow(clippy::type_complexity, clippy::too_many_arguments)]
     fn enamel_dora_with_parts(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -46,6 +51,7 @@ pub trait DoraOps: LinearOps {
         magnitude: FloatTensor<Self>,
         base_squares: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> (
         FloatTensor<Self>,
         FloatTensor<Self>,
@@ -67,7 +73,7 @@ pub trait DoraOps: LinearOps {
 
 pub(super) fn dora_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: BaseWeight,
     a: Tensor<2>,
     b: Tensor<2>,
     magnitude: Tensor<1>,
@@ -76,12 +82,13 @@ pub(super) fn dora_linear(
 ) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as DoraOps>::enamel_dora(
         x.into_dispatch(),
-        w.into_dispatch(),
+        w.values().into_dispatch(),
         a.into_dispatch(),
         b.into_dispatch(),
         magnitude.into_dispatch(),
         base_squares.into_dispatch(),
         scale,
+        w.compute(),
     ))
 }
 
@@ -160,31 +167,11 @@ fn piece(out: usize) -> usize {
     (CHUNK / out.max(1)).max(1) * out.max(1)
 }
 
-/// The rows of x, then those of a.
-fn stacked(x: &[f32], a: &[f32]) -> Vec<f32> {
-    let mut all = Fresh::new(x.len() + a.len());
-    let (first, second) = all.slots().split_at_mut(x.len());
-    let copy = |(to, from): (&mut [MaybeUninit<f32>], &[f32])| {
-        to.write_copy_of_slice(from);
-    };
-    first
-        .par_chunks_mut(4 * CHUNK)
-        .zip(x.par_chunks(4 * CHUNK))
-        .for_each(copy);
-    copy((second, a));
-    // SAFETY: both parts have been written.
-    unsafe { all.into_vec() }
-}
-
-/// `a · bᵀ`, `[m, n]`, for a with `m` rows.
-fn times_transposed(m: usize, n: usize, a: MatRef<'_>, b: MatRef<'_>) -> Vec<f32> {
-    let mut out = Fresh::new(m * n);
-    // SAFETY: the buffer has that many elements, and the product sets all of them.
-    unsafe {
-        let mut dst = MatMut::raw(out.as_mut_ptr(), m, n, n);
-        product(&mut dst, Into::Set, 1.0, a, b.t(), Threads::All);
-        out.into_vec()
-    }
+/// A fresh `[rows, cols]` matrix that is the sum of products with weights.
+fn product(rows: usize, cols: usize, terms: &[(&Packed, Weight<'_>)]) -> Vec<f32> {
+    let out = fresh(rows, cols, |dst| times_t(dst, Into::Set, terms));
+    // SAFETY: the product has set all of it.
+    unsafe { out.into_vec() }
 }
 
 /// The map before the factor, and what goes with it.
@@ -197,6 +184,7 @@ struct Parts {
     lengths: Vec<f32>,
 }
 
+#[allow(clippy::too_many_arguments)]
 fn parts(
     x: &FlexTensor,
     w: &FlexTensor,
@@ -205,6 +193,7 @@ fn parts(
     magnitude: &FlexTensor,
     base_squares: &FlexTensor,
     scale: f64,
+    compute: Compute,
 ) -> Parts {
     let ((rows, input), (out, _), (r, _)) = (dims(x), dims(w), dims(a));
     let _timer = profile::op(
@@ -212,20 +201,22 @@ fn parts(
         2 * (rows + r) * (input * (out + r) + r * out),
         4 * ((rows + r) * (input + out) + input * out),
     );
-    let all = stacked(values(x), values(a));
-    let input = MatRef::rows_of(&all, rows + r, input);
-    let mut low = times_transposed(rows + r, r, input, MatRef::of(a));
-    let mut plain = times_transposed(rows + r, out, input, MatRef::of(w));
-    drop(all);
+    // The rows of x, then those of a.
+    let (xs, adapter) = (values(x), values(a));
+    let all = Packed::new(rows + r, input, compute, |i, row| {
+        let (from, i) = if i < rows {
+            (xs, i)
+        } else {
+            (adapter, i - rows)
+        };
+        row.copy_from_slice(&from[i * input..(i + 1) * input]);
+    });
+    let mut low = product(rows + r, r, &[(&all, Weight::of(a))]);
     low[rows * r..].iter_mut().for_each(|x| *x *= 0.5);
-    product(
-        &mut MatMut::rows_of(&mut plain, rows + r, out),
-        Into::Add,
-        scale as f32,
-        MatRef::rows_of(&low, rows + r, r),
-        MatRef::of(b).t(),
-        Threads::All,
-    );
+    let scaled = Packed::of(MatRef::rows_of(&low, rows + r, r), scale as f32, compute);
+    let terms = [(&all, Weight::of(w)), (&scaled, Weight::of(b))];
+    let mut plain = product(rows + r, out, &terms);
+    drop((all, scaled));
     let mut both = [values(magnitude), values(base_squares)].concat();
     let (factor, inverse) = both.split_at_mut(out);
     let (across, b, level) = (&plain[rows * out..], values(b), level());
@@ -263,11 +254,12 @@ impl DoraOps for Flex {
         magnitude: FloatTensor<Self>,
         base_squares: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self> {
-        let (x, w, a, b) = (dense(x), readable(w), dense(a), dense(b));
+        let (x, w, a, b) = (dense(x), held(w), dense(a), dense(b));
         let (magnitude, base_squares) = (dense(magnitude), dense(base_squares));
         let ((rows, _), (out, _)) = (dims(&x), dims(&w));
-        let mut parts = parts(&x, &w, &a, &b, &magnitude, &base_squares, scale);
+        let mut parts = parts(&x, &w, &a, &b, &magnitude, &base_squares, scale, compute);
         scale_rows(&mut parts.plain, &parts.lengths[..out]);
         tensor(parts.plain, Shape::from(vec![rows, out]))
     }
@@ -280,16 +272,17 @@ impl DoraOps for Flex {
         magnitude: FloatTensor<Self>,
         base_squares: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> (
         FloatTensor<Self>,
         FloatTensor<Self>,
         FloatTensor<Self>,
         FloatTensor<Self>,
     ) {
-        let (x, w, a, b) = (dense(x), readable(w), dense(a), dense(b));
+        let (x, w, a, b) = (dense(x), held(w), dense(a), dense(b));
         let (magnitude, base_squares) = (dense(magnitude), dense(base_squares));
         let ((rows, _), (out, _), (r, _)) = (dims(&x), dims(&w), dims(&a));
-        let parts = parts(&x, &w, &a, &b, &magnitude, &base_squares, scale);
+        let parts = parts(&x, &w, &a, &b, &magnitude, &base_squares, scale, compute);
         let (factor, level) = (&parts.lengths[..out], level());
         let mut y = Fresh::new(rows * out);
         y.slots()
@@ -397,6 +390,7 @@ impl<B: DoraOps, C: CheckpointStrategy> DoraOps for Autodiff<B, C> {
         magnitude: FloatTensor<Self>,
         base_squares: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self> {
         let [dx, dw, da, db, dm] = [&x, &w, &a, &b, &magnitude].map(|t| t.is_tracked());
         let (x, x_node) = x.into_parts();
@@ -415,9 +409,10 @@ impl<B: DoraOps, C: CheckpointStrategy> DoraOps for Autodiff<B, C> {
                     b: (da || dx).then(|| b.clone()),
                     low: None,
                     scale,
+                    compute,
                 };
                 let (y, plain, low, lengths) =
-                    B::enamel_dora_with_parts(x, w, a, b, magnitude, squares, scale);
+                    B::enamel_dora_with_parts(x, w, a, b, magnitude, squares, scale, compute);
                 lora.low = db.then_some(low);
                 let state = DoraState {
                     lora,
@@ -426,9 +421,9 @@ impl<B: DoraOps, C: CheckpointStrategy> DoraOps for Autodiff<B, C> {
                 };
                 prep.finish(state, y)
             }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(B::enamel_dora(x, w, a, b, magnitude, squares, scale))
-            }
+            OpsKind::UnTracked(prep) => prep.finish(B::enamel_dora(
+                x, w, a, b, magnitude, squares, scale, compute,
+            )),
         }
     }
 
@@ -440,6 +435,7 @@ impl<B: DoraOps, C: CheckpointStrategy> DoraOps for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: f64,
+        _: Compute,
     ) -> (
         FloatTensor<Self>,
         FloatTensor<Self>,

@@ -9,7 +9,8 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::cpu::storage::{OnFlex, note_fallback};
+use crate::base_weight::BaseWeight;
+use crate::cpu::storage::{OnFlex, note_fallback, weight_on_flex};
 
 /// `y = f ∘ (x · wᵀ + scale · (x · aᵀ) · bᵀ)` with `f = magnitude / ‖w + scale · b·a‖`, row by row. The
 /// length of a row is a constant in the backward pass (DoRA, Liu et al. 2024, arXiv:2402.09353, section
@@ -25,13 +26,14 @@ use crate::cpu::storage::{OnFlex, note_fallback};
 /// If the shapes do not fit together.
 pub fn dora_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: impl Into<BaseWeight>,
     a: Tensor<2>,
     b: Tensor<2>,
     magnitude: Tensor<1>,
     base_squares: Tensor<1>,
     scale: f64,
 ) -> Tensor<2> {
+    let w = w.into();
     let ([_, input], [out, _], [r, _]) = (x.dims(), w.dims(), a.dims());
     assert!(
         w.dims()[1] == input
@@ -48,11 +50,14 @@ pub fn dora_linear(
         magnitude.dims(),
         base_squares.dims(),
     );
-    let matrices = [&x, &w, &a, &b].iter().all(|t| t.on_flex());
+    let matrices = [&x, &a, &b].iter().all(|t| t.on_flex()) && weight_on_flex(&w.values());
     if matrices && magnitude.on_flex() && base_squares.on_flex() {
         cpu::dora_linear(x, w, a, b, magnitude, base_squares, scale)
     } else {
-        note_fallback("dora_linear", &[&x, &w, &a, &b, &magnitude, &base_squares]);
-        reference::dora_linear(x, w, a, b, magnitude, base_squares, scale)
+        note_fallback(
+            "dora_linear",
+            &[&x, &w.values(), &a, &b, &magnitude, &base_squares],
+        );
+        reference::dora_linear(x, w.dense(), a, b, magnitude, base_squares, scale)
     }
 }

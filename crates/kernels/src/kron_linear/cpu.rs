@@ -20,9 +20,13 @@ use burn::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
 use super::tile::{Operand, Sizes, Target, inner_products, products};
-use crate::cpu::matrix::{Into, MatMut, MatRef, Threads, product, readable};
+use crate::base_weight::BaseWeight;
+use crate::cpu::gemm::{Compute, Packed, Weight, outer, times, times_t};
+use crate::cpu::half::{few_times_t, held};
+use crate::cpu::matrix::{FEW_ROWS, Into, MatMut, MatRef};
 use crate::cpu::simd::{Level, level};
-use crate::cpu::storage::{Fresh, dense, tensor, values};
+use crate::cpu::storage::{dense, tensor, values};
+use crate::lora_linear::cpu::{dims, fresh};
 use crate::profile;
 
 /// Numbers in a chunk's rows of x and y together: 64 KiB, so that they and the intermediate results
@@ -52,11 +56,12 @@ pub trait KronOps: Backend {
         w1: FloatTensor<Self>,
         w2: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self>;
 
     /// Gradients of x and w, and of w1 and w2; those not wanted are empty. x is read for those of w,
     /// w1 and w2 only, w for that of x.
-    #[allow(clippy::type_complexity)]
+    #[allow(clippy::type_complexity, clippy::too_many_arguments)]
     fn enamel_kron_backward(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -64,6 +69,7 @@ pub trait KronOps: Backend {
         w2: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
         wanted: Wanted,
     ) -> (
         FloatTensor<Self>,
@@ -75,17 +81,18 @@ pub trait KronOps: Backend {
 
 pub(super) fn kron_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: BaseWeight,
     w1: Tensor<2>,
     w2: Tensor<2>,
     scale: f64,
 ) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as KronOps>::enamel_kron(
         x.into_dispatch(),
-        w.into_dispatch(),
+        w.values().into_dispatch(),
         w1.into_dispatch(),
         w2.into_dispatch(),
         scale,
+        w.compute(),
     ))
 }
 
@@ -384,19 +391,22 @@ impl Factors<'_> {
     }
 }
 
-fn dims(t: &FlexTensor) -> (usize, usize) {
-    (t.layout().shape()[0], t.layout().shape()[1])
+/// The elements of a `[rows, cols]` matrix that `fill` sets.
+fn matrix(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> Vec<f32> {
+    let out = fresh(rows, cols, fill);
+    // SAFETY: the callers' products set all of it.
+    unsafe { out.into_vec() }
 }
 
-/// The elements of `a · b`.
-fn base(rows: usize, cols: usize, a: MatRef<'_>, b: MatRef<'_>) -> Vec<f32> {
-    let mut out = Fresh::new(rows * cols);
-    // SAFETY: the buffer has that many elements, and the product sets all of them.
-    unsafe {
-        let mut dst = MatMut::raw(out.as_mut_ptr(), rows, cols, cols);
-        product(&mut dst, Into::Set, 1.0, a, b, Threads::All);
-        out.into_vec()
-    }
+/// The elements of `x · wᵀ`.
+fn base(x: MatRef<'_>, w: Weight<'_>, compute: Compute) -> Vec<f32> {
+    matrix(x.rows(), w.out(), |y| {
+        if x.rows() <= FEW_ROWS {
+            return few_times_t(y, Into::Set, 1.0, x, w);
+        }
+        let x = Packed::of(x, 1.0, compute);
+        times_t(y, Into::Set, &[(&x, w)]);
+    })
 }
 
 impl KronOps for Flex {
@@ -406,8 +416,9 @@ impl KronOps for Flex {
         w1: FloatTensor<Self>,
         w2: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self> {
-        let (x, w, w1, w2) = (dense(x), readable(w), dense(w1), dense(w2));
+        let (x, w, w1, w2) = (dense(x), held(w), dense(w1), dense(w2));
         let (rows, out) = (dims(&x).0, dims(&w).0);
         let f = Factors::new(&w1, &w2, scale);
         let _timer = profile::op(
@@ -415,7 +426,7 @@ impl KronOps for Flex {
             rows * (2 * f.input() * out + f.flops()),
             4 * (rows * (f.input() + out) + f.input() * out),
         );
-        let mut y = base(rows, out, MatRef::of(&x), MatRef::of(&w).t());
+        let mut y = base(MatRef::of(&x), Weight::of(&w), compute);
         let xs = values(&x);
         if rows > 0 && !f.empty() {
             assert!(
@@ -438,6 +449,7 @@ impl KronOps for Flex {
         w2: FloatTensor<Self>,
         grad: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
         wanted: Wanted,
     ) -> (
         FloatTensor<Self>,
@@ -445,7 +457,7 @@ impl KronOps for Flex {
         FloatTensor<Self>,
         FloatTensor<Self>,
     ) {
-        let (x, w, grad) = (dense(x), readable(w), dense(grad));
+        let (x, w, grad) = (dense(x), held(w), dense(grad));
         let (w1, w2) = (dense(w1), dense(w2));
         let f = Factors::new(&w1, &w2, scale);
         let (rows, out) = dims(&grad);
@@ -463,11 +475,15 @@ impl KronOps for Flex {
         };
         let g = MatRef::of(&grad);
         let mut dx = match wanted.x {
-            true => base(rows, input, g, MatRef::of(&w)),
+            true => matrix(rows, input, |dx| {
+                times(dx, Into::Set, &[(g, Weight::of(&w))], compute);
+            }),
             false => Vec::new(),
         };
         let dw = match wanted.w {
-            true => base(out, input, g.t(), MatRef::of(&x)),
+            true => matrix(out, input, |dw| {
+                outer(dw, Into::Set, 1.0, g, MatRef::of(&x));
+            }),
             false => Vec::new(),
         };
         let (dw1, dw2) = if rows > 0 && !f.empty() && (wanted.x || wanted.w1 || wanted.w2) {
@@ -495,6 +511,7 @@ struct KronState<B: Backend> {
     w1: FloatTensor<B>,
     w2: FloatTensor<B>,
     scale: f64,
+    compute: Compute,
 }
 
 #[derive(Debug)]
@@ -512,6 +529,7 @@ impl<B: KronOps> Backward<B, 4> for KronStep {
             w1,
             w2,
             scale,
+            compute,
         } = ops.state;
         let wanted = Wanted {
             x: x_node.is_some(),
@@ -524,7 +542,8 @@ impl<B: KronOps> Backward<B, 4> for KronStep {
             x.unwrap_or_else(|| w1.clone()),
             w.unwrap_or_else(|| w1.clone()),
         );
-        let (dx, dw, dw1, dw2) = B::enamel_kron_backward(x, w, w1, w2, grad, scale, wanted);
+        let (dx, dw, dw1, dw2) =
+            B::enamel_kron_backward(x, w, w1, w2, grad, scale, compute, wanted);
         let pairs = [(x_node, dx), (w_node, dw), (w1_node, dw1), (w2_node, dw2)];
         for (node, gradient) in pairs {
             if let Some(node) = node {
@@ -541,6 +560,7 @@ impl<B: KronOps, C: CheckpointStrategy> KronOps for Autodiff<B, C> {
         w1: FloatTensor<Self>,
         w2: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self> {
         let [dx, dw, d1, d2] = [&x, &w, &w1, &w2].map(|t| t.is_tracked());
         let (x, x_node) = x.into_parts();
@@ -556,10 +576,11 @@ impl<B: KronOps, C: CheckpointStrategy> KronOps for Autodiff<B, C> {
                     w1: w1.clone(),
                     w2: w2.clone(),
                     scale,
+                    compute,
                 };
-                prep.finish(state, B::enamel_kron(x, w, w1, w2, scale))
+                prep.finish(state, B::enamel_kron(x, w, w1, w2, scale, compute))
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::enamel_kron(x, w, w1, w2, scale)),
+            OpsKind::UnTracked(prep) => prep.finish(B::enamel_kron(x, w, w1, w2, scale, compute)),
         }
     }
 
@@ -570,6 +591,7 @@ impl<B: KronOps, C: CheckpointStrategy> KronOps for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: f64,
+        _: Compute,
         _: Wanted,
     ) -> (
         FloatTensor<Self>,

@@ -12,7 +12,8 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::cpu::storage::{OnFlex, note_fallback};
+use crate::base_weight::BaseWeight;
+use crate::cpu::storage::{OnFlex, note_fallback, weight_on_flex};
 
 /// `y = x · wᵀ + scale · x · kron(w1, w2)ᵀ`, without the Kronecker product: with a row of x as
 /// `X: [m, n]`, the adapter's part of the same row of y is `w1 · X · w2ᵀ: [l, k]`
@@ -27,11 +28,12 @@ use crate::cpu::storage::{OnFlex, note_fallback};
 /// If the shapes do not fit together.
 pub fn kron_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: impl Into<BaseWeight>,
     w1: Tensor<2>,
     w2: Tensor<2>,
     scale: f64,
 ) -> Tensor<2> {
+    let w = w.into();
     let ([_, input], [out, _]) = (x.dims(), w.dims());
     let ([l, m], [k, n]) = (w1.dims(), w2.dims());
     assert!(
@@ -43,11 +45,11 @@ pub fn kron_linear(
         w1.dims(),
         w2.dims(),
     );
-    if x.on_flex() && w.on_flex() && w1.on_flex() && w2.on_flex() {
+    if x.on_flex() && weight_on_flex(&w.values()) && w1.on_flex() && w2.on_flex() {
         cpu::kron_linear(x, w, w1, w2, scale)
     } else {
-        note_fallback("kron_linear", &[&x, &w, &w1, &w2]);
-        reference::kron_linear(x, w, w1, w2, scale)
+        note_fallback("kron_linear", &[&x, &w.values(), &w1, &w2]);
+        reference::kron_linear(x, w.dense(), w1, w2, scale)
     }
 }
 

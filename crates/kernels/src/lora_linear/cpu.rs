@@ -1,5 +1,6 @@
-//! Linear and LoRA linear on Flex: products accumulate into their destination, so that no sum, no
-//! scaled copy and no `w + scale · b·a` exists. A frozen weight costs its input gradient only.
+//! Linear and LoRA linear on Flex: x is packed once for the weight and the adapter, and products
+//! accumulate into their destination, so that no sum and no `w + scale · b·a` exists. A frozen weight, f32
+//! or bf16, costs its input gradient only.
 
 use burn::backend::autodiff::Autodiff;
 use burn::backend::autodiff::NodeId;
@@ -11,14 +12,20 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{Shape, Tensor};
 
-use crate::cpu::matrix::{Into, MatMut, MatRef, Threads, product, readable};
-use crate::cpu::storage::Fresh;
+use crate::cpu::gemm::{Compute, Packed, Weight, outer, times, times_t};
+use crate::cpu::half::{few_times_t, held};
+use crate::cpu::matrix::{FEW_ROWS, Into, MatMut, MatRef, readable};
+use crate::cpu::storage::{Fresh, dense};
 
-/// The operations as a backend extension.
+/// The operations as a backend extension. w may be bf16, all else is f32.
 #[backend_extension(Flex, Autodiff)]
 pub trait LinearOps: Backend {
     /// `x · wᵀ`.
-    fn enamel_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self>;
+    fn enamel_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
 
     /// `x · wᵀ + scale · (x · aᵀ) · bᵀ`.
     fn enamel_lora(
@@ -27,6 +34,7 @@ pub trait LinearOps: Backend {
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self>;
 
     /// [`Self::enamel_lora`] and `x · aᵀ`.
@@ -36,10 +44,16 @@ pub trait LinearOps: Backend {
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// `scale · g · w`.
-    fn enamel_times(g: FloatTensor<Self>, w: FloatTensor<Self>, scale: f64) -> FloatTensor<Self>;
+    fn enamel_times(
+        g: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        scale: f64,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
 
     /// `g · w + low · a`.
     fn enamel_times_sum(
@@ -47,14 +61,15 @@ pub trait LinearOps: Backend {
         w: FloatTensor<Self>,
         low: FloatTensor<Self>,
         a: FloatTensor<Self>,
+        compute: Compute,
     ) -> FloatTensor<Self>;
 
     /// `scale · gᵀ · x`.
     fn enamel_outer(g: FloatTensor<Self>, x: FloatTensor<Self>, scale: f64) -> FloatTensor<Self>;
 }
 
-pub(super) fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
-    let y = <Dispatch as LinearOps>::enamel_linear(x.into_dispatch(), w.into_dispatch());
+pub(super) fn linear(x: Tensor<2>, w: Tensor<2>, compute: Compute) -> Tensor<2> {
+    let y = <Dispatch as LinearOps>::enamel_linear(x.into_dispatch(), w.into_dispatch(), compute);
     Tensor::from_dispatch(y)
 }
 
@@ -64,6 +79,7 @@ pub(super) fn lora_linear(
     a: Tensor<2>,
     b: Tensor<2>,
     scale: f64,
+    compute: Compute,
 ) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as LinearOps>::enamel_lora(
         x.into_dispatch(),
@@ -71,6 +87,7 @@ pub(super) fn lora_linear(
         a.into_dispatch(),
         b.into_dispatch(),
         scale,
+        compute,
     ))
 }
 
@@ -78,38 +95,54 @@ pub(crate) fn dims(t: &FlexTensor) -> (usize, usize) {
     (t.layout().shape()[0], t.layout().shape()[1])
 }
 
-/// A fresh `[rows, cols]` result: the first product sets it, a second one is added.
-pub(super) fn sum_of(
-    rows: usize,
-    cols: usize,
-    scale: f64,
-    first: (MatRef<'_>, MatRef<'_>),
-    second: Option<(MatRef<'_>, MatRef<'_>, f64)>,
-) -> FlexTensor {
+/// A fresh `[rows, cols]` matrix of which `fill` sets every element.
+pub(crate) fn fresh(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> Fresh {
     let mut out = Fresh::new(rows * cols);
-    // SAFETY: the buffer has that many elements, and the first product sets all of them.
-    unsafe {
-        let mut dst = MatMut::raw(out.as_mut_ptr(), rows, cols, cols);
-        product(
-            &mut dst,
-            Into::Set,
-            scale as f32,
-            first.0,
-            first.1,
-            Threads::All,
-        );
-        if let Some((a, b, scale)) = second {
-            product(&mut dst, Into::Add, scale as f32, a, b, Threads::All);
-        }
-        out.into_tensor(Shape::from(vec![rows, cols]))
+    // SAFETY: the buffer has that many elements, and nothing else knows it.
+    fill(&mut unsafe { MatMut::raw(out.as_mut_ptr(), rows, cols, cols) });
+    out
+}
+
+/// The same as a tensor.
+pub(super) fn filled(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> FlexTensor {
+    let out = fresh(rows, cols, fill);
+    // SAFETY: the caller's first product sets all of it.
+    unsafe { out.into_tensor(Shape::from(vec![rows, cols])) }
+}
+
+/// Profile's figures of products of `rows` rows with these weights: floating-point operations, and bytes
+/// with each operand and result counted once.
+fn cost(rows: usize, weights: &[&FlexTensor]) -> (usize, usize) {
+    let (mut flops, mut bytes) = (0, 0);
+    for w in weights {
+        let (out, width) = dims(w);
+        flops += 2 * rows * out * width;
+        bytes += out * width * w.dtype().size() + 4 * rows * (out + width);
     }
+    (flops, bytes)
 }
 
 impl LinearOps for Flex {
-    fn enamel_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        let (x, w) = (readable(x), readable(w));
+    fn enamel_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
         let (rows, out) = (dims(&x).0, dims(&w).0);
-        sum_of(rows, out, 1.0, (MatRef::of(&x), MatRef::of(&w).t()), None)
+        let (flops, bytes) = cost(rows, &[&w]);
+        let _timer = crate::profile::op("linear", flops, bytes);
+        let w = held(w);
+        if rows <= FEW_ROWS {
+            let x = dense(x);
+            return filled(rows, out, |y| {
+                few_times_t(y, Into::Set, 1.0, MatRef::of(&x), Weight::of(&w));
+            });
+        }
+        let x = readable(x);
+        let x = Packed::of(MatRef::of(&x), 1.0, compute);
+        filled(rows, out, |y| {
+            times_t(y, Into::Set, &[(&x, Weight::of(&w))])
+        })
     }
 
     fn enamel_lora(
@@ -118,8 +151,9 @@ impl LinearOps for Flex {
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self> {
-        Self::enamel_lora_with_low(x, w, a, b, scale).0
+        Self::enamel_lora_with_low(x, w, a, b, scale, compute).0
     }
 
     fn enamel_lora_with_low(
@@ -128,29 +162,60 @@ impl LinearOps for Flex {
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (x, w, a, b) = (readable(x), readable(w), readable(a), readable(b));
         let (rows, out, rank) = (dims(&x).0, dims(&w).0, dims(&a).0);
-        let low = sum_of(rows, rank, 1.0, (MatRef::of(&x), MatRef::of(&a).t()), None);
-        let y = sum_of(
-            rows,
-            out,
-            1.0,
-            (MatRef::of(&x), MatRef::of(&w).t()),
-            Some((MatRef::of(&low), MatRef::of(&b).t(), scale)),
-        );
+        let (flops, bytes) = cost(rows, &[&w, &a, &b]);
+        let _timer = crate::profile::op("lora", flops, bytes);
+        let (w, a, b) = (held(w), readable(a), readable(b));
+        let scale = scale as f32;
+        if rows <= FEW_ROWS {
+            let x = dense(x);
+            let input = MatRef::of(&x);
+            let low = filled(rows, rank, |low| {
+                few_times_t(low, Into::Set, 1.0, input, Weight::of(&a));
+            });
+            let y = filled(rows, out, |y| {
+                few_times_t(y, Into::Set, 1.0, input, Weight::of(&w));
+                few_times_t(y, Into::Add, scale, MatRef::of(&low), Weight::of(&b));
+            });
+            return (y, low);
+        }
+        let x = readable(x);
+        let input = Packed::of(MatRef::of(&x), 1.0, compute);
+        let low = filled(rows, rank, |low| {
+            times_t(low, Into::Set, &[(&input, Weight::of(&a))])
+        });
+        let scaled = Packed::of(MatRef::of(&low), scale, compute);
+        let y = filled(rows, out, |y| {
+            let terms = [(&input, Weight::of(&w)), (&scaled, Weight::of(&b))];
+            times_t(y, Into::Set, &terms);
+        });
         (y, low)
     }
 
-    fn enamel_times(g: FloatTensor<Self>, w: FloatTensor<Self>, scale: f64) -> FloatTensor<Self> {
-        let (g, w) = (readable(g), readable(w));
-        sum_of(
-            dims(&g).0,
-            dims(&w).1,
-            scale,
-            (MatRef::of(&g), MatRef::of(&w)),
-            None,
-        )
+    fn enamel_times(
+        g: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        scale: f64,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        let (rows, width) = (dims(&g).0, dims(&w).1);
+        let (flops, bytes) = cost(rows, &[&w]);
+        let _timer = crate::profile::op("linear backward", flops, bytes);
+        let (g, w) = (readable(g), held(w));
+        let mut result = filled(rows, width, |dst| {
+            let terms = [(MatRef::of(&g), Weight::of(&w))];
+            times(dst, Into::Set, &terms, compute);
+        });
+        if scale != 1.0 {
+            let scale = scale as f32;
+            result
+                .storage_mut::<f32>()
+                .iter_mut()
+                .for_each(|v| *v *= scale);
+        }
+        result
     }
 
     fn enamel_times_sum(
@@ -158,26 +223,29 @@ impl LinearOps for Flex {
         w: FloatTensor<Self>,
         low: FloatTensor<Self>,
         a: FloatTensor<Self>,
+        compute: Compute,
     ) -> FloatTensor<Self> {
-        let (g, w, low, a) = (readable(g), readable(w), readable(low), readable(a));
-        sum_of(
-            dims(&g).0,
-            dims(&w).1,
-            1.0,
-            (MatRef::of(&g), MatRef::of(&w)),
-            Some((MatRef::of(&low), MatRef::of(&a), 1.0)),
-        )
+        let (rows, width) = (dims(&g).0, dims(&w).1);
+        let (flops, bytes) = cost(rows, &[&w, &a]);
+        let _timer = crate::profile::op("lora backward", flops, bytes);
+        let (g, w, low, a) = (readable(g), held(w), readable(low), readable(a));
+        filled(rows, width, |dst| {
+            let terms = [
+                (MatRef::of(&g), Weight::of(&w)),
+                (MatRef::of(&low), Weight::of(&a)),
+            ];
+            times(dst, Into::Set, &terms, compute);
+        })
     }
 
     fn enamel_outer(g: FloatTensor<Self>, x: FloatTensor<Self>, scale: f64) -> FloatTensor<Self> {
+        let ((rows, p), q) = (dims(&g), dims(&x).1);
+        let bytes = 4 * (rows * (p + q) + p * q);
+        let _timer = crate::profile::op("weight gradient", 2 * rows * p * q, bytes);
         let (g, x) = (readable(g), readable(x));
-        sum_of(
-            dims(&g).1,
-            dims(&x).1,
-            scale,
-            (MatRef::of(&g).t(), MatRef::of(&x)),
-            None,
-        )
+        filled(p, q, |dst| {
+            outer(dst, Into::Set, scale as f32, MatRef::of(&g), MatRef::of(&x));
+        })
     }
 }
 
@@ -186,17 +254,17 @@ struct LinearStep;
 
 impl<B: LinearOps> Backward<B, 2> for LinearStep {
     /// x if w is tracked, w if x is.
-    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>);
+    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>, Compute);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let grad = grads.consume::<B>(&ops.node);
         let [x_node, w_node] = ops.parents;
-        let (x, w) = ops.state;
+        let (x, w, compute) = ops.state;
         if let (Some(node), Some(x)) = (w_node, x) {
             grads.register::<B>(node.id, B::enamel_outer(grad.clone(), x, 1.0));
         }
         if let (Some(node), Some(w)) = (x_node, w) {
-            grads.register::<B>(node.id, B::enamel_times(grad, w, 1.0));
+            grads.register::<B>(node.id, B::enamel_times(grad, w, 1.0, compute));
         }
     }
 }
@@ -210,6 +278,7 @@ pub(crate) struct LoraState<B: Backend> {
     pub(crate) b: Option<FloatTensor<B>>,
     pub(crate) low: Option<FloatTensor<B>>,
     pub(crate) scale: f64,
+    pub(crate) compute: Compute,
 }
 
 impl<B: LinearOps> LoraState<B> {
@@ -228,6 +297,7 @@ impl<B: LinearOps> LoraState<B> {
             b,
             low,
             scale,
+            compute,
         } = self;
         if let (Some(node), Some(low)) = (b_node, low) {
             grads.register::<B>(node, B::enamel_outer(grad.clone(), low, scale));
@@ -237,12 +307,12 @@ impl<B: LinearOps> LoraState<B> {
         }
         // b is kept when a or x is tracked; both gradients go through the narrow side.
         let Some(b) = b else { return };
-        let d_low = B::enamel_times(grad.clone(), b, scale);
+        let d_low = B::enamel_times(grad.clone(), b, scale, compute);
         if let (Some(node), Some(x)) = (a_node, x) {
             grads.register::<B>(node, B::enamel_outer(d_low.clone(), x, 1.0));
         }
         if let (Some(node), Some(w), Some(a)) = (x_node, w, a) {
-            grads.register::<B>(node, B::enamel_times_sum(grad, w, d_low, a));
+            grads.register::<B>(node, B::enamel_times_sum(grad, w, d_low, a, compute));
         }
     }
 }
@@ -261,7 +331,11 @@ impl<B: LinearOps> Backward<B, 4> for LoraStep {
 }
 
 impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
-    fn enamel_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn enamel_linear(
+        x: FloatTensor<Self>,
+        w: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
         let (dx, dw) = (x.is_tracked(), w.is_tracked());
         let (x, x_node) = x.into_parts();
         let (w, w_node) = w.into_parts();
@@ -271,10 +345,10 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
             .stateful()
         {
             OpsKind::Tracked(prep) => {
-                let state = (dw.then(|| x.clone()), dx.then(|| w.clone()));
-                prep.finish(state, B::enamel_linear(x, w))
+                let state = (dw.then(|| x.clone()), dx.then(|| w.clone()), compute);
+                prep.finish(state, B::enamel_linear(x, w, compute))
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::enamel_linear(x, w)),
+            OpsKind::UnTracked(prep) => prep.finish(B::enamel_linear(x, w, compute)),
         }
     }
 
@@ -284,6 +358,7 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
         scale: f64,
+        compute: Compute,
     ) -> FloatTensor<Self> {
         let [dx, dw, da, db] = [&x, &w, &a, &b].map(|t| t.is_tracked());
         let (x, x_node) = x.into_parts();
@@ -300,12 +375,13 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
                     b: (da || dx).then(|| b.clone()),
                     low: None,
                     scale,
+                    compute,
                 };
-                let (y, low) = B::enamel_lora_with_low(x, w, a, b, scale);
+                let (y, low) = B::enamel_lora_with_low(x, w, a, b, scale, compute);
                 state.low = db.then_some(low);
                 prep.finish(state, y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::enamel_lora(x, w, a, b, scale)),
+            OpsKind::UnTracked(prep) => prep.finish(B::enamel_lora(x, w, a, b, scale, compute)),
         }
     }
 
@@ -315,11 +391,17 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: f64,
+        _: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         unimplemented!("second-order gradients of lora_linear")
     }
 
-    fn enamel_times(_: FloatTensor<Self>, _: FloatTensor<Self>, _: f64) -> FloatTensor<Self> {
+    fn enamel_times(
+        _: FloatTensor<Self>,
+        _: FloatTensor<Self>,
+        _: f64,
+        _: Compute,
+    ) -> FloatTensor<Self> {
         unimplemented!("second-order gradients of linear")
     }
 
@@ -328,6 +410,7 @@ impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
+        _: Compute,
     ) -> FloatTensor<Self> {
         unimplemented!("second-order gradients of lora_linear")
     }

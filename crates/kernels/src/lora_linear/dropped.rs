@@ -11,9 +11,11 @@ use burn::backend::{Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use super::cpu::{LinearOps, LoraState, dims, sum_of};
+use super::cpu::{LinearOps, LoraState, dims, filled};
 use super::mask::{Dropout, Mask, masked, masked_sum};
-use crate::cpu::matrix::{MatRef, readable};
+use crate::cpu::gemm::{Compute, Packed, Weight, times_t};
+use crate::cpu::half::held;
+use crate::cpu::matrix::{Into, MatRef, readable};
 use crate::cpu::simd::level;
 use crate::cpu::storage::{CHUNK, dense, owned, values};
 
@@ -28,6 +30,7 @@ pub trait DroppedLoraOps: LinearOps {
         b: FloatTensor<Self>,
         scale: f64,
         dropout: Dropout,
+        compute: Compute,
     ) -> FloatTensor<Self>;
 
     /// [`Self::enamel_lora_dropped`] and `drop(x) · aᵀ`.
@@ -38,6 +41,7 @@ pub trait DroppedLoraOps: LinearOps {
         b: FloatTensor<Self>,
         scale: f64,
         dropout: Dropout,
+        compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// `drop(x)`.
@@ -58,6 +62,7 @@ pub(super) fn lora_linear_dropout(
     b: Tensor<2>,
     scale: f64,
     dropout: Dropout,
+    compute: Compute,
 ) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as DroppedLoraOps>::enamel_lora_dropped(
         x.into_dispatch(),
@@ -66,6 +71,7 @@ pub(super) fn lora_linear_dropout(
         b.into_dispatch(),
         scale,
         dropout,
+        compute,
     ))
 }
 
@@ -88,8 +94,9 @@ impl DroppedLoraOps for Flex {
         b: FloatTensor<Self>,
         scale: f64,
         dropout: Dropout,
+        compute: Compute,
     ) -> FloatTensor<Self> {
-        Self::enamel_lora_dropped_with_low(x, w, a, b, scale, dropout).0
+        Self::enamel_lora_dropped_with_low(x, w, a, b, scale, dropout, compute).0
     }
 
     fn enamel_lora_dropped_with_low(
@@ -99,26 +106,22 @@ impl DroppedLoraOps for Flex {
         b: FloatTensor<Self>,
         scale: f64,
         dropout: Dropout,
+        compute: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (x, w, a, b) = (readable(x), readable(w), readable(a), readable(b));
+        let (x, w, a, b) = (readable(x), held(w), readable(a), readable(b));
         let (rows, out, rank) = (dims(&x).0, dims(&w).0, dims(&a).0);
-        let input = dropped(x.clone(), dropout);
-        let low = sum_of(
-            rows,
-            rank,
-            1.0,
-            (MatRef::of(&input), MatRef::of(&a).t()),
-            None,
-        );
-        drop(input);
-        let second = (MatRef::of(&low), MatRef::of(&b).t(), scale);
-        let y = sum_of(
-            rows,
-            out,
-            1.0,
-            (MatRef::of(&x), MatRef::of(&w).t()),
-            Some(second),
-        );
+        let kept = dropped(x.clone(), dropout);
+        let kept = Packed::of(MatRef::of(&kept), 1.0, compute);
+        let low = filled(rows, rank, |low| {
+            times_t(low, Into::Set, &[(&kept, Weight::of(&a))])
+        });
+        drop(kept);
+        let scaled = Packed::of(MatRef::of(&low), scale as f32, compute);
+        let input = Packed::of(MatRef::of(&x), 1.0, compute);
+        let y = filled(rows, out, |y| {
+            let terms = [(&input, Weight::of(&w)), (&scaled, Weight::of(&b))];
+            times_t(y, Into::Set, &terms);
+        });
         (y, low)
     }
 
@@ -161,6 +164,7 @@ impl<B: DroppedLoraOps> Backward<B, 4> for DroppedLoraStep {
                 b,
                 low,
                 scale,
+                compute,
             },
             dropout,
         ) = ops.state;
@@ -172,14 +176,14 @@ impl<B: DroppedLoraOps> Backward<B, 4> for DroppedLoraStep {
         }
         // b is kept when a or x is tracked; both gradients go through the narrow side.
         let Some(b) = b else { return };
-        let d_low = B::enamel_times(grad.clone(), b, scale);
+        let d_low = B::enamel_times(grad.clone(), b, scale, compute);
         if let (Some(node), Some(x)) = (a_node, x) {
             let input = B::enamel_dropped(x, dropout);
             grads.register::<B>(node.id, B::enamel_outer(d_low.clone(), input, 1.0));
         }
         if let (Some(node), Some(w), Some(a)) = (x_node, w, a) {
-            let base = B::enamel_times(grad, w, 1.0);
-            let adapter = B::enamel_times(d_low, a, 1.0);
+            let base = B::enamel_times(grad, w, 1.0, compute);
+            let adapter = B::enamel_times(d_low, a, 1.0, compute);
             grads.register::<B>(node.id, B::enamel_dropped_sum(base, adapter, dropout));
         }
     }
@@ -193,6 +197,7 @@ impl<B: DroppedLoraOps, C: CheckpointStrategy> DroppedLoraOps for Autodiff<B, C>
         b: FloatTensor<Self>,
         scale: f64,
         dropout: Dropout,
+        compute: Compute,
     ) -> FloatTensor<Self> {
         let [dx, dw, da, db] = [&x, &w, &a, &b].map(|t| t.is_tracked());
         let (x, x_node) = x.into_parts();
@@ -213,13 +218,14 @@ impl<B: DroppedLoraOps, C: CheckpointStrategy> DroppedLoraOps for Autodiff<B, C>
                     b: (da || dx).then(|| b.clone()),
                     low: None,
                     scale,
+                    compute,
                 };
-                let (y, low) = B::enamel_lora_dropped_with_low(x, w, a, b, scale, dropout);
+                let (y, low) = B::enamel_lora_dropped_with_low(x, w, a, b, scale, dropout, compute);
                 state.low = db.then_some(low);
                 prep.finish((state, dropout), y)
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(B::enamel_lora_dropped(x, w, a, b, scale, dropout))
+                prep.finish(B::enamel_lora_dropped(x, w, a, b, scale, dropout, compute))
             }
         }
     }
@@ -231,6 +237,7 @@ impl<B: DroppedLoraOps, C: CheckpointStrategy> DroppedLoraOps for Autodiff<B, C>
         _: FloatTensor<Self>,
         _: f64,
         _: Dropout,
+        _: Compute,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         unimplemented!("second-order gradients of lora_linear_dropout")
     }

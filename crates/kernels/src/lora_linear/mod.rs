@@ -10,19 +10,23 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::cpu::storage::OnFlex;
+use crate::base_weight::BaseWeight;
+use crate::cpu::storage::{OnFlex, weight_on_flex};
 
 pub use mask::Dropout;
 
-/// `y = x · wᵀ`.
+/// `y = x · wᵀ`. Where the weight asks for bf16 products, both factors are rounded to bf16, forward and for
+/// the gradient of x; up to four rows are multiplied as they are, since reading w takes the time then.
 ///
 /// # Shapes
 /// - x: `[rows, in]`, w: `[out, in]` (Hugging Face order), result: `[rows, out]`
-pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
-    if x.on_flex() && w.on_flex() {
-        cpu::linear(x, w)
+pub fn linear(x: Tensor<2>, w: impl Into<BaseWeight>) -> Tensor<2> {
+    let w = w.into();
+    if x.on_flex() && weight_on_flex(&w.values()) {
+        cpu::linear(x, w.values(), w.compute())
     } else {
-        reference::linear(x, w)
+        no_kernel("linear", &x, &w);
+        reference::linear(x, w.dense())
     }
 }
 
@@ -32,15 +36,17 @@ pub fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
 /// - x: `[rows, in]`, w: `[out, in]`, a: `[r, in]`, b: `[out, r]`, result: `[rows, out]`
 pub fn lora_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: impl Into<BaseWeight>,
     a: Tensor<2>,
     b: Tensor<2>,
     scale: f64,
 ) -> Tensor<2> {
-    if x.on_flex() && w.on_flex() && a.on_flex() && b.on_flex() {
-        cpu::lora_linear(x, w, a, b, scale)
+    let w = w.into();
+    if x.on_flex() && weight_on_flex(&w.values()) && a.on_flex() && b.on_flex() {
+        cpu::lora_linear(x, w.values(), a, b, scale, w.compute())
     } else {
-        reference::lora_linear(x, w, a, b, scale)
+        no_kernel("lora", &x, &w);
+        reference::lora_linear(x, w.dense(), a, b, scale)
     }
 }
 
@@ -51,7 +57,7 @@ pub fn lora_linear(
 /// - x: `[rows, in]`, w: `[out, in]`, a: `[r, in]`, b: `[out, r]`, result: `[rows, out]`
 pub fn lora_linear_dropout(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: impl Into<BaseWeight>,
     a: Tensor<2>,
     b: Tensor<2>,
     scale: f64,
@@ -60,9 +66,20 @@ pub fn lora_linear_dropout(
     if dropout.probability <= 0.0 {
         return lora_linear(x, w, a, b, scale);
     }
-    if x.on_flex() && w.on_flex() && a.on_flex() && b.on_flex() {
-        dropped::lora_linear_dropout(x, w, a, b, scale, dropout)
+    let w = w.into();
+    if x.on_flex() && weight_on_flex(&w.values()) && a.on_flex() && b.on_flex() {
+        dropped::lora_linear_dropout(x, w.values(), a, b, scale, dropout, w.compute())
     } else {
-        reference::lora_linear_dropout(x, w, a, b, scale, dropout)
+        no_kernel("lora with dropout", &x, &w);
+        reference::lora_linear_dropout(x, w.dense(), a, b, scale, dropout)
     }
+}
+
+/// Notes in the profile that the reference computes what no kernel takes.
+fn no_kernel(op: &'static str, x: &Tensor<2>, w: &BaseWeight) {
+    crate::profile::fallback(op, || {
+        let path = crate::CpuPath::chosen();
+        let (x, w) = (x.dtype(), w.values().dtype());
+        format!("{x:?} times {w:?} on this device, path {}", path.name())
+    });
 }

@@ -5,6 +5,7 @@ use burn::tensor::{Device, Tensor};
 use super::{Dropout, linear, lora_linear, lora_linear_dropout, reference};
 use crate::check::property::{Case, Check, everything};
 use crate::check::*;
+use crate::{BaseWeight, Compute, HostValues, dora_linear, kron_linear};
 
 /// Sums of up to 300 products in another order.
 const TOLERANCE: f32 = 3e-6;
@@ -218,4 +219,134 @@ fn threads_do_not_matter() {
             std::iter::once(y).chain(g.into_iter().flatten()).collect()
         });
     }
+}
+
+/// Every operation that reads a base weight: x and its small parameters tracked, w rounded to bf16.
+#[derive(Clone, Copy, Debug)]
+enum Op {
+    Linear,
+    Lora,
+    Dropped,
+    Dora,
+    Kron,
+}
+
+const OPS: [Op; 5] = [Op::Linear, Op::Lora, Op::Dropped, Op::Dora, Op::Kron];
+
+fn run_on(
+    op: Op,
+    device: &Device,
+    rows: usize,
+    weight: impl Fn(HostValues) -> BaseWeight,
+) -> Outcome {
+    const R: usize = 8;
+    let (k, n) = (300, 132);
+    let x = leaf(1, [rows, k], true, device);
+    let w = weight(HostValues::F32(noise(2, n * k)).rounded());
+    let (a, b) = (leaf(4, [R, k], true, device), leaf(5, [n, R], true, device));
+    let (w1, w2) = (
+        leaf(6, [12, 15], true, device),
+        leaf(7, [11, 20], true, device),
+    );
+    let length = leaf(8, [n], true, device);
+    let squares = tensor(vec![120.0; n], [n], false, device);
+    let (y, inputs) = match op {
+        Op::Linear => (linear(x.clone(), w), vec![x]),
+        Op::Lora => (
+            lora_linear(x.clone(), w, a.clone(), b.clone(), 0.75),
+            vec![x, a, b],
+        ),
+        Op::Dropped => (
+            lora_linear_dropout(x.clone(), w, a.clone(), b.clone(), 0.75, DROPOUT),
+            vec![x, a, b],
+        ),
+        Op::Dora => (
+            dora_linear(x.clone(), w, a.clone(), b.clone(), length, squares, 0.1),
+            vec![x, a, b],
+        ),
+        Op::Kron => (
+            kron_linear(x.clone(), w, w1.clone(), w2.clone(), 0.75),
+            vec![x, w1, w2],
+        ),
+    };
+    let g = backward(&y, 3);
+    (floats(y), inputs.iter().map(|t| grad(t, &g)).collect())
+}
+
+/// Few rows take the dot products, more the packed product.
+#[test]
+fn bf16_weights_in_f32_products_match_the_reference_on_their_values() {
+    for op in OPS {
+        for rows in [1, 4, 5, 67] {
+            let held = |values: HostValues| {
+                let w = values.into_tensor([132, 300], &Device::flex());
+                assert_eq!(w.dtype(), burn::tensor::DType::BF16);
+                BaseWeight::new(w, Compute::F32)
+            };
+            let wide = |values: HostValues| values.into_tensor([132, 300], &ndarray()).into();
+            let (got, got_grads) = run_on(op, &flex(), rows, held);
+            let (want, want_grads) = run_on(op, &ndarray(), rows, wide);
+            let what = format!("{op:?} of {rows} rows");
+            close(&what, &got, &want, 1e-5);
+            close_grads(&what, &got_grads, &want_grads, 1e-5);
+        }
+    }
+}
+
+/// Rounding a factor to 8 bits is off by 2⁻⁹ of it at most, so a sum of hundreds of products of both signs
+/// by less than a hundredth of the largest sum.
+#[test]
+fn bf16_products_are_near_the_reference() {
+    for op in OPS {
+        for rows in [1, 67] {
+            for rounded in [true, false] {
+                let held = |values: HostValues| {
+                    let values = match rounded {
+                        true => values,
+                        false => HostValues::F32(values.into_f32()),
+                    };
+                    let w = values.into_tensor([132, 300], &Device::flex());
+                    BaseWeight::new(w, Compute::Bf16)
+                };
+                let wide = |values: HostValues| values.into_tensor([132, 300], &ndarray()).into();
+                let (got, got_grads) = run_on(op, &flex(), rows, held);
+                let (want, want_grads) = run_on(op, &ndarray(), rows, wide);
+                let what = format!("{op:?} of {rows} rows");
+                close(&what, &got, &want, 1e-2);
+                close_grads(&what, &got_grads, &want_grads, 1e-2);
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_matter_to_bf16_weights() {
+    for (compute, rows) in [(Compute::F32, 1), (Compute::F32, 130), (Compute::Bf16, 130)] {
+        same_on_any_pool(|| {
+            let held = |values: HostValues| {
+                BaseWeight::new(values.into_tensor([132, 300], &Device::flex()), compute)
+            };
+            let (y, g) = run_on(Op::Lora, &flex(), rows, held);
+            std::iter::once(y).chain(g.into_iter().flatten()).collect()
+        });
+    }
+}
+
+#[test]
+fn values_round_to_the_nearest_bf16_and_to_the_even_one_of_two() {
+    // 8 bits of mantissa: from 1 on, steps of 2⁻⁷.
+    let step = 1.0 / 128.0;
+    let cases = [
+        (1.0 + 0.5 * step, 1.0),
+        (1.0 + 0.51 * step, 1.0 + step),
+        (1.0 + 1.5 * step, 1.0 + 2.0 * step),
+        (-1.0 - 0.75 * step, -1.0 - step),
+        (f32::MAX, f32::INFINITY),
+        (0.0, 0.0),
+    ];
+    let values = HostValues::F32(cases.iter().map(|(x, _)| *x).collect()).rounded();
+    let want: Vec<f32> = cases.iter().map(|(_, want)| *want).collect();
+    assert_eq!(values.into_f32(), want);
+    let nan = HostValues::F32(vec![f32::NAN]).rounded().into_f32();
+    assert!(nan[0].is_nan());
 }

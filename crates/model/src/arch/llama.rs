@@ -4,11 +4,11 @@
 use std::num::NonZeroUsize;
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor};
 use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
 use enamel_kernels::{
-    AttentionSpec, Compute, KeyMask, Norm, Projection, attention, attention_qkv, fuses, project,
-    project_add, rms_norm, rope, silu_mul, swiglu_project,
+    AttentionSpec, BaseWeight, Compute, HostValues, KeyMask, Norm, Projection, attention,
+    attention_qkv, fuses, project, project_add, rms_norm, rope, silu_mul, swiglu_project,
 };
 
 use super::recompute::train_blocks;
@@ -17,10 +17,7 @@ use crate::config::LlamaConfig;
 use crate::kv_cache::KvCache;
 
 /// Hands out a parameter's values by full name and shape.
-pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>, LoadError> + 'a;
-
-/// What the fused operations round their products' factors to.
-const COMPUTE: Compute = Compute::F32;
+pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<HostValues, LoadError> + 'a;
 
 /// A decoder with a language-model head.
 #[derive(Module, Debug)]
@@ -100,19 +97,25 @@ pub struct Positions {
 
 impl Llama {
     /// Builds the module, asking `fetch` for each parameter in the order of [`LlamaConfig::modules`].
+    /// Matrices are held as `compute` says, or in bf16 where they came in it.
     pub(crate) fn build(
         config: &LlamaConfig,
         device: &Device,
+        compute: Compute,
         fetch: &mut Fetch<'_>,
     ) -> Result<Self, LoadError> {
-        let mut build = Builder { device, fetch };
+        let mut build = Builder {
+            device,
+            compute,
+            fetch,
+        };
         let hidden = config.hidden_size;
         let inner = config.intermediate_size;
         let queries = config.num_attention_heads * config.head_dim;
         let keys = config.num_key_value_heads * config.head_dim;
         let embed_tokens = Embedding::new(
             "model.embed_tokens.weight",
-            build.tensor("model.embed_tokens.weight", [config.vocab_size, hidden])?,
+            build.matrix("model.embed_tokens.weight", [config.vocab_size, hidden])?,
         );
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for (i, sliding_window) in config.sliding_windows.iter().enumerate() {
@@ -263,7 +266,7 @@ impl Layer {
         match attn.o_proj.fused().filter(|_| fuses(&x)) {
             Some(o_proj) => {
                 let dims = x.dims();
-                project_add(rows(y), o_proj, rows(x), COMPUTE).reshape(dims)
+                project_add(rows(y), o_proj, rows(x), attn.o_proj.compute()).reshape(dims)
             }
             None => x + attn.o_proj.forward(y),
         }
@@ -276,9 +279,10 @@ impl Layer {
         match fused.zip(frozen(norm, self.eps)) {
             Some((MlpProjections { gate_up, down }, norm)) => {
                 let dims = x.dims();
+                let compute = self.mlp.down_proj.compute();
                 let x = rows(x);
-                let gate_up = project(x.clone(), Some(norm), gate_up, COMPUTE);
-                swiglu_project(gate_up, down, Some(x), COMPUTE).reshape(dims)
+                let gate_up = project(x.clone(), Some(norm), gate_up, compute);
+                swiglu_project(gate_up, down, Some(x), compute).reshape(dims)
             }
             None => {
                 let normed = rms_norm(x.clone(), norm.val(), self.eps);
@@ -380,7 +384,7 @@ impl Attention {
             .map(Linear::fused)
             .collect::<Option<Vec<_>>>()?;
         let [batch, tokens, _] = x.dims();
-        let y = project(rows(x.clone()), Some(norm), all, COMPUTE);
+        let y = project(rows(x.clone()), Some(norm), all, self.q_proj.compute());
         let width = y.dims()[1];
         Some(y.reshape([batch, tokens, width]))
     }
@@ -494,20 +498,33 @@ impl Adaptable for Llama {
 /// Makes modules from fetched values: one parameter is in host memory at a time.
 struct Builder<'a, 'f> {
     device: &'a Device,
+    compute: Compute,
     fetch: &'a mut Fetch<'f>,
 }
 
 impl Builder<'_, '_> {
+    /// A parameter's values, rounded if the base is held in bf16.
+    fn values(&mut self, name: &str, shape: &[usize]) -> Result<HostValues, LoadError> {
+        let values = (self.fetch)(name, shape)?;
+        Ok(match self.compute {
+            Compute::F32 => values,
+            Compute::Bf16 => values.rounded(),
+        })
+    }
+
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<BaseWeight, LoadError> {
+        let values = self.values(name, &shape)?.into_tensor(shape, self.device);
+        Ok(BaseWeight::new(values, self.compute))
+    }
+
+    /// A small parameter, in f32 whatever its values are rounded to.
     fn tensor<const D: usize>(
         &mut self,
         name: &str,
         shape: [usize; D],
     ) -> Result<Tensor<D>, LoadError> {
-        let values = (self.fetch)(name, &shape)?;
-        Ok(Tensor::from_data(
-            TensorData::new(values, shape),
-            self.device,
-        ))
+        let values = HostValues::F32(self.values(name, &shape)?.into_f32());
+        Ok(values.into_tensor(shape, self.device))
     }
 
     fn frozen<const D: usize>(
@@ -521,7 +538,7 @@ impl Builder<'_, '_> {
     }
 
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Linear, LoadError> {
-        let weight = self.tensor(&format!("{module}.weight"), shape)?;
+        let weight = self.matrix(&format!("{module}.weight"), shape)?;
         let bias = bias
             .then(|| self.tensor(&format!("{module}.bias"), [shape[0]]))
             .transpose()?;

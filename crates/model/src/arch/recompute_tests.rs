@@ -68,7 +68,7 @@ fn loss(model: &CausalLm, row: &[i64], seed: Option<u64>) -> Tensor<1> {
     let labels: Vec<i64> = row.iter().map(|id| (id * 7 + 1) % 40).collect();
     enamel_kernels::linear_cross_entropy(
         hidden.reshape([tokens, width]),
-        model.head_weight(),
+        model.head_weight().values(),
         &labels,
     )
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::*;
 use crate::testing::{MemorySource, devices, distance, ids, tiny_config, values};
 use enamel_adapter::{DEFAULT, LoraConfig, Targets, attach};
+use enamel_kernels::{CpuPath, holds_bf16};
 use serde_json::json;
 
 fn random(changes: serde_json::Value) -> CausalLm {
@@ -136,7 +137,7 @@ fn a_tied_head_follows_the_file() {
     };
     let mut source = MemorySource::of(&model);
     assert!(is_tied(&load(&source)));
-    let embedding = values(model.head_weight());
+    let embedding = values(model.head_weight().dense());
     source.put(HEAD, &[40, 16], embedding.clone());
     assert!(
         is_tied(&load(&source)),
@@ -148,12 +149,12 @@ fn a_tied_head_follows_the_file() {
         is_tied(&swapped),
         "the head's name will do for the embedding"
     );
-    assert_eq!(values(swapped.head_weight()), embedding);
+    assert_eq!(values(swapped.head_weight().dense()), embedding);
     source.put(HEAD, &[40, 16], vec![0.5; 640]);
     source.put(EMBEDDING, &[40, 16], embedding);
     let untied = load(&source);
     assert!(!is_tied(&untied), "a differing head stays its own");
-    assert_eq!(values(untied.head_weight()), [0.5; 640]);
+    assert_eq!(values(untied.head_weight().dense()), [0.5; 640]);
     assert_eq!(
         untied.config().to_json()["tie_word_embeddings"],
         json!(false)
@@ -165,7 +166,7 @@ fn random_weights_depend_on_seed_and_name_only() {
     let weights = |seed, changes| {
         let model = CausalLm::random(&tiny_config(changes), seed, &Device::flex()).unwrap();
         let CausalLm::Llama(model) = model;
-        values(model.layers[0].mlp.up_proj.weight.val())
+        values(model.layers[0].mlp.up_proj.weight.dense())
     };
     assert_eq!(
         weights(1, json!({})),
@@ -210,7 +211,9 @@ fn logits_are_the_head_product() {
     for tied in [true, false] {
         let model = random(json!({"tie_word_embeddings": tied}));
         let hidden = Tensor::<2>::ones([3, 16], &Device::flex());
-        let product = hidden.clone().matmul(model.head_weight().transpose());
+        let product = hidden
+            .clone()
+            .matmul(model.head_weight().dense().transpose());
         assert!(distance(&values(model.logits(hidden)), &values(product)) < 1e-6);
     }
 }
@@ -244,10 +247,59 @@ fn gradients_reach_what_is_trained_and_nothing_else() {
             .fold(0.0, |a: f32, b| a.max(b.abs()));
         assert!(largest.is_finite() && largest > 1e-6, "{largest}");
         assert!(norm.weight.val().grad(&gradients).is_none());
-        assert!(llama.embed_tokens.weight.val().grad(&gradients).is_none());
+        assert!(llama.embed_tokens.weight.dense().grad(&gradients).is_none());
         let evaluated = model.valid();
         assert!(!evaluated.device().is_autodiff());
         let rows: &[&[i64]] = &[&[1, 2, 3]];
         assert!(distance(&run(&evaluated, rows, None), &run(&model, rows, None)) < 1e-6);
+    }
+}
+
+/// Every parameter rounded to bf16, as a checkpoint in f32.
+fn rounded_source(model: &CausalLm) -> MemorySource {
+    let mut source = MemorySource::of(model);
+    let tensors = source.tensors().to_vec();
+    for info in tensors {
+        let values = HostValues::F32(source.read_f32(&info.name).unwrap());
+        source.put(&info.name, &info.shape, values.rounded().into_f32());
+    }
+    source
+}
+
+#[test]
+fn a_bf16_model_computes_what_an_f32_model_of_the_rounded_weights_does() {
+    for changes in [
+        json!({"attention_bias": true, "mlp_bias": true}),
+        json!({"tie_word_embeddings": true}),
+    ] {
+        let config = tiny_config(changes.clone());
+        let (model, rows) = (random(changes), [[1, 2, 3, 4, 5, 6, 7, 8].as_slice()]);
+        let source = MemorySource::of(&model);
+        for device in devices() {
+            let wide = CausalLm::load(&config, &rounded_source(&model), &device).unwrap();
+            let narrow = CausalLm::load_for(&config, &source, &device, Compute::Bf16).unwrap();
+            let logits = |model: &CausalLm| {
+                let input = ModelInput::new(ids(&rows, &device));
+                let hidden = model.forward_hidden(&input, None);
+                values(model.logits(hidden.reshape([8, 16])))
+            };
+            // On a processor that multiplies bf16, x is rounded too.
+            let exact = !matches!(CpuPath::chosen(), CpuPath::Amx | CpuPath::Avx512Bf16);
+            let gap = distance(&logits(&narrow), &logits(&wide));
+            assert!(gap < if exact { 1e-5 } else { 0.1 }, "{gap}");
+            let head = narrow.head_weight();
+            assert_eq!(head.compute(), Compute::Bf16);
+            let held = head.values().dtype() == burn::tensor::DType::BF16;
+            assert_eq!(held, holds_bf16(&device));
+            // A decoding step reads the same weights without rounding x.
+            let mut cache = KvCache::new();
+            let step = |model: &CausalLm, cache: &mut KvCache| {
+                let input = ModelInput::new(ids(&[&[3]], &device));
+                values(model.forward_hidden(&input, Some(cache)))
+            };
+            let narrow_step = step(&narrow, &mut cache);
+            let wide_step = step(&wide, &mut KvCache::new());
+            assert!(distance(&narrow_step, &wide_step) < 1e-5);
+        }
     }
 }

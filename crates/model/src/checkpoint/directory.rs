@@ -63,6 +63,15 @@ impl Directory {
         self.weights.read_f32(index, info)
     }
 
+    /// The values of a tensor that the file has in bf16.
+    pub(crate) fn read_bf16(
+        &self,
+        index: usize,
+        info: &TensorInfo,
+    ) -> Result<Vec<half::bf16>, CheckpointError> {
+        self.weights.read_bf16(index, info)
+    }
+
     pub(crate) fn tokenizer_json(&self) -> Result<Vec<u8>, CheckpointError> {
         let path = self.path.join("tokenizer.json");
         if path.is_file() {

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use enamel_kernels::HostValues;
 use rayon::prelude::*;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -51,6 +52,10 @@ pub trait TensorSource {
     fn tensors(&self) -> &[TensorInfo];
     /// The values of one tensor, row-major, widened or dequantised to f32.
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError>;
+    /// The same in bf16 where the file has them so, else in f32.
+    fn read(&self, name: &str) -> Result<HostValues, CheckpointError> {
+        Ok(HostValues::F32(self.read_f32(name)?))
+    }
 }
 
 /// An opened base model: a directory in Hugging Face layout, or a GGUF file that is presented as
@@ -186,21 +191,41 @@ impl TensorSource for Checkpoint {
     }
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
-        let found = self.index.get(name);
-        let (Some(&index), Some(info)) = (found, found.and_then(|&i| self.tensors.get(i))) else {
-            return Err(CheckpointError::NoSuchTensor {
-                name: name.to_owned(),
-                nearest: self.nearest(name),
-            });
-        };
+        let (index, info) = self.find(name)?;
         match &self.backing {
             Backing::Directory(directory) => directory.read_f32(index, info),
             Backing::Gguf(gguf) => gguf.read_f32(index, info),
         }
     }
+
+    fn read(&self, name: &str) -> Result<HostValues, CheckpointError> {
+        let (index, info) = self.find(name)?;
+        match &self.backing {
+            Backing::Directory(directory) if info.dtype == SourceDtype::BF16 => {
+                Ok(HostValues::Bf16(directory.read_bf16(index, info)?))
+            }
+            _ => Ok(HostValues::F32(self.read_f32(name)?)),
+        }
+    }
 }
 
 impl Checkpoint {
+    /// Whether matrices come in bf16 ([`TensorSource::read`]): what a directory's file says.
+    pub fn is_bf16(&self) -> bool {
+        let matrix = |info: &&TensorInfo| info.shape.len() == 2;
+        let dtype = self.tensors.iter().find(matrix).map(|info| info.dtype);
+        !self.is_gguf() && dtype == Some(SourceDtype::BF16)
+    }
+
+    fn find(&self, name: &str) -> Result<(usize, &TensorInfo), CheckpointError> {
+        let found = self.index.get(name);
+        let found = found.and_then(|&i| Some((i, self.tensors.get(i)?)));
+        found.ok_or_else(|| CheckpointError::NoSuchTensor {
+            name: name.to_owned(),
+            nearest: self.nearest(name),
+        })
+    }
+
     fn nearest(&self, name: &str) -> Option<String> {
         self.tensors
             .iter()

@@ -160,17 +160,7 @@ impl SafetensorsSet {
         index: usize,
         info: &TensorInfo,
     ) -> Result<Vec<f32>, CheckpointError> {
-        let found = self
-            .places
-            .get(index)
-            .and_then(|place| Some((place, self.files.get(place.file)?)));
-        let bytes = found.and_then(|(place, file)| file.slice(&place.range));
-        let (Some((place, file)), Some(bytes)) = (found, bytes) else {
-            return Err(CheckpointError::NoSuchTensor {
-                name: info.name.clone(),
-                nearest: None,
-            });
-        };
+        let (place, file, bytes) = self.bytes_of(index, info)?;
         let values = match info.dtype {
             SourceDtype::F32 => widen::f32_le(bytes),
             SourceDtype::F16 => widen::f16_le(bytes),
@@ -184,6 +174,33 @@ impl SafetensorsSet {
         };
         file.release(&place.range);
         Ok(values)
+    }
+
+    /// The same of a tensor that is bf16 in the file, as it is there.
+    pub(crate) fn read_bf16(
+        &self,
+        index: usize,
+        info: &TensorInfo,
+    ) -> Result<Vec<half::bf16>, CheckpointError> {
+        let (place, file, bytes) = self.bytes_of(index, info)?;
+        let values = widen::bf16_le_kept(bytes);
+        file.release(&place.range);
+        Ok(values)
+    }
+
+    fn bytes_of(
+        &self,
+        index: usize,
+        info: &TensorInfo,
+    ) -> Result<(&Place, &MappedFile, &[u8]), CheckpointError> {
+        let found = self.places.get(index).and_then(|place| {
+            let file = self.files.get(place.file)?;
+            Some((place, file, file.slice(&place.range)?))
+        });
+        found.ok_or_else(|| CheckpointError::NoSuchTensor {
+            name: info.name.clone(),
+            nearest: None,
+        })
     }
 }
 

@@ -1,4 +1,4 @@
-//! Little-endian f32, f16 and bf16 bytes to f32.
+//! Little-endian f32, f16 and bf16 bytes to numbers.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -6,10 +6,13 @@ use rayon::prelude::*;
 /// Elements a thread converts at once; big enough to hide the cost of handing work out.
 const CHUNK: usize = 1 << 16;
 
-/// Widens `bytes`, `width` bytes an element, by `convert`.
-fn widen<const W: usize>(bytes: &[u8], convert: fn([u8; W]) -> f32) -> Vec<f32> {
+/// Converts `bytes`, `W` of them an element.
+fn widen<const W: usize, T: Copy + Default + Send>(
+    bytes: &[u8],
+    convert: fn([u8; W]) -> T,
+) -> Vec<T> {
     let count = bytes.len() / W;
-    let mut out = vec![0.0f32; count];
+    let mut out = vec![T::default(); count];
     out.par_chunks_mut(CHUNK)
         .zip(bytes.par_chunks(CHUNK * W))
         .for_each(|(out, bytes)| {
@@ -31,6 +34,11 @@ pub(crate) fn f16_le(bytes: &[u8]) -> Vec<f32> {
 
 pub(crate) fn bf16_le(bytes: &[u8]) -> Vec<f32> {
     widen(bytes, |b| bf16::from_le_bytes(b).to_f32())
+}
+
+/// bf16 as it is.
+pub(crate) fn bf16_le_kept(bytes: &[u8]) -> Vec<bf16> {
+    widen(bytes, bf16::from_le_bytes)
 }
 
 #[cfg(test)]

@@ -27,8 +27,8 @@ pub use read::{RecipeFile, Variant};
 pub use reference::reference;
 pub use section::Setting;
 pub use settings::{
-    DataSettings, GradientCheckpointing, ModelSettings, OutputSettings, Paths, Schedule, Strategy,
-    TrainSettings,
+    ComputeDtype, DataSettings, GradientCheckpointing, ModelSettings, OutputSettings, Paths,
+    Schedule, Strategy, TrainSettings,
 };
 
 /// A recipe with nothing left open. Paths of models and data are absolute; the output directory is

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use enamel_data::{OnBadRow, RecordFormat, TrainOn, Truncation};
+use enamel_kernels::Compute;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -35,6 +36,11 @@ section! {
         base: String = "smollm2-135m-instruct".to_owned(), not_empty;
         /// A chat template to use instead of the model's own: a path, or the Jinja text itself.
         chat_template: Option<String> = None, given(not_empty);
+        /// How the frozen base is held and multiplied. `bf16` rounds it to bf16, as torch's
+        /// `dtype=bfloat16` does, and multiplies bf16 with sums in f32 where the processor has bf16
+        /// instructions (in f32 elsewhere); `f32` rounds nothing. Norms, softmax, adapter, gradients,
+        /// optimizer and loss are f32 in both.
+        compute_dtype: ComputeDtype = ComputeDtype::F32, any;
     }
 }
 
@@ -247,6 +253,26 @@ impl<'de> Deserialize<'de> for GradientCheckpointing {
         match FlagOrEvery::deserialize(deserializer)? {
             FlagOrEvery::Flag(on) => Ok(Self(on.then_some(NonZeroUsize::MIN))),
             FlagOrEvery::Every(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// What the base is rounded to and products multiply.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ComputeDtype {
+    /// f32.
+    #[default]
+    F32,
+    /// bf16, with sums in f32.
+    Bf16,
+}
+
+impl From<ComputeDtype> for Compute {
+    fn from(dtype: ComputeDtype) -> Self {
+        match dtype {
+            ComputeDtype::F32 => Self::F32,
+            ComputeDtype::Bf16 => Self::Bf16,
         }
     }
 }

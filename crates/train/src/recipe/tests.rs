@@ -392,3 +392,29 @@ fn every_recipe_that_is_shipped_resolves_and_its_files_are_there() {
     }
     assert!(found > 0, "no recipe found");
 }
+
+#[test]
+fn compute_dtype_is_f32_unless_the_recipe_or_an_override_says_bf16() {
+    let of = |text: &str, set: &[&str]| {
+        let file = RecipeFile::from_text(Path::new("r.toml"), text.to_owned());
+        file.with_overrides(set)
+            .resolve()
+            .unwrap()
+            .model
+            .compute_dtype
+    };
+    let data = "data.train = 'x.jsonl'\n";
+    assert_eq!(of(data, &[]), ComputeDtype::F32);
+    let bf16 = format!("{data}[model]\ncompute_dtype = \"bf16\"\n");
+    assert_eq!(of(&bf16, &[]), ComputeDtype::Bf16);
+    assert_eq!(of(&bf16, &["model.compute_dtype=f32"]), ComputeDtype::F32);
+}
+
+#[test]
+fn an_unknown_compute_dtype_is_refused_with_its_line() {
+    let text = "data.train = 'x.jsonl'\n[model]\ncompute_dtype = \"f16\"\n";
+    refuses(
+        text,
+        &["3", "model.compute_dtype", "`f16`", "`f32` or `bf16`"],
+    );
+}

@@ -1,15 +1,13 @@
 //! Products of few rows, as in decoding: bound by reading the weight, which dot products do in order and on
 //! all threads.
 
-use half::bf16;
 use rayon::prelude::*;
 
+use super::super::half;
 use super::super::matrix::{Into, MatMut};
 use super::super::simd::{dot, level, simd_fn};
 use super::Weight;
 
-/// Up to so many rows.
-pub(super) const FEW_ROWS: usize = 4;
 /// Weights that one task reads.
 const TASK: usize = 64 * 1024;
 
@@ -31,38 +29,11 @@ simd_fn! {
             Weight::Bf16 { data, width, .. } => {
                 for (j, sum) in sums.iter_mut().step_by(step).enumerate() {
                     let row = &data[(from + j) * width..][..width];
-                    *sum += dot_bf16::<L>(x, row);
+                    *sum += half::dot::<L>(x, row);
                 }
             }
         }
     }
-}
-
-/// `Σ a·b` with b widened.
-#[inline(always)]
-fn dot_bf16<const L: u8>(a: &[f32], b: &[bf16]) -> f32 {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use super::super::simd::code;
-        if L == code::AVX512 {
-            // SAFETY: this code runs only where a `Level` vouches for AVX-512.
-            return unsafe { super::x86_few::dot_avx512(a, b) };
-        }
-        if L == code::AVX2 {
-            // SAFETY: this code runs only where a `Level` vouches for AVX2 and FMA.
-            return unsafe { super::x86_few::dot_avx2(a, b) };
-        }
-    }
-    let mut lanes = [0.0f32; 16];
-    let (ac, bc) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest = ac.remainder().iter().zip(bc.remainder());
-    let tail: f32 = rest.map(|(x, y)| x * y.to_f32()).sum();
-    for (x, y) in ac.zip(bc) {
-        for i in 0..16 {
-            lanes[i] += x[i] * f32::from_bits(u32::from(y[i].to_bits()) << 16);
-        }
-    }
-    lanes.iter().sum::<f32>() + tail
 }
 
 /// `dst = [dst +] Σ x · wᵀ` for `rows` rows, each term's lying one after the other.

@@ -5,8 +5,6 @@
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod x86;
-#[cfg(target_arch = "x86_64")]
-mod x86_few;
 
 mod drive;
 mod few;
@@ -23,11 +21,10 @@ use burn::tensor::DType;
 use half::bf16;
 use rayon::prelude::*;
 
-use super::matrix::{Into, MatMut, MatRef};
+use super::matrix::{FEW_ROWS, Into, MatMut, MatRef};
 use super::path::CpuPath;
 use super::simd::level;
 use crate::profile;
-use few::FEW_ROWS;
 use pack::Panels;
 use tile::Tiles;
 use view::{View, pairs};

@@ -1,0 +1,209 @@
+//! The weight of a base's linear map or embedding, as products read it.
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::cpu::gemm::Compute;
+use crate::cpu::path::CpuPath;
+use crate::cpu::storage::is_flex;
+
+/// A matrix `[out, in]` and what products with it round their factors to. Its values are f32 or bf16; an f32
+/// one may be trained, a bf16 one is frozen. A clone is another handle of the same values.
+#[derive(Clone, Debug)]
+pub struct BaseWeight {
+    values: Tensor<2>,
+    compute: Compute,
+}
+
+impl From<Tensor<2>> for BaseWeight {
+    fn from(values: Tensor<2>) -> Self {
+        Self::new(values, Compute::F32)
+    }
+}
+
+impl BaseWeight {
+    /// Wraps a tensor of f32 or bf16.
+    pub fn new(values: Tensor<2>, compute: Compute) -> Self {
+        Self { values, compute }
+    }
+
+    /// Rows (outputs) and columns (inputs).
+    pub fn dims(&self) -> [usize; 2] {
+        self.values.dims()
+    }
+
+    /// Where the values are.
+    pub fn device(&self) -> Device {
+        self.values.device()
+    }
+
+    /// What products round their factors to.
+    pub fn compute(&self) -> Compute {
+        self.compute
+    }
+
+    /// The values as they are held, f32 or bf16.
+    pub fn values(&self) -> Tensor<2> {
+        self.values.clone()
+    }
+
+    /// The values in f32: those that are held, or a widened copy made for the occasion.
+    pub fn dense(&self) -> Tensor<2> {
+        widened(self.values.clone())
+    }
+
+    /// What `f` makes of [`Self::dense`], under the same products.
+    pub fn map(self, f: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Self {
+        Self {
+            values: f(widened(self.values)),
+            compute: self.compute,
+        }
+    }
+}
+
+/// The tensor in f32.
+pub fn widened<const D: usize>(values: Tensor<D>) -> Tensor<D> {
+    match values.dtype() {
+        DType::F32 => values,
+        _ => values.cast(DType::F32),
+    }
+}
+
+/// An f32 rounded to bf16, to the nearest and among two to the even one.
+pub fn rounded(value: f32) -> f32 {
+    bf16::from_f32(value).to_f32()
+}
+
+/// Values of a matrix on the host, on their way to a device.
+#[derive(Clone, Debug)]
+pub enum HostValues {
+    /// In f32.
+    F32(Vec<f32>),
+    /// In bf16.
+    Bf16(Vec<bf16>),
+}
+
+/// Values a thread converts at once.
+const CHUNK: usize = 1 << 16;
+
+impl HostValues {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Rounded to bf16, to the nearest and among two to the even one.
+    pub fn rounded(self) -> Self {
+        match self {
+            Self::F32(values) => Self::Bf16(converted(&values, |x| bf16::from_f32(*x))),
+            rounded => rounded,
+        }
+    }
+
+    /// In f32.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values,
+            Self::Bf16(values) => converted(&values, |x| x.to_f32()),
+        }
+    }
+
+    /// The values on a device: bf16 stays bf16 where the kernels read it (see [`holds_bf16`]) and is widened
+    /// elsewhere.
+    ///
+    /// # Panics
+    /// If they are not as many as the shape holds.
+    pub fn into_tensor<const D: usize>(self, shape: [usize; D], device: &Device) -> Tensor<D> {
+        match self {
+            Self::Bf16(values) if holds_bf16(device) => {
+                Tensor::from_data(TensorData::new(values, shape), (device, DType::BF16))
+            }
+            values => Tensor::from_data(
+                TensorData::new(values.into_f32(), shape),
+                (device, DType::F32),
+            ),
+        }
+    }
+}
+
+fn converted<A: Sync, B: Copy + Default + Send>(
+    values: &[A],
+    f: impl Fn(&A) -> B + Sync,
+) -> Vec<B> {
+    let mut out = vec![B::default(); values.len()];
+    out.par_chunks_mut(CHUNK)
+        .zip(values.par_chunks(CHUNK))
+        .for_each(|(out, values)| {
+            for (out, value) in out.iter_mut().zip(values) {
+                *out = f(value);
+            }
+        });
+    out
+}
+
+/// Whether kernels read bf16 weights on the device as they lie. Elsewhere they are held in f32.
+pub fn holds_bf16(device: &Device) -> bool {
+    is_flex(device) && CpuPath::chosen() != CpuPath::Reference
+}
+
+impl Compute {
+    /// Its name in a recipe.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// What becomes of it on a device, in words. `stored_bf16` says whether the model's file is in bf16.
+    pub fn on(self, device: &Device, stored_bf16: bool) -> String {
+        let held = holds_bf16(device);
+        if self == Self::F32 {
+            return match stored_bf16 && held {
+                true => "f32 products; weights stay in bf16, as the file has them".to_owned(),
+                false => "f32 weights and products".to_owned(),
+            };
+        }
+        if !held {
+            let why = match is_flex(device) {
+                true => "the reference path has no bf16",
+                false => "this device's kernels have no bf16",
+            };
+            return format!("weights rounded to bf16 and held in f32, f32 products: {why}");
+        }
+        match CpuPath::chosen() {
+            CpuPath::Amx => "bf16 weights and products, f32 sums (AMX)".to_owned(),
+            CpuPath::Avx512Bf16 => "bf16 weights and products, f32 sums (AVX-512 BF16)".to_owned(),
+            path if CpuPath::available().contains(&CpuPath::Amx)
+                || CpuPath::available().contains(&CpuPath::Avx512Bf16) =>
+            {
+                format!(
+                    "bf16 weights, f32 products: {} = {} has no bf16 instructions",
+                    crate::CPU_VARIABLE,
+                    path.name()
+                )
+            }
+            _ => "bf16 weights, f32 products: this CPU has no bf16 instructions".to_owned(),
+        }
+    }
+}
+
+impl std::str::FromStr for Compute {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::F32, Self::Bf16]
+            .into_iter()
+            .find(|compute| compute.name() == text)
+            .ok_or_else(|| format!("there is no compute dtype {text:?}; there are f32 and bf16"))
+    }
+}
