@@ -99,11 +99,23 @@ fn main() -> ExitCode {
         true => enamel_train::device::check_cpu().map_err(anyhow::Error::from),
         false => Ok(()),
     };
-    match checked.and_then(|()| verb.run()) {
+    match checked.and_then(|()| in_the_pool(|| verb.run())) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted(signal)) => ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)),
         Err(error) => failure::report(&error),
     }
+}
+
+/// Runs `f` on a thread of rayon's pool. Called from outside, each of the thousand parallel loops of a step
+/// would put the caller to sleep and wake it again.
+fn in_the_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    /// Room for the main thread's work, as the system gives it.
+    const STACK: usize = 16 << 20;
+    // Fails only where the pool is there already, which is as well.
+    let _ = rayon::ThreadPoolBuilder::new()
+        .stack_size(STACK)
+        .build_global();
+    rayon::scope(|_| f())
 }
 
 /// A training step frees and allocates the same gigabyte again. mimalloc would hand freed pages back

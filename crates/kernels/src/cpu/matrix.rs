@@ -206,6 +206,19 @@ impl<'a> MatMut<'a> {
         self.ptr
     }
 
+    /// A row to be added to: as it is for [`Into::Add`], else zero.
+    pub(crate) fn row_mut(&mut self, i: usize, into: Into) -> &mut [f32] {
+        assert!(i < self.rows);
+        // SAFETY: a row of the view, which is exclusive; initialised where it is added to, and here else.
+        unsafe {
+            let at = self.ptr.offset(i as isize * self.rs);
+            if into == Into::Set {
+                std::ptr::write_bytes(at, 0, self.cols);
+            }
+            std::slice::from_raw_parts_mut(at, self.cols)
+        }
+    }
+
     /// Sets an element or adds to it.
     pub(crate) fn put(&mut self, i: usize, j: usize, into: Into, value: f32) {
         assert!(i < self.rows && j < self.cols);

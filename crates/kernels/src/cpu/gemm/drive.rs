@@ -96,8 +96,10 @@ pub(super) fn times_t(dst: &mut MatMut<'_>, into: Into, terms: &[(&Panels, View<
     let groups = groups(terms.iter().map(|(x, _)| x.width), LONGEST);
     let panel_blocks = first.count().div_ceil(PANEL_BLOCK);
     let (at, stride) = (Shared(dst.as_mut_ptr()), dst.stride());
-    run(tiles, out.div_ceil(OUT_BLOCK) * panel_blocks, |task| {
-        let (block, panels) = (task / panel_blocks * OUT_BLOCK, task % panel_blocks);
+    // The panels of a task stay in the cache for the next one, which has other rows of w.
+    let out_blocks = out.div_ceil(OUT_BLOCK);
+    run(tiles, out_blocks * panel_blocks, |task| {
+        let (block, panels) = (task % out_blocks * OUT_BLOCK, task / out_blocks);
         let height = OUT_BLOCK.min(out - block);
         let panels = panels * PANEL_BLOCK..((panels + 1) * PANEL_BLOCK).min(first.count());
         for (g, group) in groups.iter().enumerate() {

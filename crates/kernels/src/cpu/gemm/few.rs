@@ -9,7 +9,7 @@ use super::super::simd::{dot, level, simd_fn};
 use super::Weight;
 
 /// Weights that one task reads.
-const TASK: usize = 64 * 1024;
+const TASK: usize = 16 * 1024;
 
 simd_fn! {
     /// `sums[j] += x · w[from + j]`.
@@ -49,8 +49,15 @@ pub(super) fn times_t(
     let width: usize = terms.iter().map(|(_, w)| w.width()).sum();
     let task = (TASK / width.max(1)).max(1);
     let level = level();
-    // `[column][row]` first: a task then owns an unbroken piece of it.
-    let mut columns = vec![0.0f32; out * rows];
+    // `[column][row]` first: a task then owns an unbroken piece of it. One row is that already.
+    let mut own = Vec::new();
+    let columns = match rows {
+        1 => dst.row_mut(0, into),
+        _ => {
+            own.resize(out * rows, 0.0f32);
+            own.as_mut_slice()
+        }
+    };
     let part = |(i, sums): (usize, &mut [f32])| {
         for (x, w) in terms {
             let x_rows = x.chunks_exact(w.width().max(1));
@@ -60,15 +67,18 @@ pub(super) fn times_t(
         }
     };
     if out <= task {
-        part((0, &mut columns));
+        part((0, columns));
     } else {
         columns
             .par_chunks_mut(task * rows)
             .enumerate()
             .for_each(part);
     }
+    if rows == 1 {
+        return;
+    }
     for row in 0..rows {
-        for (j, column) in columns.chunks_exact(rows).enumerate() {
+        for (j, column) in own.chunks_exact(rows).enumerate() {
             dst.put(row, j, into, column[row]);
         }
     }
