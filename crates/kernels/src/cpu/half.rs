@@ -16,6 +16,15 @@ fn wide(x: bf16) -> f32 {
     f32::from_bits(u32::from(x.to_bits()) << 16)
 }
 
+simd_fn! {
+    /// All of `from`, widened.
+    pub(super) fn widen<L>(from: &[bf16], to: &mut [f32]) {
+        for (to, x) in to.iter_mut().zip(from) {
+            *to = wide(*x);
+        }
+    }
+}
+
 /// The weight as [`Weight::of`] reads it, in the type that it is held in.
 pub(crate) fn held(w: FlexTensor) -> FlexTensor {
     match w.dtype() {

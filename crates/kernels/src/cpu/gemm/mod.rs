@@ -16,11 +16,12 @@ mod tests;
 mod tile;
 mod view;
 
+use ::half::bf16;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
-use half::bf16;
 use rayon::prelude::*;
 
+use super::half;
 use super::matrix::{FEW_ROWS, Into, MatMut, MatRef};
 use super::path::CpuPath;
 use super::simd::level;
@@ -108,10 +109,7 @@ impl<'a> Weight<'a> {
                 }
             }
             Self::Bf16 { data, width, .. } => {
-                let row = &data[row * width + from..][..to.len()];
-                for (to, v) in to.iter_mut().zip(row) {
-                    *to = f32::from_bits(u32::from(v.to_bits()) << 16);
-                }
+                half::widen(level(), &data[row * width + from..][..to.len()], to);
             }
         }
     }
