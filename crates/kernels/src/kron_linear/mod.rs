@@ -1,6 +1,7 @@
 //! A frozen linear map with a Kronecker product beside it, as LoKr adapters have.
 
 mod cpu;
+mod factors;
 mod reference;
 mod tile;
 #[cfg(target_arch = "x86_64")]
