@@ -101,6 +101,8 @@ mod x86 {
 
     use half::bf16;
 
+    use super::super::simd::x86::{first, total};
+
     /// Both slices have the same length.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
@@ -119,11 +121,7 @@ mod x86 {
                 i += 32;
             }
             while i < n {
-                let mask = if n - i >= 16 {
-                    !0
-                } else {
-                    (1u16 << (n - i)) - 1
-                };
+                let mask = first(n - i);
                 let x = _mm512_maskz_loadu_ps(mask, a.add(i));
                 let y = wide(_mm256_maskz_loadu_epi16(mask, b.add(i)));
                 s0 = _mm512_fmadd_ps(x, y, s0);
@@ -156,13 +154,7 @@ mod x86 {
                 i += 1;
             }
         }
-        let sum = _mm256_add_ps(
-            _mm256_add_ps(sums[0], sums[1]),
-            _mm256_add_ps(sums[2], sums[3]),
-        );
-        let half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
-        let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-        _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair))) + tail
+        total(sums) + tail
     }
 }
 

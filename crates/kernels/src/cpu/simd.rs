@@ -187,7 +187,7 @@ pub(crate) fn dot<const L: u8>(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(crate) mod x86 {
     use std::arch::x86_64::*;
 
     /// Both slices have the same length.
@@ -209,11 +209,7 @@ mod x86 {
                 i += 32;
             }
             while i < n {
-                let mask = if n - i >= 16 {
-                    !0
-                } else {
-                    (1u16 << (n - i)) - 1
-                };
+                let mask = first(n - i);
                 let x = _mm512_maskz_loadu_ps(mask, a.add(i));
                 let y = _mm512_maskz_loadu_ps(mask, b.add(i));
                 s0 = _mm512_fmadd_ps(x, y, s0);
@@ -247,13 +243,26 @@ mod x86 {
                 i += 1;
             }
         }
+        total(sums) + tail
+    }
+
+    /// The sum of all lanes.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(crate) fn total(sums: [__m256; 4]) -> f32 {
         let sum = _mm256_add_ps(
             _mm256_add_ps(sums[0], sums[1]),
             _mm256_add_ps(sums[2], sums[3]),
         );
         let half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
         let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-        _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair))) + tail
+        _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
+    }
+
+    /// The first `left` of sixteen lanes.
+    #[inline]
+    pub(crate) fn first(left: usize) -> u16 {
+        if left >= 16 { !0 } else { (1 << left) - 1 }
     }
 }
 
