@@ -128,7 +128,7 @@ impl FourBitTensor {
                 let scaled = |v: f32| if full { v * inverse } else { v / divisor };
                 for (byte, pair) in codes.iter_mut().zip(values.chunks(2)) {
                     let second = pair.get(1).copied().unwrap_or(0.0);
-                    *byte = code(scaled(pair[0])) << 4 | code(scaled(second));
+                    *byte = (code(scaled(pair[0])) << 4) | code(scaled(second));
                 }
             });
         let absmax = if options.double {
@@ -297,7 +297,7 @@ impl FourBitTensor {
 
     /// Values from `start` on, as many as `out` takes; they must be there.
     fn fill(&self, start: usize, dtype: FloatKind, out: &mut [f32]) {
-        let table = self.kind.signed_table();
+        let table = self.kind.table();
         out.par_chunks_mut(CHUNK)
             .enumerate()
             .for_each(|(i, mut rest)| {
@@ -309,7 +309,11 @@ impl FourBitTensor {
                     let scale = self.absmax.scale(block);
                     for (place, value) in (at..).zip(now) {
                         let byte = self.codes[place / 2];
-                        let code = if place % 2 == 0 { byte >> 4 } else { byte & 15 };
+                        let code = if place.is_multiple_of(2) {
+                            byte >> 4
+                        } else {
+                            byte & 15
+                        };
                         *value = dtype.round(table[code as usize] * scale);
                     }
                     rest = later;

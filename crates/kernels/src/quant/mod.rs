@@ -1,6 +1,7 @@
 //! Quantised weights in bitsandbytes' formats, on the host: NF4, FP4, doubly quantised scales, LLM.int8() rows.
 //!
-//! Codes, scales and dequantised values are those of bitsandbytes 0.50 on a CPU, bit for bit; the goldens of
+//! Codes, scales and dequantised values are those of bitsandbytes 0.50 on a CPU, bit for bit
+//! (but for the sign of FP4's second zero, code 8, which there depends on the kernel); the goldens of
 //! the tests were written by it. Where its backends differ (the 8-bit map of doubly quantised scales), the
 //! CPU's result is the one reproduced, and the documentation of the function says so.
 
@@ -145,16 +146,6 @@ impl FourBit {
             Self::Nf4 => &NF4,
             Self::Fp4 => &FP4,
         }
-    }
-
-    /// The table that is multiplied: FP4's code 8 is minus zero, as in bitsandbytes' kernels in C++ and CUDA; only its
-    /// `quant_map` and its plain PyTorch code (rows of odd length) have zero.
-    fn signed_table(self) -> [f32; 16] {
-        let mut table = *self.table();
-        if self == Self::Fp4 {
-            table[8] = -0.0;
-        }
-        table
     }
 
     /// Its name in a `quant_state` and in `bnb_4bit_quant_type`.

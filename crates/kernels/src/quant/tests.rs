@@ -104,8 +104,15 @@ fn four_bit_weights_are_bitsandbytes_own() {
         let mut compared = 0;
         for dtype in DTYPES {
             if case.get(dtype.name()).is_some() {
-                let want = numbers(case, dtype.name(), dtype);
-                same(text, &made.dequantise(dtype), &want);
+                let mut want = numbers(case, dtype.name(), dtype);
+                let mut got = made.dequantise(dtype);
+                if state.kind == FourBit::Fp4 {
+                    // Code 8 is 0 in some of bitsandbytes' kernels and -0 in others.
+                    for zero in got.iter_mut().chain(&mut want).filter(|v| **v == 0.0) {
+                        *zero = 0.0;
+                    }
+                }
+                same(text, &got, &want);
                 compared += 1;
             }
         }
