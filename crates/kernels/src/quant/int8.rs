@@ -8,7 +8,7 @@ use super::{FloatKind, QuantError, absmax, count, expect, finite};
 pub const OUTLIER_THRESHOLD: f32 = 6.0;
 
 /// bitsandbytes' 1/127.
-const PER_STEP: f32 = 7.874_015_7e-3;
+const PER_STEP: f32 = 0.007_874_016;
 
 /// A matrix of 8-bit integers whose rows have a scale each: `codes * absmax / 127`.
 #[derive(Clone, Debug, PartialEq)]
