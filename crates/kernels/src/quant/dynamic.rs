@@ -87,8 +87,8 @@ pub struct DynamicBlocks {
 
 impl DynamicBlocks {
     /// Quantises `values` in blocks of `block`, as bitsandbytes' `quantize_blockwise` does on a CPU: a
-    /// value is first rounded to one of 65536 steps in [-1, 1], and a step has the nearest code. Other
-    /// backends take the nearest code of the value itself, which may be the neighbour and, below 1e-5 of the scale,
+    /// value is first rounded to one of 65536 steps in [-1, 1], and a step has the nearest code. The
+    /// plain PyTorch backend takes the nearest code of the value itself, which may be the neighbour and, below 1e-5 of the scale,
     /// a few codes away. A block of zeros gets code 0 and scale 0.
     ///
     /// Fails where a value is not finite.
