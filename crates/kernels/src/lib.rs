@@ -24,6 +24,7 @@ pub mod layer_norm;
 pub mod lora_linear;
 mod measure;
 pub mod profile;
+pub mod quant;
 pub mod rms_norm;
 pub mod rope;
 pub mod silu_mul;
