@@ -20,7 +20,7 @@ pub fn dynamic_map() -> &'static [f32; 256] {
         let mut at = 0;
         for exponent in 0..7 {
             let parts = 1_usize << exponent;
-            let power = 10_f64.powi(exponent as i32 - 6) as f32;
+            let power = 10_f64.powi(exponent - 6) as f32;
             let bound = |i| linspace_point(parts + 1, i);
             for i in 0..parts {
                 let middle = power * ((bound(i) + bound(i + 1)) / 2.0);
