@@ -7,10 +7,11 @@ use rayon::prelude::*;
 use super::AttentionSpec;
 use super::cpu::{problem, weight};
 use super::pack::{self, Lines};
-use super::problem::{Columns, Inputs, Problem, QUERIES, Shared, VECTOR};
+use super::problem::{Columns, Inputs, Problem, QUERIES, VECTOR};
 use super::tile::{Left, STRIPE, Stripe, stripe};
 use crate::cpu::heads::{Heads, by_heads};
 use crate::cpu::simd::{Level, dot, level, simd_fn};
+use crate::cpu::storage::Shared;
 use crate::cpu::storage::{Fresh, dense, tensor, values};
 use crate::rope::cpu::Turn;
 

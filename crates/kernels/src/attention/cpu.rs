@@ -14,12 +14,13 @@ use super::backward::backward;
 use super::decode::forward_few;
 use super::ops::AttentionOps;
 use super::pack::{self, Lines};
-use super::problem::{Columns, Inputs, Problem, QUERIES, Shared, VECTOR};
+use super::problem::{Columns, Inputs, Problem, QUERIES, VECTOR};
 use super::tile::{Left, STRIPE, Stripe, stripe};
 use crate::cpu::exp::exp;
 use crate::cpu::heads::{Heads, by_heads};
 use crate::cpu::simd::{Level, level, simd_fn};
 use crate::cpu::storage::Fresh;
+use crate::cpu::storage::Shared;
 
 /// Keys of a tile: with as many values and a tile's queries and scores, near a core's first cache.
 const KEYS: usize = 128;

@@ -2,8 +2,9 @@
 //! once for all the heads that share it.
 
 use super::cpu::{log_sum, online_softmax, reciprocal, scaled};
-use super::problem::{Inputs, Problem, Shared};
+use super::problem::{Inputs, Problem};
 use crate::cpu::simd::{Level, dot, fma, simd_fn};
+use crate::cpu::storage::Shared;
 
 simd_fn! {
     /// Scores of a few queries over one head's keys, `scores[query][key]`, and no tile packing:

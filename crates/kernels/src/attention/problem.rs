@@ -188,18 +188,3 @@ impl Columns {
         (first, (rows - last).max(first))
     }
 }
-
-/// A pointer that parallel tasks share, each writing its own part.
-#[derive(Clone, Copy)]
-pub(super) struct Shared(pub(super) *mut f32);
-
-// SAFETY: the tasks that share it write disjoint elements; each says which.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    pub(super) fn at(self, offset: usize) -> *mut f32 {
-        self.0.wrapping_add(offset)
-    }
-}

@@ -15,9 +15,10 @@ use burn::tensor::{Shape, Tensor};
 use super::AttentionSpec;
 use super::backward::{Gradient, Saved, backward_into};
 use super::cpu::forward;
-use super::problem::{Inputs, Problem, Shared};
+use super::problem::{Inputs, Problem};
 use crate::cpu::heads::Heads;
 use crate::cpu::simd::level;
+use crate::cpu::storage::Shared;
 use crate::cpu::storage::{Fresh, dense, owned, values};
 use crate::rope::cpu::Turn;
 

@@ -5,14 +5,15 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 use rayon::prelude::*;
 
-use super::forward::{Stacked, weight};
+use super::forward::Stacked;
 use super::operands::Source;
 use super::rows::{gated, gated_backward, normalise_again};
 use crate::cpu::gemm::{Compute, Weight, outer, times};
+use crate::cpu::half::held;
 use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
 use crate::cpu::simd::{Level, level};
-use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
-use crate::lora_linear::cpu::dims;
+use crate::cpu::storage::{CHUNK, dense, owned, tensor, values};
+use crate::lora_linear::cpu::{dims, filled};
 use crate::rms_norm::cpu::backward as norm_backward;
 
 /// What the backward pass needs, each only if some tracked parent's gradient uses it.
@@ -174,7 +175,7 @@ impl<'a> Columns<'a> {
                 part.wants[1].then(|| match low {
                     Some(low) if rank > 0 => {
                         let low = MatRef::strided(low, at, self.rows, rank, self.ranks);
-                        fresh(out, rank, |dst| {
+                        filled(out, rank, |dst| {
                             outer(dst, Into::Set, part.scale as f32, grad, low);
                         })
                     }
@@ -219,7 +220,7 @@ impl<'a> Columns<'a> {
     ) -> FlexTensor {
         let ready: Vec<_> = self
             .by_part(parts)
-            .filter_map(|(part, grad, _)| part.weight.clone().map(|w| (grad, weight(w))))
+            .filter_map(|(part, grad, _)| part.weight.clone().map(|w| (grad, held(w))))
             .collect();
         let mut terms: Vec<_> = ready.iter().map(|(g, w)| (*g, Weight::of(w))).collect();
         let all = parts.iter().filter(|part| part.rank > 0);
@@ -228,20 +229,9 @@ impl<'a> Columns<'a> {
         if let (Some(d_low), Some(stacked)) = (d_low, &stacked) {
             terms.push((d_low, Weight::F32(stacked.view())));
         }
-        fresh(self.rows, width, |dst| {
+        filled(self.rows, width, |dst| {
             times(dst, Into::Set, &terms, compute)
         })
-    }
-}
-
-/// A fresh `[rows, cols]` tensor that `set` sets all of.
-fn fresh(rows: usize, cols: usize, set: impl FnOnce(&mut MatMut<'_>)) -> FlexTensor {
-    let mut out = Fresh::new(rows * cols);
-    // SAFETY: the buffer has that many elements, and `set` is a product that sets all of them.
-    unsafe {
-        let mut dst = MatMut::raw(out.as_mut_ptr(), rows, cols, cols);
-        set(&mut dst);
-        out.into_tensor(Shape::from(vec![rows, cols]))
     }
 }
 
@@ -358,7 +348,7 @@ fn of_a(
     input: MatRef<'_>,
 ) -> Vec<Option<FlexTensor>> {
     let (ranks, width) = (d_low.cols(), input.cols());
-    let all = fresh(ranks, width, |dst| outer(dst, Into::Set, 1.0, d_low, input));
+    let all = filled(ranks, width, |dst| outer(dst, Into::Set, 1.0, d_low, input));
     let mut at = 0;
     let cut = parts.iter().map(|part| {
         let (from, rank) = (at, part.rank);

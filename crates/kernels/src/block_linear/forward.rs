@@ -4,12 +4,13 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, Shape};
+use burn::tensor::Shape;
 use rayon::prelude::*;
 
 use super::operands::{Factors, Operands, Part, Source};
 use super::rows::{add_bias, gated, normalise};
 use crate::cpu::gemm::{Compute, Packed, Weight, times_t};
+use crate::cpu::half::held;
 use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
 use crate::cpu::simd::level;
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
@@ -35,15 +36,6 @@ impl Source<FlexTensor> {
             (_, true) => ["project_add", "project_add backward"],
             (_, false) => ["project", "project backward"],
         }
-    }
-}
-
-/// A weight as the products read it: in place wherever they can.
-pub(super) fn weight(t: FlexTensor) -> FlexTensor {
-    if t.dtype() == DType::BF16 {
-        dense(t)
-    } else {
-        readable(t)
     }
 }
 
@@ -197,7 +189,7 @@ pub(super) fn forward(
 
 fn ready(part: Part<FlexTensor>) -> Part<FlexTensor> {
     Part {
-        weight: weight(part.weight),
+        weight: held(part.weight),
         bias: part.bias.map(dense),
         lora: part.lora.map(|lora| Factors {
             b: readable(lora.b),
@@ -216,11 +208,7 @@ fn work(parts: &[Part<FlexTensor>], rows: usize, width: usize) -> (usize, usize)
     for part in parts {
         let (out, r) = (dims(&part.weight).0, rank(part));
         sum.0 += 2 * rows * (out * width + r * (out + width));
-        let size = if part.weight.dtype() == DType::BF16 {
-            2
-        } else {
-            4
-        };
+        let size = part.weight.dtype().size();
         sum.1 += size * out * width + 4 * r * (out + width);
     }
     sum

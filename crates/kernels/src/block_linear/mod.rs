@@ -15,10 +15,10 @@ mod rows;
 #[allow(clippy::unwrap_used)]
 mod tests;
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 
 use crate::cpu::gemm::Compute;
-use crate::cpu::storage::{OnFlex, is_flex};
+use crate::cpu::storage::{OnFlex, is_flex, weight_on_flex};
 
 /// Projections that one call takes: a node of the graph has a fixed number of parents.
 const MOST_PROJECTIONS: usize = 3;
@@ -61,12 +61,8 @@ impl Projection {
     }
 
     fn fuses(&self) -> bool {
-        let weight = match self.weight.dtype() {
-            DType::BF16 => self.weight.on_flex_as(DType::BF16),
-            _ => self.weight.on_flex(),
-        };
         let factors = self.lora.as_ref();
-        weight
+        weight_on_flex(&self.weight)
             && !self.trains_base()
             && self.bias.as_ref().is_none_or(OnFlex::on_flex)
             && factors.is_none_or(|lora| lora.a.on_flex() && lora.b.on_flex())

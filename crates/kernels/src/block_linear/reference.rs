@@ -29,11 +29,6 @@ pub(super) fn swiglu_project(gate_up: Tensor<2>, projections: Vec<Projection>) -
 
 fn one(x: Tensor<2>, projection: Projection) -> Tensor<2> {
     let weight = projection.weight;
-    let weight = if weight.dtype() == x.dtype() {
-        weight
-    } else {
-        weight.cast(x.dtype())
-    };
     let y = match projection.lora {
         Some(lora) => lora_linear(x, weight, lora.a, lora.b, lora.scale),
         None => linear(x, weight),

@@ -5,9 +5,8 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 use half::bf16;
 
-use super::gemm::Weight;
-use super::matrix::{Into, MatMut, MatRef, Threads, few_rows, product, readable};
-use super::simd::{LANES, code, fma, level, simd_fn, sum_lanes};
+use super::matrix::readable;
+use super::simd::{code, dot_lanes, simd_fn};
 use super::storage::dense;
 
 /// The f32 of which a bf16 is the upper half.
@@ -25,43 +24,11 @@ simd_fn! {
     }
 }
 
-/// The weight as [`Weight::of`] reads it, in the type that it is held in.
+/// The weight as [`Weight::of`](super::gemm::Weight::of) reads it, in the type that it is held in.
 pub(crate) fn held(w: FlexTensor) -> FlexTensor {
     match w.dtype() {
         DType::BF16 => dense(w),
         _ => readable(w),
-    }
-}
-
-/// `dst = [dst +] scale · x · wᵀ` for so few rows of x, each in order, that reading w is what takes the
-/// time: nothing is packed and nothing rounded.
-pub(crate) fn few_times_t(
-    dst: &mut MatMut<'_>,
-    into: Into,
-    scale: f32,
-    x: MatRef<'_>,
-    w: Weight<'_>,
-) {
-    match w {
-        Weight::F32(w) => product(dst, into, scale, x, w.t(), Threads::All),
-        Weight::Bf16 { data, width, .. } => {
-            let level = level();
-            few_rows(dst, into, scale, width, |from, out| {
-                few_dots(level, x, &data[from * width..], out);
-            });
-        }
-    }
-}
-
-simd_fn! {
-    /// `out[j][i] = x[i] · w[j]` for rows of w one after the other.
-    fn few_dots<L>(x: MatRef<'_>, w: &[bf16], out: &mut [f32]) {
-        let rows = w.chunks_exact(x.cols().max(1));
-        for (w, out) in rows.zip(out.chunks_exact_mut(x.rows())) {
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = dot::<L>(x.row(i), w);
-            }
-        }
     }
 }
 
@@ -81,18 +48,7 @@ pub(super) fn dot<const L: u8>(a: &[f32], b: &[bf16]) -> f32 {
             return unsafe { x86::dot_avx2(a, b) };
         }
     }
-    let mut lanes = [0.0f32; LANES];
-    let (ac, bc) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let mut tail = 0.0;
-    for (x, y) in ac.remainder().iter().zip(bc.remainder()) {
-        tail = fma::<L>(*x, wide(*y), tail);
-    }
-    for (x, y) in ac.zip(bc) {
-        for i in 0..LANES {
-            lanes[i] = fma::<L>(x[i], wide(y[i]), lanes[i]);
-        }
-    }
-    sum_lanes(lanes) + tail
+    dot_lanes::<L, _>(a, b, wide)
 }
 
 #[cfg(target_arch = "x86_64")]

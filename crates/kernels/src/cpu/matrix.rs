@@ -4,15 +4,6 @@ use std::marker::PhantomData;
 
 use burn::backend::flex::FlexTensor;
 use gemm::Parallelism;
-use rayon::prelude::*;
-
-use super::simd::{dot, level, simd_fn};
-
-/// Up to so many rows, a product with a row-major `wᵀ` is bound by reading w: dot products read it
-/// on all threads, in order and without packing, where `gemm` would use one.
-pub(crate) const FEW_ROWS: usize = 4;
-/// Weights that one task of such a product reads.
-const FEW_ROWS_TASK: usize = 64 * 1024;
 
 /// A matrix read in place: element `(i, j)` lies `i·rs + j·cs` floats after the start.
 #[derive(Clone, Copy)]
@@ -282,12 +273,6 @@ pub(crate) fn product(
     if m == 0 || n == 0 {
         return;
     }
-    if threads == Threads::All && m <= FEW_ROWS && a.cs == 1 && b.rs == 1 && k > 0 {
-        let (w, level) = (b.t(), level());
-        return few_rows(dst, into, scale, k, |from, out| {
-            few_dots(level, a, w, from, out);
-        });
-    }
     let threads = match threads {
         Threads::One => Parallelism::None,
         Threads::All => Parallelism::Rayon(0),
@@ -315,53 +300,5 @@ pub(crate) fn product(
             false,
             threads,
         );
-    }
-}
-
-/// `dst = [dst +] scale · x · wᵀ` for few rows; `dots` writes the products with the rows of w, `width`
-/// long, from a given one on, `[column][row]`.
-pub(super) fn few_rows(
-    dst: &mut MatMut<'_>,
-    into: Into,
-    scale: f32,
-    width: usize,
-    dots: impl Fn(usize, &mut [f32]) + Sync,
-) {
-    let task = (FEW_ROWS_TASK / width.max(1)).max(1);
-    // `[column][row]` first: a task then owns an unbroken piece of it.
-    let mut columns = vec![0.0f32; dst.cols * dst.rows];
-    let rows = dst.rows;
-    if rows == 0 {
-        return;
-    }
-    if dst.cols <= task {
-        dots(0, &mut columns);
-    } else {
-        columns
-            .par_chunks_mut(task * rows)
-            .enumerate()
-            .for_each(|(i, part)| dots(i * task, part));
-    }
-    for i in 0..rows {
-        for (j, column) in columns.chunks_exact(rows).enumerate() {
-            // SAFETY: inside the destination, which is exclusive.
-            unsafe {
-                let at = dst.ptr.offset(i as isize * dst.rs).add(j);
-                let old = if into == Into::Add { *at } else { 0.0 };
-                *at = old + scale * column[i];
-            }
-        }
-    }
-}
-
-simd_fn! {
-    /// `out[j][i] = a[i] · w[from + j]`.
-    fn few_dots<L>(a: MatRef<'_>, w: MatRef<'_>, from: usize, out: &mut [f32]) {
-        for (j, out) in out.chunks_exact_mut(a.rows).enumerate() {
-            let weights = w.row(from + j);
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = dot::<L>(a.row(i), weights);
-            }
-        }
     }
 }

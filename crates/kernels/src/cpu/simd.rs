@@ -172,15 +172,21 @@ pub(crate) fn dot<const L: u8>(a: &[f32], b: &[f32]) -> f32 {
             return unsafe { x86::dot_avx2(a, b) };
         }
     }
+    dot_lanes::<L, _>(a, b, |y| y)
+}
+
+/// `Σ a·wide(b)` in lanes, for slices of one length.
+#[inline(always)]
+pub(crate) fn dot_lanes<const L: u8, T: Copy>(a: &[f32], b: &[T], wide: impl Fn(T) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (ac, bc) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
     let mut tail = 0.0;
     for (x, y) in ac.remainder().iter().zip(bc.remainder()) {
-        tail = fma::<L>(*x, *y, tail);
+        tail = fma::<L>(*x, wide(*y), tail);
     }
     for (x, y) in ac.zip(bc) {
         for i in 0..LANES {
-            lanes[i] = fma::<L>(x[i], y[i], lanes[i]);
+            lanes[i] = fma::<L>(x[i], wide(y[i]), lanes[i]);
         }
     }
     sum_lanes(lanes) + tail

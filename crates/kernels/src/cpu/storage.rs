@@ -13,12 +13,7 @@ pub(crate) const CHUNK: usize = 16 * 1024;
 
 /// Whether tensors live where the CPU kernels can read them: on Flex, as f32.
 pub(crate) trait OnFlex {
-    fn on_flex(&self) -> bool {
-        self.on_flex_as(DType::F32)
-    }
-
-    /// The same for another type that a kernel reads.
-    fn on_flex_as(&self, dtype: DType) -> bool;
+    fn on_flex(&self) -> bool;
 
     /// Why no CPU kernel takes a tensor that is on Flex; `None` where one does, and on other devices.
     fn refusal(&self) -> Option<&'static str>;
@@ -32,8 +27,8 @@ pub(crate) fn note_fallback(op: &'static str, tensors: &[&dyn OnFlex]) {
 }
 
 impl<const D: usize> OnFlex for Tensor<D> {
-    fn on_flex_as(&self, dtype: DType) -> bool {
-        self.dtype() == dtype && CpuPath::chosen() != CpuPath::Reference && is_flex(&self.device())
+    fn on_flex(&self) -> bool {
+        self.dtype() == DType::F32 && weight_on_flex(self)
     }
 
     fn refusal(&self) -> Option<&'static str> {
@@ -137,5 +132,20 @@ impl Fresh {
     pub(crate) unsafe fn into_tensor(self, shape: Shape) -> FlexTensor {
         // SAFETY: passed on to the caller.
         tensor(unsafe { self.into_vec() }, shape)
+    }
+}
+
+/// A pointer that parallel tasks share, each writing its own part.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared(pub(crate) *mut f32);
+
+// SAFETY: the tasks that share it write disjoint elements; each says which.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub(crate) fn at(self, offset: usize) -> *mut f32 {
+        self.0.wrapping_add(offset)
     }
 }

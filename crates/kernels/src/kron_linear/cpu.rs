@@ -21,8 +21,8 @@ use rayon::prelude::*;
 use super::factors::Factors;
 use crate::base_weight::BaseWeight;
 use crate::cpu::gemm::{Compute, Packed, Weight, outer, times, times_t};
-use crate::cpu::half::{few_times_t, held};
-use crate::cpu::matrix::{FEW_ROWS, Into, MatMut, MatRef};
+use crate::cpu::half::held;
+use crate::cpu::matrix::{Into, MatMut, MatRef};
 use crate::cpu::storage::{dense, tensor, values};
 use crate::lora_linear::cpu::{dims, fresh};
 use crate::profile;
@@ -96,9 +96,6 @@ fn matrix(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> Vec<f
 /// The elements of `x · wᵀ`.
 fn base(x: MatRef<'_>, w: Weight<'_>, compute: Compute) -> Vec<f32> {
     matrix(x.rows(), w.out(), |y| {
-        if x.rows() <= FEW_ROWS {
-            return few_times_t(y, Into::Set, 1.0, x, w);
-        }
         let x = Packed::of(x, 1.0, compute);
         times_t(y, Into::Set, &[(&x, w)]);
     })

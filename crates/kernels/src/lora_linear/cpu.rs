@@ -13,9 +13,9 @@ use burn::backend::{Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{Shape, Tensor};
 
 use crate::cpu::gemm::{Compute, Packed, Weight, outer, times, times_t};
-use crate::cpu::half::{few_times_t, held};
-use crate::cpu::matrix::{FEW_ROWS, Into, MatMut, MatRef, readable};
-use crate::cpu::storage::{Fresh, dense};
+use crate::cpu::half::held;
+use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
+use crate::cpu::storage::Fresh;
 
 /// The operations as a backend extension. w may be bf16, all else is f32.
 #[backend_extension(Flex, Autodiff)]
@@ -104,7 +104,7 @@ pub(crate) fn fresh(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)
 }
 
 /// The same as a tensor.
-pub(super) fn filled(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> FlexTensor {
+pub(crate) fn filled(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> FlexTensor {
     let out = fresh(rows, cols, fill);
     // SAFETY: the caller's first product sets all of it.
     unsafe { out.into_tensor(Shape::from(vec![rows, cols])) }
@@ -132,12 +132,6 @@ impl LinearOps for Flex {
         let (flops, bytes) = cost(rows, &[&w]);
         let _timer = crate::profile::op("linear", flops, bytes);
         let w = held(w);
-        if rows <= FEW_ROWS {
-            let x = dense(x);
-            return filled(rows, out, |y| {
-                few_times_t(y, Into::Set, 1.0, MatRef::of(&x), Weight::of(&w));
-            });
-        }
         let x = readable(x);
         let x = Packed::of(MatRef::of(&x), 1.0, compute);
         filled(rows, out, |y| {
@@ -169,18 +163,6 @@ impl LinearOps for Flex {
         let _timer = crate::profile::op("lora", flops, bytes);
         let (w, a, b) = (held(w), readable(a), readable(b));
         let scale = scale as f32;
-        if rows <= FEW_ROWS {
-            let x = dense(x);
-            let input = MatRef::of(&x);
-            let low = filled(rows, rank, |low| {
-                few_times_t(low, Into::Set, 1.0, input, Weight::of(&a));
-            });
-            let y = filled(rows, out, |y| {
-                few_times_t(y, Into::Set, 1.0, input, Weight::of(&w));
-                few_times_t(y, Into::Add, scale, MatRef::of(&low), Weight::of(&b));
-            });
-            return (y, low);
-        }
         let x = readable(x);
         let input = Packed::of(MatRef::of(&x), 1.0, compute);
         let low = filled(rows, rank, |low| {

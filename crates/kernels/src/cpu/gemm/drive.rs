@@ -4,6 +4,7 @@
 use rayon::prelude::*;
 
 use super::super::matrix::{Into, MatMut, MatRef};
+use super::super::storage::Shared;
 use super::pack::Panels;
 use super::room::with_room;
 use super::tile::{Out, Run, Tiles, fetch};
@@ -26,21 +27,6 @@ const STRETCH: usize = 1664;
 const FEW_TASKS: usize = 6;
 /// Rows of the weight between one that is copied and the one that is asked for.
 const SOON: usize = 12;
-
-/// A destination that several tasks write, each its own part.
-#[derive(Clone, Copy)]
-struct Shared(*mut f32);
-
-// SAFETY: the tasks write disjoint parts.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    fn at(self, offset: usize) -> *mut f32 {
-        self.0.wrapping_add(offset)
-    }
-}
 
 /// A stretch of one term's contraction.
 #[derive(Clone, Copy)]

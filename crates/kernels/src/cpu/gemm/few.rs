@@ -8,6 +8,8 @@ use super::super::matrix::{Into, MatMut};
 use super::super::simd::{dot, level, simd_fn};
 use super::Weight;
 
+/// Up to so many rows, a product with w is bound by reading w.
+pub(super) const FEW_ROWS: usize = 4;
 /// Weights that one task reads.
 const TASK: usize = 16 * 1024;
 

@@ -22,10 +22,11 @@ use burn::tensor::DType;
 use rayon::prelude::*;
 
 use super::half;
-use super::matrix::{FEW_ROWS, Into, MatMut, MatRef};
+use super::matrix::{Into, MatMut, MatRef};
 use super::path::CpuPath;
 use super::simd::level;
 use crate::profile;
+use few::FEW_ROWS;
 use pack::Panels;
 use tile::Tiles;
 use view::{View, pairs};
