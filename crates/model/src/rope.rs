@@ -284,7 +284,7 @@ impl RopeConfig {
 }
 
 /// YaRN's recommended factor on cosine and sine (equation 22 of the paper).
-fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
+pub(crate) fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 {
         1.0
     } else {

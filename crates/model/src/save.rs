@@ -1,4 +1,4 @@
-//! Writing a model as a directory in Hugging Face layout, tensor by tensor.
+//! Writing a model as a directory in Hugging Face layout, tensor by tensor; as GGUF: [`write_gguf`].
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -8,6 +8,11 @@ use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::config::ConfigError;
+
+mod gguf;
+
+pub use gguf::{GgufLora, GgufOptions, OutType, SavedGguf, write_gguf, write_gguf_lora};
 
 /// The element type of a saved model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +109,18 @@ pub enum SaveError {
     /// The target holds something.
     #[error("{} exists and is not empty; give another directory, or allow overwriting", .0.display())]
     Exists(PathBuf),
+    /// The file is there.
+    #[error("{} exists; give another file, or allow overwriting", .0.display())]
+    FileExists(PathBuf),
+    /// The model is none that a GGUF file of architecture "llama" can hold.
+    #[error("this model cannot be written as GGUF:{}", crate::config::bullets(.problems))]
+    NoGguf {
+        /// One sentence each.
+        problems: Vec<String>,
+    },
+    /// The base model's configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// A value cannot be had in the chosen type.
     #[error("tensor '{name}' has values beyond the range of f16; save as bf16 or f32")]
     OutOfRange {

@@ -14,8 +14,6 @@ use serde_json::Value;
 
 use crate::error::TrainError;
 
-const TOKENIZER: &str = "tokenizer.json";
-
 /// A `tokenizer.json` in place of one that is not there: it refuses every text, and shows token 7
 /// as `<7>`.
 fn stand_in(vocabulary: usize) -> Vec<u8> {
@@ -69,7 +67,7 @@ impl OpenBase {
         let config = LlamaConfig::from_json(checkpoint.config_json())?;
         let own_template = checkpoint.chat_template();
         // Rows of token ids need no tokenizer, and small models for tests come without one.
-        let has_tokenizer = checkpoint.is_gguf() || local.path.join(TOKENIZER).exists();
+        let has_tokenizer = checkpoint.has_tokenizer();
         let tokenizer_json = match has_tokenizer {
             true => checkpoint.tokenizer_json()?,
             false => stand_in(config.vocab_size),

@@ -2,7 +2,7 @@
 
 mod directory;
 mod error;
-mod gguf;
+pub(crate) mod gguf;
 mod mapped;
 mod safetensors;
 mod widen;
@@ -122,6 +122,22 @@ impl Checkpoint {
     /// Whether it is a GGUF file.
     pub fn is_gguf(&self) -> bool {
         matches!(self.backing, Backing::Gguf(_))
+    }
+
+    /// The GGUF file, if it is one.
+    pub(crate) fn gguf(&self) -> Option<&GgufFile> {
+        match &self.backing {
+            Backing::Directory(_) => None,
+            Backing::Gguf(gguf) => Some(gguf),
+        }
+    }
+
+    /// Whether it comes with a tokenizer. Models for tests may have none.
+    pub fn has_tokenizer(&self) -> bool {
+        match &self.backing {
+            Backing::Directory(_) => self.path.join("tokenizer.json").exists(),
+            Backing::Gguf(gguf) => gguf.has_tokenizer(),
+        }
     }
 
     /// The bytes of `tokenizer.json`, from its file or built from GGUF metadata.

@@ -8,6 +8,7 @@ use super::header::{Header, RawTensor};
 use super::quant::BlockType;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::error::Problems;
+use crate::rope::yarn_mscale;
 
 /// The tensor into which llama.cpp's converter bakes the rope scaling of Llama 3.1 and later.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -191,8 +192,11 @@ fn rope_scaling(
                 "original_max_position_embeddings":
                     original.unwrap_or((context as f64 / factor).round() as u64),
             });
+            // llama.cpp multiplies it with YaRN's own magnitude.
+            if let Some(on_top) = header.f64("llama.rope.scaling.attn_factor") {
+                scaling["attention_factor"] = (on_top * yarn_mscale(factor, 1.0)).into();
+            }
             let optional = [
-                ("attention_factor", "llama.rope.scaling.attn_factor"),
                 ("beta_fast", "llama.rope.scaling.yarn_beta_fast"),
                 ("beta_slow", "llama.rope.scaling.yarn_beta_slow"),
             ];

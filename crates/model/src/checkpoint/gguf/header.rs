@@ -45,11 +45,14 @@ pub(crate) struct RawTensor {
 #[derive(Debug)]
 pub(crate) struct Header {
     metadata: HashMap<String, Value>,
+    /// Keys in the file's order, each with the bytes of its whole entry.
+    pub entries: Vec<(String, Range<usize>)>,
     pub tensors: Vec<RawTensor>,
 }
 
+/// GGUF's value types; a type's code is its place in this list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ValueType {
+pub(crate) enum ValueType {
     U8,
     I8,
     U16,
@@ -98,7 +101,7 @@ impl ValueType {
 /// Arrays inside arrays are followed this deep; real files hold none.
 const MAX_NESTING: usize = 4;
 /// `general.alignment` when a file does not say.
-const DEFAULT_ALIGNMENT: u64 = 32;
+pub(crate) const DEFAULT_ALIGNMENT: u64 = 32;
 /// ggml's own limit on dimensions.
 const MAX_DIMS: u32 = 4;
 /// Key and string length, type and one byte: the least a metadata entry takes.
@@ -134,10 +137,13 @@ pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, CheckpointError>
 
     let mut problems = Problems::default();
     let mut metadata = HashMap::new();
+    let mut entries = Vec::new();
     for number in 0..entry_count {
+        let start = cursor.at;
         let (key, value) = cursor
             .entry()
             .map_err(|e| malformed(format!("metadata entry {number} of {entry_count}: {e}")))?;
+        entries.push((key.clone(), start..cursor.at));
         if metadata.insert(key.clone(), value).is_some() {
             problems.push(format!("metadata key '{key}' occurs twice"));
         }
@@ -177,7 +183,11 @@ pub(crate) fn read(path: &Path, bytes: &[u8]) -> Result<Header, CheckpointError>
             problems: unsupported,
         });
     }
-    Ok(Header { metadata, tensors })
+    Ok(Header {
+        metadata,
+        entries,
+        tensors,
+    })
 }
 
 fn big_endian(path: &Path) -> CheckpointError {

@@ -2,17 +2,25 @@
 
 mod config;
 mod header;
+mod hyper;
 mod names;
 mod quant;
+mod quantise;
 mod tokenizer;
+mod vocabulary;
+mod write;
 
 use std::path::Path;
 
 use serde_json::Value;
 
+pub(crate) use self::config::ROPE_FACTORS;
 use self::header::{Header, RawTensor};
-use self::names::Permuted;
-use self::quant::BlockType;
+pub(crate) use self::hyper::{describe as describe_config, rope_factors};
+pub(crate) use self::names::{Permuted, llama_cpp, permutation, permute};
+pub(crate) use self::quant::BlockType;
+pub(crate) use self::vocabulary::{Described, describe as describe_tokenizer};
+pub(crate) use self::write::{DataFault, Listed, Metadata, data, header};
 use super::error::Problems;
 use super::mapped::MappedFile;
 use super::{CheckpointError, SourceDtype, TensorInfo};
@@ -146,6 +154,52 @@ impl GgufFile {
         self.header
             .str("tokenizer.chat_template")
             .map(str::to_owned)
+    }
+
+    /// Whether there is one that can be read; a file may say that it has "none".
+    pub(crate) fn has_tokenizer(&self) -> bool {
+        let model = self.header.str("tokenizer.ggml.model");
+        model.is_some_and(|model| model != "none" && model != "no_vocab")
+    }
+
+    /// Takes over the metadata that holds of every model of this shape and tokenizer, as the file has it.
+    pub(crate) fn carried(&self, to: &mut Metadata) {
+        const OF_THIS_FILE: [&str; 3] = [
+            "general.file_type",
+            "general.quantization_version",
+            "general.alignment",
+        ];
+        for (key, range) in &self.header.entries {
+            let about_it = OF_THIS_FILE.contains(&key.as_str())
+                || key.starts_with("split.")
+                || key.starts_with("quantize.");
+            if let Some(entry) = self.file.bytes().get(range.clone()).filter(|_| !about_it) {
+                to.raw(entry);
+            }
+        }
+    }
+
+    /// All metadata entries by key, as the file has them.
+    #[cfg(test)]
+    pub(crate) fn entries(&self) -> std::collections::BTreeMap<String, Vec<u8>> {
+        let bytes = |range: &std::ops::Range<usize>| self.file.bytes()[range.clone()].to_vec();
+        let entries = self.header.entries.iter();
+        entries
+            .map(|(key, range)| (key.clone(), bytes(range)))
+            .collect()
+    }
+
+    /// Names, shapes and values of the tables that are derived from the configuration.
+    pub(crate) fn derived(&self) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+        let tables = self.header.tensors.iter();
+        let tables = tables.filter(|raw| DERIVED.contains(&raw.name.as_str()));
+        tables
+            .map(|raw| {
+                let bytes = self.file.slice(&raw.range).unwrap_or_default();
+                let values = raw.block.dequantise(bytes);
+                (raw.name.clone(), raw.shape.clone(), values)
+            })
+            .collect()
     }
 
     pub(crate) fn generation_config(&self) -> Value {

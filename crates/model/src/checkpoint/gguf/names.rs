@@ -1,36 +1,57 @@
-//! From llama.cpp's tensor names and row order to Hugging Face's.
+//! Between llama.cpp's tensor names and row order and Hugging Face's.
+
+/// llama.cpp's and Hugging Face's names of what stands outside the blocks; each has a weight alone.
+const TOP: [(&str, &str); 3] = [
+    ("token_embd", "model.embed_tokens"),
+    ("output_norm", "model.norm"),
+    ("output", "lm_head"),
+];
+
+/// The same within a block.
+const BLOCK: [(&str, &str); 9] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
 
 /// The Hugging Face name of a GGUF tensor of a Llama model.
 pub(crate) fn hugging_face(name: &str) -> Option<String> {
-    let top = match name {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    if let Some(top) = top {
-        return Some(top.to_owned());
+    let (part, kind) = name.rsplit_once('.')?;
+    if let Some((_, top)) = TOP.iter().find(|(gguf, _)| *gguf == part) {
+        return (kind == "weight").then(|| format!("{top}.weight"));
     }
-    let (layer, rest) = name.strip_prefix("blk.")?.split_once('.')?;
-    let (part, kind) = rest.rsplit_once('.')?;
-    // Only the plain decimal spelling, so that no two names can mean the same tensor.
-    let number: u32 = layer.parse().ok()?;
-    if number.to_string() != layer || !matches!(kind, "weight" | "bias") {
-        return None;
-    }
-    let module = match part {
-        "attn_norm" => "input_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "ffn_norm" => "post_attention_layernorm",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
-    };
+    let (number, part) = part.strip_prefix("blk.")?.split_once('.')?;
+    let (number, kind) = (layer(number)?, weight_or_bias(kind)?);
+    let (_, module) = BLOCK.iter().find(|(gguf, _)| *gguf == part)?;
     Some(format!("model.layers.{number}.{module}.{kind}"))
+}
+
+/// The GGUF name of a tensor that Hugging Face calls `name`: the way back from [`hugging_face`].
+pub(crate) fn llama_cpp(name: &str) -> Option<String> {
+    let (part, kind) = name.rsplit_once('.')?;
+    if let Some((top, _)) = TOP.iter().find(|(_, hf)| *hf == part) {
+        return (kind == "weight").then(|| format!("{top}.weight"));
+    }
+    let (number, part) = part.strip_prefix("model.layers.")?.split_once('.')?;
+    let (number, kind) = (layer(number)?, weight_or_bias(kind)?);
+    let (module, _) = BLOCK.iter().find(|(_, hf)| *hf == part)?;
+    Some(format!("blk.{number}.{module}.{kind}"))
+}
+
+/// Only the plain decimal spelling, so that no two names can mean the same tensor.
+fn layer(text: &str) -> Option<u32> {
+    let number: u32 = text.parse().ok()?;
+    (number.to_string() == text).then_some(number)
+}
+
+fn weight_or_bias(kind: &str) -> Option<&str> {
+    matches!(kind, "weight" | "bias").then_some(kind)
 }
 
 /// Which of llama.cpp's row orders a projection has.
@@ -77,6 +98,27 @@ pub(crate) fn unpermute(values: &[f32], rows: usize, heads: usize) -> Option<Vec
     Some(out)
 }
 
+/// llama.cpp's order of the rows of q and k: what [`unpermute`] undoes.
+pub(crate) fn permute(values: &[f32], rows: usize, heads: usize) -> Option<Vec<f32>> {
+    let columns = values.len().checked_div(rows)?;
+    let head_dim = rows.checked_div(heads)?;
+    if columns == 0 || head_dim % 2 != 0 || head_dim * heads != rows {
+        return None;
+    }
+    let mut out = Vec::with_capacity(values.len());
+    for head in values.chunks_exact(head_dim * columns) {
+        let (first, second) = head.split_at(head_dim / 2 * columns);
+        for (a, b) in first
+            .chunks_exact(columns)
+            .zip(second.chunks_exact(columns))
+        {
+            out.extend_from_slice(a);
+            out.extend_from_slice(b);
+        }
+    }
+    Some(out)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,6 +142,17 @@ mod tests {
         ];
         for (gguf, hf) in cases {
             assert_eq!(hugging_face(gguf).as_deref(), hf, "{gguf}");
+            if let Some(hf) = hf {
+                assert_eq!(llama_cpp(hf).as_deref(), Some(gguf), "{hf}");
+            }
+        }
+        for hf in [
+            "model.layers.0.mlp.gate.weight",
+            "model.norm.bias",
+            "model.layers.01.mlp.up_proj.weight",
+            "model.layers.1.mlp.up_proj.lora_A",
+        ] {
+            assert_eq!(llama_cpp(hf), None, "{hf}");
         }
     }
 
@@ -120,6 +173,11 @@ mod tests {
                 }
             }
         }
+        assert_eq!(
+            permute(&original, heads * 2 * half, heads).as_deref(),
+            Some(permuted.as_slice())
+        );
+        assert_eq!(permute(&original, heads * 2 * half, 5), None);
         assert_eq!(
             unpermute(&permuted, heads * 2 * half, heads),
             Some(original)

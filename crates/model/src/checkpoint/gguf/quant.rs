@@ -83,27 +83,36 @@ impl BlockType {
     /// All readable types, for messages.
     pub const NAMES: &str = "F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K";
 
+    /// The types with ggml's codes.
+    const CODES: [(u32, Self); 11] = [
+        (0, Self::F32),
+        (1, Self::F16),
+        (2, Self::Q4_0),
+        (3, Self::Q4_1),
+        (6, Self::Q5_0),
+        (7, Self::Q5_1),
+        (8, Self::Q8_0),
+        (12, Self::Q4K),
+        (13, Self::Q5K),
+        (14, Self::Q6K),
+        (30, Self::BF16),
+    ];
+
     /// The type with ggml's `code`, or else a name for the type that is not read.
     pub fn from_code(code: u32) -> Result<Self, String> {
-        Ok(match code {
-            0 => Self::F32,
-            1 => Self::F16,
-            2 => Self::Q4_0,
-            3 => Self::Q4_1,
-            6 => Self::Q5_0,
-            7 => Self::Q5_1,
-            8 => Self::Q8_0,
-            12 => Self::Q4K,
-            13 => Self::Q5K,
-            14 => Self::Q6K,
-            30 => Self::BF16,
-            other => {
-                return Err(usize::try_from(other)
-                    .ok()
-                    .and_then(|code| TYPE_NAMES.get(code))
-                    .map_or_else(|| format!("number {other}"), |name| (*name).to_owned()));
-            }
-        })
+        if let Some((_, block)) = Self::CODES.iter().find(|(own, _)| *own == code) {
+            return Ok(*block);
+        }
+        let name = usize::try_from(code)
+            .ok()
+            .and_then(|code| TYPE_NAMES.get(code));
+        Err(name.map_or_else(|| format!("number {code}"), |name| (*name).to_owned()))
+    }
+
+    /// ggml's code of the type.
+    pub fn code(self) -> u32 {
+        let own = Self::CODES.iter().find(|(_, block)| *block == self);
+        own.map_or(0, |(code, _)| *code)
     }
 
     pub fn name(self) -> &'static str {

@@ -13,10 +13,12 @@ use crate::checkpoint::CheckpointError;
 use crate::checkpoint::error::Problems;
 
 /// GGUF's kinds of token.
-const NORMAL: i64 = 1;
-const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
+pub(super) const NORMAL: i64 = 1;
+pub(super) const UNKNOWN: i64 = 2;
+pub(super) const CONTROL: i64 = 3;
+pub(super) const USER_DEFINED: i64 = 4;
+pub(super) const UNUSED: i64 = 5;
+pub(super) const BYTE: i64 = 6;
 
 /// The vocabulary as the metadata lists it.
 struct Vocabulary<'a> {
@@ -226,7 +228,7 @@ enum Fault {
     Unsupported(String),
 }
 
-fn is_llama3(pre: Option<&str>) -> bool {
+pub(super) fn is_llama3(pre: Option<&str>) -> bool {
     matches!(pre, Some("llama-bpe" | "llama3" | "llama-v3"))
 }
 
@@ -265,51 +267,18 @@ fn byte_level(
         pairs.push(json!([left, right]));
     }
     let pre = header.str("tokenizer.ggml.pre");
-    let byte_level = |use_regex: bool| {
-        json!({
-            "type": "ByteLevel",
-            "add_prefix_space": false,
-            "trim_offsets": true,
-            "use_regex": use_regex,
-        })
-    };
-    let sequence =
-        |first: Value, rest: Value| json!({"type": "Sequence", "pretokenizers": [first, rest]});
-    let split = |regex: &str| {
-        json!({
-            "type": "Split",
-            "pattern": {"Regex": regex},
-            "behavior": "Isolated",
-            "invert": false,
-        })
-    };
-    let pre_tokenizer = match pre {
-        None | Some("default" | "gpt-2" | "gpt2" | "olmo" | "jais" | "mpt") => byte_level(true),
-        Some("smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone") => sequence(
-            json!({"type": "Digits", "individual_digits": true}),
-            byte_level(true),
-        ),
-        pre if is_llama3(pre) => sequence(split(LLAMA3_SPLIT), byte_level(false)),
-        Some("qwen2" | "stablelm2" | "megrez" | "deepseek-r1-qwen") => {
-            sequence(split(QWEN2_SPLIT), byte_level(false))
-        }
-        Some(other) => {
-            return Err(Fault::Unsupported(format!(
-                "tokenizer.ggml.pre is '{other}'; read are default, gpt-2, smollm, starcoder, \
-                 refact, command-r, llama-bpe and qwen2"
-            )));
-        }
-    };
-    // Qwen2 texts are normalised to composed characters; the others are taken as they are.
-    let normalizer = match pre {
-        Some("qwen2" | "megrez" | "deepseek-r1-qwen") => json!({"type": "NFC"}),
-        _ => Value::Null,
-    };
+    let pre_tokenizer = pre_tokenizer(pre).ok_or_else(|| {
+        Fault::Unsupported(format!(
+            "tokenizer.ggml.pre is '{}'; read are default, gpt-2, smollm, starcoder, refact, \
+             command-r, llama-bpe and qwen2",
+            pre.unwrap_or_default()
+        ))
+    })?;
     Ok(Parts {
-        normalizer,
+        normalizer: normalizer(pre),
         pre_tokenizer,
         post_processor: template.unwrap_or(Value::Null),
-        decoder: byte_level(true),
+        decoder: byte_level_step(true),
         model: json!({
             "type": "BPE",
             "dropout": null,
@@ -323,6 +292,51 @@ fn byte_level(
             "merges": pairs,
         }),
     })
+}
+
+fn byte_level_step(use_regex: bool) -> Value {
+    json!({
+        "type": "ByteLevel",
+        "add_prefix_space": false,
+        "trim_offsets": true,
+        "use_regex": use_regex,
+    })
+}
+
+/// The splitting that `tokenizer.ggml.pre` stands for; none for a name that is not known.
+pub(super) fn pre_tokenizer(pre: Option<&str>) -> Option<Value> {
+    let sequence =
+        |first: Value, rest: Value| json!({"type": "Sequence", "pretokenizers": [first, rest]});
+    let split = |regex: &str| {
+        json!({
+            "type": "Split",
+            "pattern": {"Regex": regex},
+            "behavior": "Isolated",
+            "invert": false,
+        })
+    };
+    Some(match pre {
+        None | Some("default" | "gpt-2" | "gpt2" | "olmo" | "jais" | "mpt") => {
+            byte_level_step(true)
+        }
+        Some("smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone") => sequence(
+            json!({"type": "Digits", "individual_digits": true}),
+            byte_level_step(true),
+        ),
+        pre if is_llama3(pre) => sequence(split(LLAMA3_SPLIT), byte_level_step(false)),
+        Some("qwen2" | "stablelm2" | "megrez" | "deepseek-r1-qwen") => {
+            sequence(split(QWEN2_SPLIT), byte_level_step(false))
+        }
+        Some(_) => return None,
+    })
+}
+
+/// Qwen2 texts are normalised to composed characters; the others are taken as they are.
+pub(super) fn normalizer(pre: Option<&str>) -> Value {
+    match pre {
+        Some("qwen2" | "megrez" | "deepseek-r1-qwen") => json!({"type": "NFC"}),
+        _ => Value::Null,
+    }
 }
 
 /// Contractions, words, up to three digits, other marks, line ends, spaces: Llama 3.
@@ -387,16 +401,28 @@ fn sentence_piece(
 /// The merges that make byte-pair encoding join pieces as SentencePiece does: every way to cut a
 /// piece into two pieces, best score of the whole first; within a piece, by the ids of the parts.
 fn merges_by_score(vocabulary: &Vocabulary, scores: &[f64]) -> Vec<Value> {
-    let pieces: HashMap<&str, usize> = vocabulary
-        .tokens
+    let merges = joins(&vocabulary.tokens, &vocabulary.kinds, scores);
+    merges
+        .into_iter()
+        .map(|(left, right)| json!([vocabulary.tokens[left], vocabulary.tokens[right]]))
+        .collect()
+}
+
+/// The same as pairs of ids.
+pub(super) fn joins<T: AsRef<str>>(
+    tokens: &[T],
+    kinds: &[i64],
+    scores: &[f64],
+) -> Vec<(usize, usize)> {
+    let pieces: HashMap<&str, usize> = tokens
         .iter()
-        .zip(&vocabulary.kinds)
+        .zip(kinds)
         .enumerate()
         .filter(|(_, (_, kind))| **kind == NORMAL)
-        .map(|(id, (token, _))| (*token, id))
+        .map(|(id, (token, _))| (token.as_ref(), id))
         .collect();
     let mut merges: Vec<(f64, usize, usize, usize)> = Vec::new();
-    for (id, token) in vocabulary.tokens.iter().enumerate() {
+    for (id, token) in tokens.iter().map(T::as_ref).enumerate() {
         if pieces.get(token) != Some(&id) {
             continue;
         }
@@ -412,8 +438,6 @@ fn merges_by_score(vocabulary: &Vocabulary, scores: &[f64]) -> Vec<Value> {
         b.0.total_cmp(&a.0)
             .then((a.1, a.2, a.3).cmp(&(b.1, b.2, b.3)))
     });
-    merges
-        .into_iter()
-        .map(|(_, _, left, right)| json!([vocabulary.tokens[left], vocabulary.tokens[right]]))
-        .collect()
+    let pairs = merges.into_iter().map(|(_, _, left, right)| (left, right));
+    pairs.collect()
 }

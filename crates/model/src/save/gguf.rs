@@ -1,0 +1,456 @@
+//! Writing a model, or a LoRA beside one, as a GGUF file for llama.cpp, tensor by tensor.
+//!
+//! Which tensor gets which type follows llama.cpp: its converter (`convert_hf_to_gguf.py`) for f32, f16, bf16
+//! and q8_0, `llama-quantize` for q4_0, where the matrix of the output head is finer than the others.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::{ReadTensor, SaveError, io};
+use crate::checkpoint::Checkpoint;
+use crate::checkpoint::gguf::{
+    BlockType, DataFault, Described, Listed, Metadata, Permuted, ROPE_FACTORS, data,
+    describe_config, describe_tokenizer, header, llama_cpp, permutation, permute, rope_factors,
+};
+use crate::config::LlamaConfig;
+
+/// The element type of a GGUF file's matrices (`--outtype` of llama.cpp's converter).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutType {
+    /// 32-bit float.
+    F32,
+    /// 16-bit float.
+    F16,
+    /// bfloat16.
+    BF16,
+    /// Eight bits and a scale for 32 elements.
+    Q8_0,
+    /// Four bits and a scale for 32 elements.
+    Q4_0,
+}
+
+impl OutType {
+    /// The name in options and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4_0 => "q4_0",
+        }
+    }
+
+    /// llama.cpp's number for a file mostly of this type (`general.file_type`).
+    fn file_type(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q8_0 => 7,
+            Self::BF16 => 32,
+        }
+    }
+
+    /// The type of a tensor of this shape; `head`: what logits are computed with.
+    fn of(self, shape: &[usize], head: bool) -> BlockType {
+        let [.., _, width] = shape else {
+            return BlockType::F32;
+        };
+        let finest = match (self, head) {
+            (Self::F32, _) => return BlockType::F32,
+            (Self::F16, _) => return BlockType::F16,
+            (Self::BF16, _) => return BlockType::BF16,
+            (Self::Q8_0, _) => [BlockType::Q8_0, BlockType::Q8_0],
+            (Self::Q4_0, false) => [BlockType::Q4_0, BlockType::Q4_0],
+            (Self::Q4_0, true) => [BlockType::Q6K, BlockType::Q8_0],
+        };
+        let fits = |block: &BlockType| width.is_multiple_of(block.elements());
+        finest.into_iter().find(fits).unwrap_or(BlockType::F16)
+    }
+}
+
+/// How to write a GGUF file.
+#[derive(Clone, Debug)]
+pub struct GgufOptions {
+    /// The type of the matrices.
+    pub outtype: OutType,
+    /// Whether a file that is there is replaced.
+    pub overwrite: bool,
+    /// `general.name`; a base that is a GGUF file keeps its own.
+    pub name: Option<String>,
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedGguf {
+    /// Size of the file.
+    pub bytes: u64,
+    /// How many tensors there are of each type, by ggml's names.
+    pub types: BTreeMap<&'static str, usize>,
+    /// The kind of tokenizer, in words; none in an adapter's file.
+    pub tokenizer: Option<String>,
+    /// What llama.cpp will do otherwise, and what could not be had in the type that was asked for.
+    pub notes: Vec<String>,
+}
+
+/// The factors of one module: it adds `alpha / r · b · a` to the weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GgufLora {
+    /// The module's name in Hugging Face's words, without `.weight`.
+    pub module: String,
+    /// Whether it is the embedding, whose weight is `[vocabulary, hidden]` and whose `b · a` is its transpose.
+    pub embedding: bool,
+    /// Rank.
+    pub r: usize,
+    /// `[r, in]`, row-major.
+    pub a: Vec<f32>,
+    /// `[out, r]`
+    pub b: Vec<f32>,
+}
+
+/// Writes a whole model to one file. Arguments as those of [`write_hf`](super::write_hf): one tensor at a time is
+/// in memory, everything else comes from `source`. The metadata of a GGUF base is carried over as it is. Nothing
+/// is at `path` before all is written.
+///
+/// # Errors
+/// A file that is there already; all that llama.cpp's "llama" architecture or tokenizers cannot represent; a value
+/// beyond the type's range.
+pub fn write_gguf(
+    path: &Path,
+    tensors: &[(String, Vec<usize>)],
+    read: ReadTensor<'_>,
+    source: &Checkpoint,
+    options: &GgufOptions,
+) -> Result<SavedGguf, SaveError> {
+    let config = LlamaConfig::from_json(source.config_json())?;
+    let (mut problems, mut notes) = (Vec::new(), Vec::new());
+    let mut metadata = Metadata::default();
+    let mut extra: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
+    let tokenizer = if let Some(base) = source.gguf() {
+        base.carried(&mut metadata);
+        extra = base.derived();
+        "that of the base, as its metadata says".to_owned()
+    } else {
+        metadata.string("general.architecture", "llama");
+        metadata.string("general.type", "model");
+        if let Some(name) = &options.name {
+            metadata.string("general.name", name);
+        }
+        describe_config(&config, &mut metadata, &mut problems);
+        if let Some(factors) = rope_factors(&config.rope, config.head_dim) {
+            extra.push((ROPE_FACTORS.to_owned(), vec![factors.len()], factors));
+        }
+        tokenizer(source, &config, &mut metadata, &mut problems, &mut notes)?
+    };
+    let head = if tensors.iter().any(|(name, _)| name == "lm_head.weight") {
+        "output.weight"
+    } else {
+        "token_embd.weight"
+    };
+    let mut listed = Vec::new();
+    for (name, shape) in tensors {
+        let Some(own) = llama_cpp(name) else {
+            problems.push(format!(
+                "tensor '{name}' has no name in architecture 'llama'"
+            ));
+            continue;
+        };
+        listed.push(Listed {
+            block: options.outtype.of(shape, own == head),
+            name: own,
+            shape: shape.clone(),
+        });
+    }
+    if !problems.is_empty() {
+        return Err(SaveError::NoGguf { problems });
+    }
+    note_fallbacks(&listed, options.outtype, &mut notes);
+    listed.extend(extra.iter().map(|(name, shape, _)| Listed {
+        name: name.clone(),
+        shape: shape.clone(),
+        block: BlockType::F32,
+    }));
+    finish_metadata(&mut metadata, options.outtype);
+    let mut values = |index: usize| {
+        let Some((name, shape)) = tensors.get(index) else {
+            let more = extra.get_mut(index - tensors.len());
+            return Ok(more
+                .map(|(.., values)| std::mem::take(values))
+                .unwrap_or_default());
+        };
+        let values = read(name).map_err(|source| SaveError::Read {
+            name: name.clone(),
+            source,
+        })?;
+        if values.len() != shape.iter().product::<usize>() {
+            return Err(SaveError::WrongLength {
+                name: name.clone(),
+                shape: shape.clone(),
+                found: values.len(),
+            });
+        }
+        in_order(name, values, shape.first().copied().unwrap_or(1), &config)
+    };
+    let bytes = write_file(path, options.overwrite, &metadata, &listed, &mut values)?;
+    Ok(SavedGguf {
+        bytes,
+        types: counts(&listed),
+        tokenizer: Some(tokenizer),
+        notes,
+    })
+}
+
+/// Writes a LoRA that llama.cpp adds to its base when it runs (`--lora`), of one `alpha` for all modules.
+/// `config` is that of the base.
+///
+/// # Errors
+/// As [`write_gguf`]; a module that has no name there.
+pub fn write_gguf_lora(
+    path: &Path,
+    modules: &[GgufLora],
+    alpha: f64,
+    config: &LlamaConfig,
+    options: &GgufOptions,
+) -> Result<SavedGguf, SaveError> {
+    let mut metadata = Metadata::default();
+    metadata.string("general.architecture", "llama");
+    metadata.string("general.type", "adapter");
+    if let Some(name) = &options.name {
+        metadata.string("general.name", name);
+    }
+    metadata.string("adapter.type", "lora");
+    metadata.f32("adapter.lora.alpha", alpha);
+    let (mut listed, mut problems) = (Vec::new(), Vec::new());
+    for module in modules {
+        let name = format!("{}.weight", module.module);
+        let Some(own) = llama_cpp(&name) else {
+            problems.push(format!(
+                "module '{}' has no name in architecture 'llama'",
+                module.module
+            ));
+            continue;
+        };
+        let (a, b) = (module.a.len() / module.r, module.b.len() / module.r);
+        // Rows of the embedding are looked up in A, which is stored the other way round for it.
+        let a = if module.embedding {
+            [a, module.r]
+        } else {
+            [module.r, a]
+        };
+        for (end, shape) in [("lora_a", a), ("lora_b", [b, module.r])] {
+            listed.push(Listed {
+                name: format!("{own}.{end}"),
+                shape: shape.to_vec(),
+                block: options.outtype.of(&shape, false),
+            });
+        }
+    }
+    if !problems.is_empty() {
+        return Err(SaveError::NoGguf { problems });
+    }
+    finish_metadata(&mut metadata, options.outtype);
+    let mut notes = Vec::new();
+    note_fallbacks(&listed, options.outtype, &mut notes);
+    let mut values = |index: usize| {
+        let Some(module) = modules.get(index / 2) else {
+            return Ok(Vec::new());
+        };
+        match (index % 2, module.embedding) {
+            (0, false) => Ok(module.a.clone()),
+            (0, true) => Ok(transposed(&module.a, module.r)),
+            _ => {
+                let (name, rows) = (
+                    format!("{}.weight", module.module),
+                    module.b.len() / module.r,
+                );
+                in_order(&name, module.b.clone(), rows, config)
+            }
+        }
+    };
+    let bytes = write_file(path, options.overwrite, &metadata, &listed, &mut values)?;
+    Ok(SavedGguf {
+        bytes,
+        types: counts(&listed),
+        tokenizer: None,
+        notes,
+    })
+}
+
+/// The tokenizer's metadata of a Hugging Face directory.
+fn tokenizer(
+    source: &Checkpoint,
+    config: &LlamaConfig,
+    metadata: &mut Metadata,
+    problems: &mut Vec<String>,
+    notes: &mut Vec<String>,
+) -> Result<String, SaveError> {
+    if !source.has_tokenizer() {
+        metadata.string("tokenizer.ggml.model", "none");
+        let ids = [
+            ("bos", config.bos_token_id),
+            ("eos", config.eos_token_ids.first().copied()),
+            ("padding", config.pad_token_id),
+        ];
+        for (key, id) in ids {
+            if let Some(id) = id {
+                metadata.u32(&format!("tokenizer.ggml.{key}_token_id"), id);
+            }
+        }
+        notes.push(
+            "the model comes without tokenizer.json, so the file has no tokenizer".to_owned(),
+        );
+        return Ok("none".to_owned());
+    }
+    let json: Value = match serde_json::from_slice(&source.tokenizer_json()?) {
+        Ok(json) => json,
+        Err(error) => {
+            problems.push(format!("tokenizer.json is not JSON: {error}"));
+            return Ok(String::new());
+        }
+    };
+    let generation = source.generation_config();
+    let stated = |key: &str| -> Vec<u32> {
+        let value = generation.as_ref().and_then(|config| config.get(key));
+        let all = match value {
+            Some(Value::Array(ids)) => ids.iter().collect(),
+            other => other.into_iter().collect::<Vec<_>>(),
+        };
+        let ids = all.into_iter().filter_map(Value::as_u64);
+        ids.filter_map(|id| u32::try_from(id).ok()).collect()
+    };
+    let mut eos = config.eos_token_ids.clone();
+    for id in stated("eos_token_id") {
+        if !eos.contains(&id) {
+            eos.push(id);
+        }
+    }
+    let (settings, template) = (source.tokenizer_config(), source.chat_template());
+    let from = Described {
+        tokenizer: &json,
+        config: settings.as_ref(),
+        bos: config
+            .bos_token_id
+            .or(stated("bos_token_id").first().copied()),
+        eos: &eos,
+        pad: config
+            .pad_token_id
+            .or(stated("pad_token_id").first().copied()),
+        template: template.as_deref(),
+        rows: config.vocab_size,
+    };
+    Ok(describe_tokenizer(&from, metadata, problems, notes))
+}
+
+fn finish_metadata(metadata: &mut Metadata, outtype: OutType) {
+    metadata.u32("general.file_type", outtype.file_type());
+    metadata.u32("general.quantization_version", 2);
+}
+
+/// Rows in llama.cpp's order.
+fn in_order(
+    name: &str,
+    values: Vec<f32>,
+    rows: usize,
+    config: &LlamaConfig,
+) -> Result<Vec<f32>, SaveError> {
+    let heads = match permutation(name) {
+        Some(Permuted::Query) => config.num_attention_heads,
+        Some(Permuted::Key) => config.num_key_value_heads,
+        None => return Ok(values),
+    };
+    permute(&values, rows, heads).ok_or_else(|| SaveError::NoGguf {
+        problems: vec![format!(
+            "tensor '{name}' of {rows} rows does not divide into {heads} heads of an even size"
+        )],
+    })
+}
+
+fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
+    let columns = values.len() / rows;
+    let column = |c: usize| values.iter().skip(c).step_by(columns).copied();
+    (0..columns).flat_map(column).collect()
+}
+
+fn counts(listed: &[Listed]) -> BTreeMap<&'static str, usize> {
+    let mut counts = BTreeMap::new();
+    for tensor in listed {
+        *counts.entry(tensor.block.name()).or_default() += 1;
+    }
+    counts
+}
+
+/// Says which matrices are not in blocks though blocks were asked for.
+fn note_fallbacks(listed: &[Listed], outtype: OutType, notes: &mut Vec<String>) {
+    if !matches!(outtype, OutType::Q8_0 | OutType::Q4_0) {
+        return;
+    }
+    let fallen: Vec<&str> = listed
+        .iter()
+        .filter(|tensor| tensor.block == BlockType::F16)
+        .map(|tensor| tensor.name.as_str())
+        .collect();
+    if let Some(first) = fallen.first() {
+        notes.push(format!(
+            "{} of {} matrices are f16, since the width of their rows is no multiple of 32 ({first}{})",
+            fallen.len(),
+            listed.iter().filter(|tensor| tensor.shape.len() > 1).count(),
+            if fallen.len() > 1 { ", …" } else { "" }
+        ));
+    }
+}
+
+/// Writes under a temporary name in the same directory, syncs and renames; gives the size.
+fn write_file(
+    path: &Path,
+    overwrite: bool,
+    metadata: &Metadata,
+    listed: &[Listed],
+    values: &mut dyn FnMut(usize) -> Result<Vec<f32>, SaveError>,
+) -> Result<u64, SaveError> {
+    if !overwrite && path.exists() {
+        return Err(SaveError::FileExists(path.to_owned()));
+    }
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent).map_err(io(parent))?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".saving-");
+    // Readable as any file, not by its owner alone as temporary ones are.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let temporary = builder.tempfile_in(parent).map_err(io(parent))?;
+    let mut out = BufWriter::with_capacity(1 << 20, temporary);
+    header(&mut out, metadata, listed).map_err(io(path))?;
+    for (index, tensor) in listed.iter().enumerate() {
+        let values = values(index)?;
+        data(&mut out, tensor.block, &values).map_err(|fault| match fault {
+            DataFault::Io(error) => io(path)(error),
+            DataFault::OutOfRange => SaveError::OutOfRange {
+                name: tensor.name.clone(),
+            },
+        })?;
+    }
+    out.flush().map_err(io(path))?;
+    let temporary = out.into_inner().map_err(|e| io(path)(e.into_error()))?;
+    temporary.as_file().sync_all().map_err(io(path))?;
+    let bytes = temporary.as_file().metadata().map_err(io(path))?.len();
+    let placed = match overwrite {
+        true => temporary.persist(path),
+        false => temporary.persist_noclobber(path),
+    };
+    placed.map_err(|refused| match refused.error.kind() {
+        std::io::ErrorKind::AlreadyExists => SaveError::FileExists(path.to_owned()),
+        _ => io(path)(refused.error),
+    })?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;
