@@ -83,6 +83,8 @@ verbs! {
     score => Score;
     /// Fold an adapter into its base and write a model of its own
     merge => Merge;
+    /// Write a model, an adapter merged into its base, or an adapter alone as GGUF for llama.cpp
+    export => Export;
     /// Train the variants of a recipe one after the other and put their figures side by side
     compare => Compare;
     /// List, inspect, combine, compare and convert adapters

@@ -105,18 +105,14 @@ pub fn merge(
     Ok(MergeReport {
         output: options.output.clone(),
         dtype,
-        modules: merging
-            .modules
-            .iter()
-            .filter(|m| merging.touched(&m.name))
-            .count(),
+        modules: merging.changed(),
         untied: merging.unties,
         check,
     })
 }
 
 /// An error of ours that came back through the writer, without its wrapping.
-fn plainly(error: save::SaveError) -> TrainError {
+pub(crate) fn plainly(error: save::SaveError) -> TrainError {
     match error {
         save::SaveError::Read { name, source } => match source.downcast::<TrainError>() {
             Ok(own) => *own,
@@ -151,21 +147,21 @@ fn weights(options: &MergeOptions) -> Result<Vec<f64>, TrainError> {
 /// A base on disk and the adapters that are folded into it, one after the other: `W ← W + w·(fold(W) − W)`.
 /// That is the weighted sum of what they add, but for methods that multiply what is there ((IA)³, DoRA); with
 /// weights of 1 it is what they compute when they are in use together.
-struct Merging<'a> {
-    base: OpenBase,
+pub(crate) struct Merging<'a> {
+    pub(crate) base: OpenBase,
     modules: Vec<ModuleShape>,
     /// The name under which the embedding is stored.
     embedding: &'static str,
     adapters: Vec<(HostAdapter, f64)>,
     /// Whether a head that shared the embedding's weights needs its own from now on.
-    unties: bool,
+    pub(crate) unties: bool,
     device: &'a Device,
 }
 
 const HEAD: &str = "lm_head";
 
 impl<'a> Merging<'a> {
-    fn open(
+    pub(crate) fn open(
         base: OpenBase,
         dirs: &[PathBuf],
         weights: Vec<f64>,
@@ -209,8 +205,14 @@ impl<'a> Merging<'a> {
             .any(|(adapter, _)| adapter.touches(module))
     }
 
+    /// How many modules the adapters change.
+    pub(crate) fn changed(&self) -> usize {
+        let names = self.modules.iter().map(|m| &m.name);
+        names.filter(|name| self.touched(name)).count()
+    }
+
     /// Names and shapes of all tensors to write, in the model's order.
-    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+    pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut tensors: Vec<_> = self.modules.iter().flat_map(ModuleShape::tensors).collect();
         if self.unties
             && let Some(table) = self.table()
@@ -227,7 +229,7 @@ impl<'a> Merging<'a> {
     }
 
     /// The values of one of [`Self::tensors`].
-    fn values(&self, tensor: &str) -> Result<Vec<f32>, TrainError> {
+    pub(crate) fn values(&self, tensor: &str) -> Result<Vec<f32>, TrainError> {
         let (module, is_bias) = match (tensor.strip_suffix(".weight"), tensor.strip_suffix(".bias"))
         {
             (Some(module), _) => (module, false),
@@ -484,7 +486,7 @@ fn refuse_conflicts(
 }
 
 /// The name of a module's weight in the files.
-fn stored(module: &ModuleShape, embedding: &str) -> String {
+pub(crate) fn stored(module: &ModuleShape, embedding: &str) -> String {
     match module.kind {
         ModuleKind::Embedding => embedding.to_owned(),
         _ => format!("{}.weight", module.name),

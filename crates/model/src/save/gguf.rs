@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::{ReadTensor, SaveError, io};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::gguf::{
-    BlockType, DataFault, Described, Listed, Metadata, Permuted, ROPE_FACTORS, data,
+    BlockType, DataFault, Described, Listed, Metadata, Permuted, ROPE_FACTORS, architecture, data,
     describe_config, describe_tokenizer, header, llama_cpp, permutation, permute, rope_factors,
 };
 use crate::config::LlamaConfig;
@@ -226,6 +226,7 @@ pub fn write_gguf_lora(
     metadata.string("adapter.type", "lora");
     metadata.f32("adapter.lora.alpha", alpha);
     let (mut listed, mut problems) = (Vec::new(), Vec::new());
+    architecture(config, &mut problems);
     for module in modules {
         let name = format!("{}.weight", module.module);
         let Some(own) = llama_cpp(&name) else {

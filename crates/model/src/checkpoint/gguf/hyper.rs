@@ -4,14 +4,19 @@ use super::write::Metadata;
 use crate::config::{Family, LlamaConfig};
 use crate::rope::{RopeConfig, RopeScaling, yarn_mscale};
 
-/// Appends `llama.*`; what llama.cpp's "llama" architecture cannot have goes to `problems`.
-pub(crate) fn describe(config: &LlamaConfig, to: &mut Metadata, problems: &mut Vec<String>) {
+/// Refuses what is not of llama.cpp's architecture "llama", whose row order and names are written.
+pub(crate) fn architecture(config: &LlamaConfig, problems: &mut Vec<String>) {
     if !matches!(config.family, Family::Llama | Family::Mistral) {
         problems.push(format!(
             "model_type is '{}'; llama and mistral models are written (architecture 'llama')",
             config.family.model_type()
         ));
     }
+}
+
+/// Appends `llama.*`; what llama.cpp's "llama" architecture cannot have goes to `problems`.
+pub(crate) fn describe(config: &LlamaConfig, to: &mut Metadata, problems: &mut Vec<String>) {
+    architecture(config, problems);
     let context = config.max_position_embeddings;
     if let Some(window) = config.sliding_windows.iter().flatten().min()
         && *window < context

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 pub(crate) use self::config::ROPE_FACTORS;
 use self::header::{Header, RawTensor};
-pub(crate) use self::hyper::{describe as describe_config, rope_factors};
+pub(crate) use self::hyper::{architecture, describe as describe_config, rope_factors};
 pub(crate) use self::names::{Permuted, llama_cpp, permutation, permute};
 pub(crate) use self::quant::BlockType;
 pub(crate) use self::vocabulary::{Described, describe as describe_tokenizer};
