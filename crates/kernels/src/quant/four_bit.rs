@@ -297,29 +297,36 @@ impl FourBitTensor {
 
     /// Values from `start` on, as many as `out` takes; they must be there.
     fn fill(&self, start: usize, dtype: FloatKind, out: &mut [f32]) {
-        let table = self.kind.table();
         out.par_chunks_mut(CHUNK)
             .enumerate()
-            .for_each(|(i, mut rest)| {
-                let mut at = start + i * CHUNK;
-                while !rest.is_empty() {
-                    let block = at / self.block;
-                    let length = rest.len().min((block + 1) * self.block - at);
-                    let (now, later) = rest.split_at_mut(length);
-                    let scale = self.absmax.scale(block);
-                    for (place, value) in (at..).zip(now) {
-                        let byte = self.codes[place / 2];
-                        let code = if place.is_multiple_of(2) {
-                            byte >> 4
-                        } else {
-                            byte & 15
-                        };
-                        *value = dtype.round(table[code as usize] * scale);
-                    }
-                    rest = later;
-                    at += length;
-                }
-            });
+            .for_each(|(i, out)| self.values(start + i * CHUNK, dtype, out));
+    }
+
+    /// The same on this thread alone, rounded to the dtype the weight had.
+    pub(crate) fn read(&self, start: usize, out: &mut [f32]) {
+        self.values(start, self.dtype, out);
+    }
+
+    fn values(&self, start: usize, dtype: FloatKind, mut rest: &mut [f32]) {
+        let table = self.kind.table();
+        let mut at = start;
+        while !rest.is_empty() {
+            let block = at / self.block;
+            let length = rest.len().min((block + 1) * self.block - at);
+            let (now, later) = rest.split_at_mut(length);
+            let scale = self.absmax.scale(block);
+            for (place, value) in (at..).zip(now) {
+                let byte = self.codes[place / 2];
+                let code = if place.is_multiple_of(2) {
+                    byte >> 4
+                } else {
+                    byte & 15
+                };
+                *value = dtype.round(table[code as usize] * scale);
+            }
+            rest = later;
+            at += length;
+        }
     }
 }
 

@@ -126,10 +126,20 @@ impl Int8Rows {
     }
 
     fn fill(&self, row: usize, dtype: FloatKind, out: &mut [f32]) {
+        self.read(row, 0, out);
+        if dtype != FloatKind::F32 {
+            for value in out {
+                *value = dtype.round(*value);
+            }
+        }
+    }
+
+    /// Values of a row from column `from` on, in f32; they must be there.
+    pub(crate) fn read(&self, row: usize, from: usize, out: &mut [f32]) {
         let scale = self.absmax[row];
-        let codes = &self.codes[row * self.shape[1]..];
+        let codes = &self.codes[row * self.shape[1] + from..];
         for (value, code) in out.iter_mut().zip(codes) {
-            *value = dtype.round(f32::from(*code) * scale * PER_STEP);
+            *value = f32::from(*code) * scale * PER_STEP;
         }
     }
 }

@@ -69,6 +69,9 @@ pub enum QuantError {
         /// NaN or an infinity.
         value: f32,
     },
+    /// A weight that is not a matrix where one is needed.
+    #[error("the shape {0:?} is not that of a matrix: only linear layers stay quantised")]
+    NotMatrix(Vec<usize>),
     /// A range outside the weight.
     #[error("values {start}..{end} were asked of a weight of {length}")]
     Range {

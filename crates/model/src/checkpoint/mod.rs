@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use enamel_kernels::HostValues;
+use enamel_kernels::{HostValues, PackedRows};
 use rayon::prelude::*;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -55,6 +55,10 @@ pub trait TensorSource {
     /// The same in bf16 where the file has them so, else in f32.
     fn read(&self, name: &str) -> Result<HostValues, CheckpointError> {
         Ok(HostValues::F32(self.read_f32(name)?))
+    }
+    /// A matrix in the quantised form that the file has it in, if it is one that products read as it lies.
+    fn read_packed(&self, _name: &str) -> Result<Option<PackedRows>, CheckpointError> {
+        Ok(None)
     }
 }
 

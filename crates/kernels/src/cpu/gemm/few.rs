@@ -34,6 +34,13 @@ simd_fn! {
                     *sum += half::dot::<L>(x, row);
                 }
             }
+            Weight::Packed { .. } => {
+                let mut row = vec![0.0; x.len()];
+                for (j, sum) in sums.iter_mut().step_by(step).enumerate() {
+                    w.read(from + j, 0, &mut row);
+                    *sum += dot::<L>(x, &row);
+                }
+            }
         }
     }
 }
