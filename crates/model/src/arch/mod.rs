@@ -3,4 +3,5 @@
 pub mod llama;
 mod recompute;
 
+pub(crate) use llama::Fetched;
 pub use llama::Llama;
