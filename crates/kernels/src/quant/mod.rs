@@ -224,13 +224,13 @@ impl FloatKind {
 }
 
 /// Number of values of a shape.
-fn count(shape: &[usize]) -> Result<usize, QuantError> {
+pub(crate) fn count(shape: &[usize]) -> Result<usize, QuantError> {
     let product = shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
     product.ok_or_else(|| QuantError::TooLarge(shape.to_vec()))
 }
 
 /// Refuses `found` things where the shape needs `expected`.
-fn expect(
+pub(crate) fn expect(
     what: &'static str,
     shape: &[usize],
     expected: usize,
