@@ -2,6 +2,7 @@
 //! dense of the matrix's size ever exists.
 
 mod gguf;
+pub(crate) mod read;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
@@ -131,15 +132,17 @@ impl PackedWeight {
     pub fn read(&self, row: usize, from: usize, to: &mut [f32]) {
         let [_, width] = self.inner.dims;
         assert!(from + to.len() <= width, "columns past the end of a row");
+        let (level, compute) = (level(), self.inner.compute);
         match &self.inner.rows {
-            PackedRows::FourBit(tensor) => tensor.read(row * width + from, to),
-            PackedRows::Int8 { rows, .. } => rows.read(row, from, to),
-            PackedRows::Blocks(rows) => rows.read(level(), row, from, to),
-        }
-        if self.inner.compute != FloatKind::F32 {
-            for value in to {
-                *value = self.inner.compute.round(*value);
+            PackedRows::FourBit(tensor) => {
+                let start = row * width + from;
+                return read::four_bit(level, tensor, start, tensor.dtype(), compute, to);
             }
+            PackedRows::Int8 { rows, .. } => rows.read(level, row, from, to),
+            PackedRows::Blocks(rows) => rows.read(level, row, from, to),
+        }
+        if compute != FloatKind::F32 {
+            read::round(level, compute, to);
         }
     }
 
