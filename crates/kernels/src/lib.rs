@@ -49,7 +49,7 @@ pub use kron_linear::{kron, kron_linear};
 pub use layer_norm::layer_norm;
 pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
 pub use measure::{measured_product_speed, measured_read_bandwidth};
-pub use packed::{PackedRows, PackedWeight};
+pub use packed::{GgufKind, GgufRows, PackedRows, PackedWeight};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use silu_mul::silu_mul;

@@ -1,6 +1,8 @@
 //! Frozen matrices that stay quantised: what the products read a few rows of at a time, so that nothing
 //! dense of the matrix's size ever exists.
 
+mod gguf;
+pub(crate) mod read;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
@@ -10,6 +12,9 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor, TensorData};
 use rayon::prelude::*;
 
+pub use gguf::{GgufKind, GgufRows};
+
+use crate::cpu::simd::level;
 use crate::quant::{FloatKind, FourBitTensor, Int8Rows, QuantError};
 
 /// A frozen matrix in one of the quantised formats, in host memory. A clone is another handle.
@@ -39,6 +44,8 @@ pub enum PackedRows {
         /// 0 rounds all of them.
         threshold: f32,
     },
+    /// Blocks of a GGUF file.
+    Blocks(GgufRows),
 }
 
 impl PackedRows {
@@ -53,6 +60,7 @@ impl PackedRows {
                 ref shape => Err(QuantError::NotMatrix(shape.to_vec())),
             },
             Self::Int8 { rows, .. } => Ok(rows.shape()),
+            Self::Blocks(rows) => Ok(rows.shape()),
         }
     }
 
@@ -61,6 +69,7 @@ impl PackedRows {
         match self {
             Self::FourBit(tensor) => tensor.bytes(),
             Self::Int8 { rows, .. } => rows.bytes(),
+            Self::Blocks(rows) => rows.bytes(),
         }
     }
 
@@ -69,6 +78,7 @@ impl PackedRows {
         match self {
             Self::FourBit(tensor) => tensor.kind().name(),
             Self::Int8 { .. } => "int8",
+            Self::Blocks(rows) => rows.kind().name(),
         }
     }
 }
@@ -122,14 +132,17 @@ impl PackedWeight {
     pub fn read(&self, row: usize, from: usize, to: &mut [f32]) {
         let [_, width] = self.inner.dims;
         assert!(from + to.len() <= width, "columns past the end of a row");
+        let (level, compute) = (level(), self.inner.compute);
         match &self.inner.rows {
-            PackedRows::FourBit(tensor) => tensor.read(row * width + from, to),
-            PackedRows::Int8 { rows, .. } => rows.read(row, from, to),
-        }
-        if self.inner.compute != FloatKind::F32 {
-            for value in to {
-                *value = self.inner.compute.round(*value);
+            PackedRows::FourBit(tensor) => {
+                let start = row * width + from;
+                return read::four_bit(level, tensor, start, tensor.dtype(), compute, to);
             }
+            PackedRows::Int8 { rows, .. } => rows.read(level, row, from, to),
+            PackedRows::Blocks(rows) => rows.read(level, row, from, to),
+        }
+        if compute != FloatKind::F32 {
+            read::round(level, compute, to);
         }
     }
 

@@ -1,14 +1,49 @@
 use burn::tensor::Tensor;
 
 use super::*;
-use crate::check::{backward, close, flex, floats, grad, noise, tensor};
-use crate::quant::FourBitOptions;
+use crate::check::{backward, close, draws, flex, floats, grad, noise, tensor};
+use crate::quant::{FourBitOptions, Int8Rows};
 use crate::{BaseWeight, Compute, Held, LowRank, Projection, project};
 
-fn nf4(shape: [usize; 2], device: &Device) -> PackedWeight {
+/// A matrix of random values in each format.
+fn formats(shape: [usize; 2], device: &Device) -> Vec<PackedWeight> {
     let values = noise(3, shape[0] * shape[1]);
-    let rows = FourBitTensor::quantise(&values, &shape, FourBitOptions::default()).unwrap();
-    PackedWeight::new(PackedRows::FourBit(rows), FloatKind::F32, device).unwrap()
+    let four = |double, dtype| {
+        let options = FourBitOptions {
+            double,
+            dtype,
+            ..FourBitOptions::default()
+        };
+        PackedRows::FourBit(FourBitTensor::quantise(&values, &shape, options).unwrap())
+    };
+    let eight = Int8Rows::quantise(&values, shape).unwrap();
+    let mut all = vec![
+        (four(false, FloatKind::F32), FloatKind::F32),
+        (four(true, FloatKind::Bf16), FloatKind::F16),
+    ];
+    all.push((
+        PackedRows::Int8 {
+            rows: eight,
+            threshold: 0.0,
+        },
+        FloatKind::Bf16,
+    ));
+    if shape[1].is_multiple_of(32) {
+        // Scales of 1/16 and small minima: half-precision numbers as bytes.
+        let mut bytes = draws(4).map(|x| (x >> 40) as u8);
+        let blocks = shape[0] * shape[1] / 32;
+        let block = |_| {
+            [0x00, 0x2C, 0x10, 0xB0]
+                .into_iter()
+                .chain(bytes.by_ref().take(16))
+                .collect()
+        };
+        let bytes: Vec<Vec<u8>> = (0..blocks).map(block).collect();
+        let rows = GgufRows::new(GgufKind::Q4_1, shape, bytes.concat()).unwrap();
+        all.push((PackedRows::Blocks(rows), FloatKind::F32));
+    }
+    let wrap = |(rows, compute)| PackedWeight::new(rows, compute, device).unwrap();
+    all.into_iter().map(wrap).collect()
 }
 
 /// Values and gradients of x, a and b.
@@ -44,12 +79,14 @@ fn run(weight: BaseWeight, rows: usize) -> Vec<Vec<f32>> {
 #[test]
 fn a_packed_weight_is_multiplied_as_its_dequantised_values_are() {
     for (rows, shape) in [(1, [5, 96]), (3, [70, 33]), (40, [70, 96])] {
-        let packed = nf4(shape, &flex());
-        let dense = BaseWeight::new(packed.dense(), Compute::F32);
-        let packed = BaseWeight::new(Held::Packed(packed), Compute::F32);
-        let (got, want) = (run(packed, rows), run(dense, rows));
-        for (got, want) in got.iter().zip(&want) {
-            close("packed", got, want, 1e-6);
+        for packed in formats(shape, &flex()) {
+            let name = packed.rows().name();
+            let dense = BaseWeight::new(packed.dense(), Compute::F32);
+            let packed = BaseWeight::new(Held::Packed(packed), Compute::F32);
+            let (got, want) = (run(packed, rows), run(dense, rows));
+            for (got, want) in got.iter().zip(&want) {
+                close(name, got, want, 1e-6);
+            }
         }
     }
 }

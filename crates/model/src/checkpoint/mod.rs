@@ -211,6 +211,14 @@ impl TensorSource for Checkpoint {
             _ => Ok(HostValues::F32(self.read_f32(name)?)),
         }
     }
+
+    fn read_packed(&self, name: &str) -> Result<Option<PackedRows>, CheckpointError> {
+        let (index, info) = self.find(name)?;
+        match &self.backing {
+            Backing::Directory(_) => Ok(None),
+            Backing::Gguf(gguf) => Ok(gguf.read_packed(index, info)?.map(PackedRows::Blocks)),
+        }
+    }
 }
 
 impl Checkpoint {
