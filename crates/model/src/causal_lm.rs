@@ -7,17 +7,15 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use enamel_adapter::frozen::param_id;
 use enamel_adapter::{Adaptable, Slot, SlotRef, XLora, xlora};
-use enamel_kernels::quant::QuantError;
-use enamel_kernels::{BaseWeight, Compute, HostValues, KeyMask, PackedRows, PackedWeight};
+use enamel_kernels::{BaseWeight, Compute, HostValues, KeyMask};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::arch::{Fetched, Llama};
+use crate::arch::Llama;
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::config::{LlamaConfig, bullets};
 use crate::kv_cache::KvCache;
-use crate::quantization::{Loading, dtype_of};
 
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -55,34 +53,6 @@ pub enum LoadError {
         /// Values that came.
         found: usize,
     },
-    /// A weight that cannot be quantised or is not what it says.
-    #[error(
-        "tensor '{name}' cannot be held quantised: {source}\n  help: name its module in model.quantization.skip_modules to hold it dense"
-    )]
-    Quantise {
-        /// The tensor.
-        name: String,
-        /// Why.
-        source: QuantError,
-    },
-    /// Modules to be left dense that are not in the model.
-    #[error(
-        "model.quantization.skip_modules names nothing in this model with {}\n  help: write a module's name or whole parts of it, as down_proj or model.layers.0",
-        names.join(", ")
-    )]
-    SkipModules {
-        /// The entries.
-        names: Vec<String>,
-    },
-}
-
-impl LoadError {
-    fn quantise(name: &str, source: QuantError) -> Self {
-        Self::Quantise {
-            name: name.to_owned(),
-            source,
-        }
-    }
 }
 
 /// A tensor of the wrong shape.
@@ -169,84 +139,25 @@ impl CausalLm {
     /// comes (to nearest, ties to even: `torch_dtype = bfloat16`), and matrices are held in bf16 where the
     /// device's kernels read that. For f32 nothing is rounded, and matrices that are bf16 in the file stay
     /// so there, which changes no number.
-    ///
-    /// With a [`Quantization`] the linear layers' weights are quantised one by one as they are read, so
-    /// that the model never stands dense in memory; those that the file has quantised in a form that
-    /// products read stay as they are.
-    ///
-    /// # Errors
-    /// Missing, unexpected and misshapen tensors and modules to skip that are not there, all of a kind at
-    /// once; a tensor that cannot be read or quantised.
     pub fn load_for(
         config: &LlamaConfig,
         checkpoint: &dyn TensorSource,
         device: &Device,
-        loading: impl Into<Loading>,
+        compute: Compute,
     ) -> Result<Self, LoadError> {
-        let Loading {
-            compute,
-            quantization,
-        } = loading.into();
         let (config, embedding) = Self::fit(config, checkpoint)?;
-        let modules = config.modules();
-        let unmatched = quantization.unmatched(modules.iter().map(|m| m.name.as_str()));
-        if !unmatched.is_empty() {
-            return Err(LoadError::SkipModules { names: unmatched });
-        }
-        let model = Llama::build(&config, device, compute, &mut |asked| {
-            let stored = if asked.name == EMBEDDING {
-                embedding
-            } else {
-                asked.name
-            };
-            let shape = asked.shape;
-            let quantised = asked.linear.filter(|module| quantization.takes(module));
-            let packed = |rows: PackedRows| {
-                let found = rows
-                    .dims()
-                    .map_err(|e| LoadError::quantise(asked.name, e))?;
-                if found != shape {
-                    return Err(LoadError::Mismatch {
-                        missing: Vec::new(),
-                        unexpected: Vec::new(),
-                        misshapen: vec![Misshapen {
-                            name: asked.name.to_owned(),
-                            expected: shape.to_vec(),
-                            found: found.to_vec(),
-                        }],
-                    });
-                }
-                PackedWeight::new(rows, quantization.compute, device)
-                    .map(Fetched::Packed)
-                    .map_err(|e| LoadError::quantise(asked.name, e))
-            };
-            if quantised.is_some()
-                && !quantization.dequantize
-                && let Some(rows) = checkpoint.read_packed(stored)?
-            {
-                return packed(rows);
-            }
+        let model = Llama::build(&config, device, compute, &mut |name, shape| {
+            let stored = if name == EMBEDDING { embedding } else { name };
             let values = checkpoint.read(stored)?;
             let expected = shape.iter().product();
-            if values.len() != expected {
-                return Err(LoadError::WrongLength {
-                    name: asked.name.to_owned(),
-                    expected,
-                    found: values.len(),
-                });
+            if values.len() == expected {
+                return Ok(values);
             }
-            let (Some(scheme), Some(_), &[rows, columns]) = (quantization.scheme, quantised, shape)
-            else {
-                return Ok(Fetched::Values(values));
-            };
-            let values = match compute {
-                Compute::F32 => values,
-                Compute::Bf16 => values.rounded(),
-            };
-            let file = checkpoint.tensors().iter().find(|info| info.name == stored);
-            let dtype = dtype_of(&values, file.map(|info| info.dtype));
-            let rows = scheme.quantise(&values.into_f32(), [rows, columns], dtype);
-            packed(rows.map_err(|e| LoadError::quantise(asked.name, e))?)
+            Err(LoadError::WrongLength {
+                name: name.to_owned(),
+                expected,
+                found: values.len(),
+            })
         })?;
         Ok(Self::Llama(model))
     }
@@ -280,19 +191,14 @@ impl CausalLm {
     /// decide its values.
     pub fn random(config: &LlamaConfig, seed: u64, device: &Device) -> Result<Self, LoadError> {
         let deviation = config.initializer_range;
-        let model = Llama::build(config, device, Compute::F32, &mut |asked| {
-            let count = asked.shape.iter().product();
-            let values = if asked.shape.len() == 1 {
-                let value = if asked.name.ends_with(".bias") {
-                    0.0
-                } else {
-                    1.0
-                };
-                vec![value; count]
-            } else {
-                normal_values(seed ^ param_id(asked.name).val(), count, deviation)
-            };
-            Ok(Fetched::Values(HostValues::F32(values)))
+        let model = Llama::build(config, device, Compute::F32, &mut |name, shape| {
+            let count = shape.iter().product();
+            if shape.len() == 1 {
+                let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
+                return Ok(HostValues::F32(vec![value; count]));
+            }
+            let values = normal_values(seed ^ param_id(name).val(), count, deviation);
+            Ok(HostValues::F32(values))
         })?;
         Ok(Self::Llama(model))
     }

@@ -7,9 +7,8 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
 use enamel_kernels::{
-    AttentionSpec, BaseWeight, Compute, HostValues, KeyMask, Norm, PackedWeight, Projection,
-    attention, attention_qkv, fuses, project, project_add, rms_norm, rope, silu_mul,
-    swiglu_project,
+    AttentionSpec, BaseWeight, Compute, HostValues, KeyMask, Norm, Projection, attention,
+    attention_qkv, fuses, project, project_add, rms_norm, rope, silu_mul, swiglu_project,
 };
 
 use super::recompute::train_blocks;
@@ -17,23 +16,8 @@ use crate::causal_lm::{LoadError, ModelInput};
 use crate::config::LlamaConfig;
 use crate::kv_cache::KvCache;
 
-/// A parameter to be fetched.
-pub(crate) struct Asked<'a> {
-    /// Full name.
-    pub(crate) name: &'a str,
-    pub(crate) shape: &'a [usize],
-    /// The linear layer that it is the weight of, which may come quantised.
-    pub(crate) linear: Option<&'a str>,
-}
-
-/// What came.
-pub(crate) enum Fetched {
-    Values(HostValues),
-    Packed(PackedWeight),
-}
-
 /// Hands out a parameter's values by full name and shape.
-pub(crate) type Fetch<'a> = dyn FnMut(&Asked<'_>) -> Result<Fetched, LoadError> + 'a;
+pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<HostValues, LoadError> + 'a;
 
 /// A decoder with a language-model head.
 #[derive(Module, Debug)]
@@ -521,26 +505,15 @@ struct Builder<'a, 'f> {
 impl Builder<'_, '_> {
     /// A parameter's values, rounded if the base is held in bf16.
     fn values(&mut self, name: &str, shape: &[usize]) -> Result<HostValues, LoadError> {
-        let asked = Asked {
-            name,
-            shape,
-            linear: None,
-        };
-        match (self.fetch)(&asked)? {
-            Fetched::Values(values) => Ok(self.rounded(values)),
-            Fetched::Packed(packed) => Ok(HostValues::F32(packed.values())),
-        }
-    }
-
-    fn rounded(&self, values: HostValues) -> HostValues {
-        match self.compute {
+        let values = (self.fetch)(name, shape)?;
+        Ok(match self.compute {
             Compute::F32 => values,
             Compute::Bf16 => values.rounded(),
-        }
+        })
     }
 
     fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<BaseWeight, LoadError> {
-        let values: Tensor<2> = self.values(name, &shape)?.into_tensor(shape, self.device);
+        let values = self.values(name, &shape)?.into_tensor(shape, self.device);
         Ok(BaseWeight::new(values, self.compute))
     }
 
@@ -565,19 +538,7 @@ impl Builder<'_, '_> {
     }
 
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Linear, LoadError> {
-        let name = format!("{module}.weight");
-        let asked = Asked {
-            name: &name,
-            shape: &shape,
-            linear: Some(module),
-        };
-        let weight = match (self.fetch)(&asked)? {
-            Fetched::Packed(packed) => BaseWeight::new(packed, self.compute),
-            Fetched::Values(values) => {
-                let values = self.rounded(values).into_tensor(shape, self.device);
-                BaseWeight::new(values, self.compute)
-            }
-        };
+        let weight = self.matrix(&format!("{module}.weight"), shape)?;
         let bias = bias
             .then(|| self.tensor(&format!("{module}.bias"), [shape[0]]))
             .transpose()?;

@@ -3,5 +3,4 @@
 pub mod llama;
 mod recompute;
 
-pub(crate) use llama::Fetched;
 pub use llama::Llama;

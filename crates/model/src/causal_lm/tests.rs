@@ -4,11 +4,9 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::quantization::{Quantization, Scheme};
 use crate::testing::{MemorySource, devices, distance, ids, tiny_config, values};
 use enamel_adapter::{DEFAULT, LoraConfig, Targets, attach};
-use enamel_kernels::quant::FloatKind;
-use enamel_kernels::{CpuPath, PackedWeight, holds_bf16};
+use enamel_kernels::{CpuPath, holds_bf16};
 use serde_json::json;
 
 fn random(changes: serde_json::Value) -> CausalLm {
@@ -304,59 +302,4 @@ fn a_bf16_model_computes_what_an_f32_model_of_the_rounded_weights_does() {
             assert!(distance(&narrow_step, &wide_step) < 1e-5);
         }
     }
-}
-
-#[test]
-fn linear_layers_are_quantised_as_they_are_read_and_the_rest_stays_as_it_is() {
-    let device = Device::flex();
-    let model = random(json!({}));
-    let (config, source) = (model.config().clone(), MemorySource::of(&model));
-    let skip = "model.layers.0.mlp.down_proj";
-    let quantization = Quantization {
-        scheme: Some(Scheme::NF4),
-        skip_modules: vec![skip.to_owned()],
-        ..Quantization::default()
-    };
-    let loading = Loading {
-        quantization,
-        ..Loading::default()
-    };
-    let model = CausalLm::load_for(&config, &source, &device, loading).unwrap();
-    let dense = CausalLm::load(&config, &source, &device).unwrap();
-    let mut packed = Vec::new();
-    model.for_each_slot_ref(&mut |name, slot| {
-        if let SlotRef::Linear(linear) = slot
-            && let Some(weight) = linear.weight.packed()
-        {
-            packed.push((name.to_owned(), weight.values()));
-        }
-    });
-    let mut expected = Vec::new();
-    dense.for_each_slot_ref(&mut |name, slot| {
-        if let SlotRef::Linear(linear) = slot
-            && name != skip
-            && name != "lm_head"
-        {
-            let values: Vec<f32> = linear.weight.dense().into_data().try_into_vec().unwrap();
-            let shape = linear.weight.dims();
-            let rows = Scheme::NF4
-                .quantise(&values, shape, FloatKind::F32)
-                .unwrap();
-            let rows = PackedWeight::new(rows, FloatKind::F32, &device).unwrap();
-            expected.push((name.to_owned(), rows.values()));
-        }
-    });
-    assert!(!expected.is_empty());
-    assert!(packed == expected);
-}
-
-#[test]
-fn modules_to_skip_that_are_not_there_are_named_together() {
-    let model = random(json!({}));
-    let mut loading = Loading::default();
-    loading.quantization.skip_modules = vec!["down".into(), "mlp".into(), "o_porj".into()];
-    let source = MemorySource::of(&model);
-    let error = CausalLm::load_for(model.config(), &source, &Device::flex(), loading).unwrap_err();
-    let text = error.to_string();
-    assert!(text.contains("with down, o_porj\n"), "{text}");
 }
