@@ -11,6 +11,7 @@ mod adapter_text;
 mod bench_text;
 mod failure;
 mod pull_progress;
+mod quantization_args;
 mod recipe_args;
 mod sampling_args;
 

@@ -12,7 +12,7 @@ use burn::train::TrainStep;
 use enamel_adapter::{AdapterConfig, RankAllocator};
 use enamel_data::Batch;
 use enamel_kernels::{AdamW, Compute};
-use enamel_model::CausalLm;
+use enamel_model::{CausalLm, Loading, Quantization};
 use serde::Serialize;
 
 use crate::error::TrainError;
@@ -47,6 +47,17 @@ pub struct BenchOptions {
     pub profile: bool,
     /// What products with the base multiply.
     pub compute: Compute,
+    /// What becomes of its linear layers.
+    pub quantization: Quantization,
+}
+
+impl BenchOptions {
+    fn loading(&self) -> Loading {
+        Loading {
+            compute: self.compute,
+            quantization: self.quantization.clone(),
+        }
+    }
 }
 
 /// One thing measured; a line of `enamel bench --json`.
@@ -202,7 +213,7 @@ pub fn bench(
     on_figure: &mut dyn FnMut(Figure),
 ) -> Result<(), TrainError> {
     let vocabulary = base.config.vocab_size;
-    let model = base.weights(device, options.compute)?;
+    let model = base.weights(device, &options.loading())?;
     drop(base);
     // Before training, which leaves memory behind that would count as decoding's.
     let mut decoded = Vec::new();

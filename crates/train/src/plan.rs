@@ -7,9 +7,9 @@ use std::path::Path;
 use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
 use enamel_data::Note;
 use enamel_kernels::Compute;
-use enamel_model::LlamaConfig;
 use enamel_model::config::vit_modules;
 use enamel_model::source::PullProgress;
+use enamel_model::{LlamaConfig, Quantization};
 use serde_json::Value;
 
 use crate::error::TrainError;
@@ -33,6 +33,8 @@ pub struct PlanReport {
     pub computing: String,
     /// Bytes of one of the frozen weights.
     pub weight_bytes: usize,
+    /// Weights of the base that are quantised while loading, and the bytes of all of them.
+    pub packed: (usize, usize),
     /// The adapter's rank, alpha and dropout in words.
     pub method: String,
     /// Matched modules and counts.
@@ -94,6 +96,9 @@ pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanRepo
         shape: shape(&inputs.base.config),
         computing: inputs.computing(),
         weight_bytes: weight_bytes(recipe, &inputs),
+        packed: inputs
+            .quantization
+            .packed_bytes(&inputs.base.config.modules()),
         method: method(&inputs.adapter),
         checkpointing: recipe.train.gradient_checkpointing,
         data: Some(data_plan(recipe, &inputs)),
@@ -115,6 +120,7 @@ pub fn plan_model(
         shape,
         computing: String::new(),
         weight_bytes: size_of::<f32>(),
+        packed: Quantization::from(&recipe.model.quantization).packed_bytes(&modules),
         method: method(&config),
         adapter: enamel_adapter::plan(&modules, &config)?,
         checkpointing: recipe.train.gradient_checkpointing,
@@ -302,7 +308,11 @@ impl PlanReport {
     pub fn memory(&self) -> Memory {
         let float = size_of::<f32>();
         Memory {
-            base: (self.adapter.total - self.adapter.trainable) * self.weight_bytes,
+            base: {
+                let (packed, bytes) = self.packed;
+                let frozen = self.adapter.total - self.adapter.trainable;
+                frozen.saturating_sub(packed) * self.weight_bytes + bytes
+            },
             adapter: self.adapter.trainable * float,
             gradients: self.adapter.trainable * float,
             optimizer: self.adapter.trainable * 2 * float,
@@ -427,6 +437,7 @@ impl fmt::Display for PlanReport {
             bytes_text(memory.gradients),
             bytes_text(memory.optimizer),
             match self.weight_bytes {
+                _ if self.packed.0 > 0 => "linear layers of the base quantised",
                 2 => "base in bf16, the rest in f32",
                 _ => "in f32",
             },

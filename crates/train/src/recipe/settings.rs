@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
 
+use super::quantization::QuantizationSettings;
 use super::section::{
     any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive,
     positive_number, section,
@@ -41,6 +42,8 @@ section! {
         /// instructions (in f32 elsewhere); `f32` rounds nothing. Norms, softmax, adapter, gradients,
         /// optimizer and loss are f32 in both.
         compute_dtype: ComputeDtype = ComputeDtype::F32, any;
+        /// A table of its own, below: the base in 4 or 8 bits.
+        quantization: QuantizationSettings = QuantizationSettings::default(), any;
     }
 }
 
