@@ -13,6 +13,9 @@ use burn::tensor::Tensor;
 
 use crate::cpu::storage::{OnFlex, note_fallback};
 
+/// Elements that share a scale where moments are held in 8 bits, as in bitsandbytes' 8-bit optimizers.
+pub const MOMENT_BLOCK: usize = 256;
+
 /// AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), as `torch.optim.AdamW` computes it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {

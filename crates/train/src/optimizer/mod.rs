@@ -3,6 +3,8 @@
 //! Burn's own optimizer takes parameters one by one, with a pass over memory for every operation of the
 //! formula and a copy of each parameter while the model is held elsewhere.
 
+mod bytes;
+mod optim;
 mod record;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -15,6 +17,9 @@ use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{GradientCheckpointingStrategy, Shape, Tensor};
 use enamel_kernels::{AdamW, AdamWInput, Moments, adamw};
+
+pub use bytes::{OptimizerBytes, state_bytes};
+pub use optim::{MIN_8BIT_SIZE, MIN_PAGED_SIZE, Optim};
 
 /// AdamW and what it remembers of each parameter.
 #[derive(Debug)]
