@@ -135,7 +135,7 @@ fn visit(n: &Numbers, paging: &dyn Paging, p: AdamWInput<HostMoments<'_>>) -> Te
                 first: upload(host.first, &device),
                 second: upload(host.second, &device),
             };
-            let (value, moments) = reference::adamw(n, p.map(|()| moments));
+            let (value, moments) = reference::adamw(n, p.with(moments));
             download(moments.first, host.first);
             download(moments.second, host.second);
             (value, HostMoments::F32(host))
@@ -145,7 +145,7 @@ fn visit(n: &Numbers, paging: &dyn Paging, p: AdamWInput<HostMoments<'_>>) -> Te
                 first: host.first.upload(&device),
                 second: host.second.upload(&device),
             };
-            let (value, moments) = reference::adamw_8bit(n, p.map(|()| moments));
+            let (value, moments) = reference::adamw_8bit(n, p.with(moments));
             let first = host.first.download(moments.first);
             let second = host.second.download(moments.second);
             (value, HostMoments::EightBit(Moments { first, second }))

@@ -51,6 +51,19 @@ pub struct AdamWInput<M = Moments> {
     pub time: usize,
 }
 
+impl AdamWInput<()> {
+    /// The parameter with its moments.
+    pub fn with<M>(self, moments: M) -> AdamWInput<M> {
+        AdamWInput {
+            value: self.value,
+            grad: self.grad,
+            moments,
+            rate: self.rate,
+            time: self.time,
+        }
+    }
+}
+
 impl<M> AdamWInput<M> {
     /// The moments, and the rest.
     fn split(self) -> (M, AdamWInput<()>) {
@@ -67,13 +80,7 @@ impl<M> AdamWInput<M> {
     /// The same with its moments turned into others.
     fn map<N>(self, f: impl FnOnce(M) -> N) -> AdamWInput<N> {
         let (moments, rest) = self.split();
-        AdamWInput {
-            value: rest.value,
-            grad: rest.grad,
-            moments: f(moments),
-            rate: rest.rate,
-            time: rest.time,
-        }
+        rest.with(f(moments))
     }
 }
 
