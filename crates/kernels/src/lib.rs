@@ -33,7 +33,10 @@ pub mod silu_mul;
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
-pub use adamw::{AdamW, AdamWInput, Moments, adamw, sum_of_squares};
+pub use adamw::{
+    AdamW, AdamWInput, Codes, HostCodes, HostMoments, MOMENT_BLOCK, Moments, Paging, adamw,
+    adamw_8bit, adamw_host, sum_of_squares,
+};
 pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, Segments, SegmentsError, attention, attention_qkv};
 pub use base_weight::{BaseWeight, Held, HostValues, Matrix, holds_bf16};

@@ -16,7 +16,8 @@ mod tests;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-pub use dynamic::{DynamicBlocks, dynamic_map};
+pub use dynamic::{DynamicBlocks, dynamic_map, unsigned_dynamic_map};
+pub(crate) use dynamic::{STEPS, nearest, step, unsigned_nearest};
 pub use four_bit::{Absmax, FourBitOptions, FourBitTensor};
 pub(crate) use int8::PER_STEP;
 pub use int8::{Int8Rows, OUTLIER_THRESHOLD, outlier_columns, quantise_activations};
