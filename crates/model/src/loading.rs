@@ -273,3 +273,142 @@ fn nearest<'a>(name: &str, modules: impl Iterator<Item = &'a str>) -> Option<Str
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, candidate)| candidate.to_owned())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use enamel_adapter::{Adaptable, SlotRef};
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{MemorySource, devices, distance, ids, tiny_config, values};
+    use crate::{CausalLm, ModelInput};
+
+    const NF4: Format = Format::FourBit {
+        kind: FourBit::Nf4,
+        block: 32,
+        double: true,
+        compute: FloatKind::F32,
+    };
+
+    fn config() -> crate::LlamaConfig {
+        tiny_config(json!({"intermediate_size": 32, "attention_bias": true}))
+    }
+
+    fn source() -> MemorySource {
+        MemorySource::of(&CausalLm::random(&config(), 1, &Device::flex()).unwrap())
+    }
+
+    fn load(
+        source: &MemorySource,
+        device: &Device,
+        format: Format,
+        skip: &[&str],
+    ) -> Result<CausalLm, LoadError> {
+        let loading = Loading {
+            quantization: Quantization {
+                format: Some(format),
+                skip_modules: skip.iter().map(|name| (*name).to_owned()).collect(),
+                dequantize: false,
+            },
+            ..Loading::default()
+        };
+        CausalLm::load_for(&config(), source, device, &loading)
+    }
+
+    #[test]
+    fn linear_layers_are_packed_and_head_and_skipped_ones_are_not() {
+        let skip = ["down_proj", "model.layers.1"];
+        for format in [NF4, Format::Int8 { threshold: 6.0 }] {
+            let model = load(&source(), &Device::flex(), format, &skip).unwrap();
+            let (mut packed, mut bytes) = (0, 0);
+            model.for_each_slot_ref(&mut |name, slot| {
+                let SlotRef::Linear(linear) = slot else {
+                    return;
+                };
+                let dense = name.ends_with("down_proj") || name.contains("layers.1.");
+                assert_eq!(
+                    linear.weight.packed().is_none(),
+                    dense || name == "lm_head",
+                    "{name}"
+                );
+                if let Some(weight) = linear.weight.packed() {
+                    assert_eq!(weight.rows().name(), format.name());
+                    packed += weight.dims().iter().product::<usize>();
+                    bytes += weight.bytes();
+                }
+            });
+            let quantization = Quantization {
+                format: Some(format),
+                skip_modules: skip.map(str::to_owned).to_vec(),
+                dequantize: false,
+            };
+            let counted = quantization.packed_bytes(&config().modules());
+            assert_eq!(counted, (packed, bytes), "what the plan says");
+        }
+    }
+
+    #[test]
+    fn a_packed_model_computes_what_the_dense_one_of_its_values_does() {
+        for device in devices() {
+            let packed = load(&source(), &device, NF4, &[]).unwrap();
+            let dense = CausalLm::load(&config(), &MemorySource::of(&packed), &device).unwrap();
+            let logits = |model: &CausalLm| {
+                let input = ModelInput::new(ids(&[&[1, 2, 3, 4, 5]], &device));
+                values(model.logits(model.forward_hidden(&input, None).reshape([5, 16])))
+            };
+            // Both add the same products, in another order.
+            let gap = distance(&logits(&packed), &logits(&dense));
+            assert!(gap < 1e-5, "{gap}");
+        }
+    }
+
+    #[test]
+    fn names_that_no_layer_has_are_refused_with_the_nearest() {
+        let error = load(
+            &source(),
+            &Device::flex(),
+            NF4,
+            &["down_prj", "lm_head", "zzz"],
+        );
+        let text = error.unwrap_err().to_string();
+        assert!(
+            text.contains("down_prj (did you mean down_proj?)"),
+            "{text}"
+        );
+        assert!(text.contains("zzz (no linear"), "{text}");
+        assert!(!text.contains("lm_head ("), "{text}");
+    }
+
+    #[test]
+    fn a_weight_that_is_no_whole_number_of_blocks_is_refused_by_name() {
+        let format = Format::FourBit {
+            kind: FourBit::Fp4,
+            block: 4096,
+            double: false,
+            compute: FloatKind::F32,
+        };
+        let text = load(&source(), &Device::flex(), format, &[])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            text.contains("model.layers.0.self_attn.q_proj.weight"),
+            "{text}"
+        );
+        assert!(
+            text.contains("blocks of 4096") && text.contains("help:"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_weight_with_a_number_that_is_none_is_refused_by_name() {
+        let mut source = source();
+        let name = "model.layers.1.mlp.up_proj.weight";
+        source.put(name, &[32, 16], vec![f32::NAN; 512]);
+        let text = load(&source, &Device::flex(), NF4, &[])
+            .unwrap_err()
+            .to_string();
+        assert!(text.contains(name) && text.contains("help:"), "{text}");
+    }
+}

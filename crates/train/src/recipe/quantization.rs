@@ -90,9 +90,9 @@ fn block_size(size: &usize) -> Verdict {
     )
 }
 
-fn named(names: &Vec<String>) -> Verdict {
+fn named<L: AsRef<[String]>>(names: &L) -> Verdict {
     verdict(
-        names.iter().all(|name| !name.trim().is_empty()),
+        names.as_ref().iter().all(|name| !name.trim().is_empty()),
         "must not hold an empty name, which would be the end of every name",
     )
 }
