@@ -1,5 +1,6 @@
 //! Where a model's tensors come from: names and shapes first, values one tensor at a time.
 
+mod bitsandbytes;
 mod directory;
 mod error;
 mod gguf;
@@ -31,7 +32,7 @@ pub enum SourceDtype {
     F16,
     /// bfloat16.
     BF16,
-    /// One of GGUF's block-quantised types.
+    /// One of GGUF's block-quantised types, or of bitsandbytes'.
     Quantised,
 }
 
@@ -209,6 +210,14 @@ impl TensorSource for Checkpoint {
                 Ok(HostValues::Bf16(directory.read_bf16(index, info)?))
             }
             _ => Ok(HostValues::F32(self.read_f32(name)?)),
+        }
+    }
+
+    fn read_packed(&self, name: &str) -> Result<Option<PackedRows>, CheckpointError> {
+        let (index, _) = self.find(name)?;
+        match &self.backing {
+            Backing::Directory(directory) => directory.read_packed(index),
+            Backing::Gguf(_) => Ok(None),
         }
     }
 }
