@@ -1,5 +1,6 @@
 //! Where a model's tensors come from: names and shapes first, values one tensor at a time.
 
+mod bitsandbytes;
 mod directory;
 mod error;
 mod gguf;
@@ -31,7 +32,7 @@ pub enum SourceDtype {
     F16,
     /// bfloat16.
     BF16,
-    /// One of GGUF's block-quantised types.
+    /// One of GGUF's block-quantised types, or of bitsandbytes'.
     Quantised,
 }
 
@@ -215,7 +216,7 @@ impl TensorSource for Checkpoint {
     fn read_packed(&self, name: &str) -> Result<Option<PackedRows>, CheckpointError> {
         let (index, info) = self.find(name)?;
         match &self.backing {
-            Backing::Directory(_) => Ok(None),
+            Backing::Directory(directory) => directory.read_packed(index),
             Backing::Gguf(gguf) => Ok(gguf.read_packed(index, info)?.map(PackedRows::Blocks)),
         }
     }
