@@ -43,7 +43,7 @@ pub use base_weight::{BaseWeight, Held, HostValues, Matrix, holds_bf16};
 pub use block_linear::{LowRank, Norm, Projection, fuses, project, project_add, swiglu_project};
 pub use checkpoint::{can_checkpoint, checkpoint_module};
 pub use cross_entropy::{
-    LossSpec, linear_cross_entropy, linear_cross_entropy_with, token_log_probs,
+    LossSpec, linear_cross_entropy, linear_cross_entropy_with, loss_bytes, token_log_probs,
 };
 pub use dora_linear::dora_linear;
 pub use gelu::{GeluKind, gelu, gelu_mul};

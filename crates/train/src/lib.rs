@@ -12,6 +12,7 @@ pub mod device;
 mod error;
 pub mod eva;
 pub mod eval;
+pub mod footprint;
 pub mod gradients;
 pub mod inputs;
 pub mod inspect;

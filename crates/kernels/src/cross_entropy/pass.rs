@@ -87,6 +87,23 @@ fn tile(count: usize, vocabulary: usize, want_head: bool) -> (usize, usize) {
     (rows, piece(vocabulary, TILE / rows))
 }
 
+/// Bytes that a training pass over `rows` labelled rows allocates: the tile, the packed rows, their gradient
+/// tile by tile, and the gradients of hidden and, where it is wanted, of the head.
+pub fn loss_bytes(
+    rows: usize,
+    width: usize,
+    vocabulary: usize,
+    want_head: bool,
+    head_is_bf16: bool,
+) -> usize {
+    let (tall, mut wide) = tile(rows, vocabulary, want_head);
+    if head_is_bf16 {
+        wide = wide.min(piece(vocabulary, TILE / width.max(1)));
+    }
+    let head = if want_head { vocabulary * width } else { 0 };
+    size_of::<f32>() * (tall * wide + 2 * tall * width + rows * width + head)
+}
+
 /// A row on the way through the vocabulary.
 #[derive(Clone, Copy)]
 struct Row {
