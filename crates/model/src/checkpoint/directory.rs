@@ -77,6 +77,7 @@ impl Directory {
         match self.read_packed(index)? {
             Some(PackedRows::FourBit(tensor)) => Ok(tensor.dequantise(tensor.dtype())),
             Some(PackedRows::Int8 { rows, .. }) => Ok(rows.dequantise(FloatKind::F32)),
+            Some(PackedRows::Blocks(rows)) => Ok(rows.kind().dequantise(rows.data())),
             None => {
                 let (index, info) = self.stored(index, info);
                 self.weights.read_f32(index, info)

@@ -62,10 +62,10 @@ pub fn fit(model: &Model, settings: &Settings, room: usize) -> Proposal {
     };
     // The largest batch that fits, or the smallest there is.
     let largest = |settings: &Settings| {
-        let all = batches.iter().map(|batch| with_batch(settings, *batch));
+        let mut all = batches.iter().map(|batch| with_batch(settings, *batch));
         all.clone()
             .find(|s| fits(s))
-            .or(all.last())
+            .or(all.next_back())
             .unwrap_or_else(|| settings.clone())
     };
     now = largest(&now);

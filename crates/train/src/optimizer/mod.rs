@@ -51,6 +51,10 @@ struct State {
 
 /// The moments of one parameter.
 #[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one a trained tensor, beside handles of all its moments"
+)]
 enum Held {
     F32(Moments),
     EightBit(Moments<Codes>),
