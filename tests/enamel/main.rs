@@ -25,6 +25,7 @@ mod gradient_checkpointing;
 mod inits;
 mod matching;
 mod parity_bitsandbytes;
+mod optim;
 mod parity_llama;
 mod parity_lora;
 mod parity_methods;

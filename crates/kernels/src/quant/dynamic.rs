@@ -89,9 +89,13 @@ fn nearest_of(map: &[f32; 256]) -> Box<[u8; STEPS]> {
 
 /// The step of a value scaled into [-1, 1]. A NaN, 0 over an underflowed scale, has step 0.
 #[inline(always)]
+#[allow(clippy::manual_clamp)]
 pub(crate) fn step(scaled: f32) -> u16 {
-    let scaled = scaled.clamp(-1.0, 1.0);
-    (((scaled + 1.0) * 0.5) * (STEPS - 1) as f32 + 0.5) as u16
+    // Both pass over a NaN, which becomes the lower end; `clamp` would let it through.
+    let scaled = scaled.max(-1.0).min(1.0);
+    let step = ((scaled + 1.0) * 0.5) * (STEPS - 1) as f32 + 0.5;
+    // SAFETY: between 0.5 and 65535.5, whatever `scaled` was. A cast that checks is no vector instruction.
+    unsafe { step.to_int_unchecked::<i32>() as u16 }
 }
 
 /// Values as 8-bit codes of a dynamic map, a scale for every block.

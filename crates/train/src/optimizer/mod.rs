@@ -56,8 +56,8 @@ struct State {
     reason = "one a trained tensor, beside handles of all its moments"
 )]
 enum Held {
-    F32(Moments),
-    EightBit(Moments<Codes>),
+    F32(Box<Moments>),
+    EightBit(Box<Moments<Codes>>),
     /// In the parameter's room of [`Pages`].
     Paged,
 }
@@ -137,9 +137,14 @@ impl Optimizer {
         };
         let settings = &self.settings;
         let done = adamw(settings, factor, f32.inputs);
-        put.note(f32.places, done.into_iter().map(|(v, m)| (v, Held::F32(m))));
+        put.note(
+            f32.places,
+            done.into_iter().map(|(v, m)| (v, Held::F32(Box::new(m)))),
+        );
         let done = adamw_8bit(settings, factor, eight_bit.inputs);
-        let done = done.into_iter().map(|(v, m)| (v, Held::EightBit(m)));
+        let done = done
+            .into_iter()
+            .map(|(v, m)| (v, Held::EightBit(Box::new(m))));
         put.note(eight_bit.places, done);
         if let Some(pages) = &mut self.pages {
             let mut rooms = pages.rooms();
@@ -218,10 +223,10 @@ impl Take<'_> {
         if self.optim.is_8bit(elements) {
             let zeros = || Codes::zeros(elements, &value.device());
             let (first, second) = (zeros(), zeros());
-            return Held::EightBit(Moments { first, second });
+            return Held::EightBit(Box::new(Moments { first, second }));
         }
         let (first, second) = (value.zeros_like(), value.zeros_like());
-        Held::F32(Moments { first, second })
+        Held::F32(Box::new(Moments { first, second }))
     }
 }
 
@@ -259,8 +264,8 @@ impl ModuleMapper for Take<'_> {
             time,
         };
         match moments {
-            Held::F32(moments) => self.f32.push(place, input.with(moments)),
-            Held::EightBit(moments) => self.eight_bit.push(place, input.with(moments)),
+            Held::F32(moments) => self.f32.push(place, input.with(*moments)),
+            Held::EightBit(moments) => self.eight_bit.push(place, input.with(*moments)),
             Held::Paged => self.paged.push(place, input),
         }
         Param::from_mapped_value(id, grad.reshape::<D, _>(shape), mapper)

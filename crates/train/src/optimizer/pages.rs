@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -97,7 +98,7 @@ impl Pages {
             dir,
             "creating the file of paged moments in it",
         ))?;
-        reserve(&file, total as u64).map_err(|error| TrainError::Run {
+        reserve(&file, total).map_err(|error| TrainError::Run {
             path: dir.to_path_buf(),
             reason: format!(
                 "no room in it for the {} of moments that {optim} pages: {error}",
@@ -323,19 +324,15 @@ fn page_size() -> usize {
     1 << 16
 }
 
-/// Makes the file so long that every page can be written: a page that found no space on the disk later
-/// would end the process.
-fn reserve(file: &File, bytes: u64) -> std::io::Result<()> {
-    #[cfg(target_os = "linux")]
-    {
-        use std::os::fd::AsRawFd;
-        let len = i64::try_from(bytes).map_err(std::io::Error::other)?;
-        // SAFETY: the descriptor is open for as long as the call lasts.
-        match unsafe { libc::posix_fallocate64(file.as_raw_fd(), 0, len) } {
-            0 => return Ok(()),
-            libc::EOPNOTSUPP | libc::EINVAL => {}
-            code => return Err(std::io::Error::from_raw_os_error(code)),
-        }
+/// Fills the file with zeros: a page that found no space on the disk later would end the process. To reserve
+/// the blocks without writing them makes every first write of a page dear on ext4.
+fn reserve(mut file: &File, bytes: usize) -> std::io::Result<()> {
+    let zeros = vec![0; bytes.min(1 << 20)];
+    let mut left = bytes;
+    while left > 0 {
+        let now = left.min(zeros.len());
+        file.write_all(&zeros[..now])?;
+        left -= now;
     }
-    file.set_len(bytes)
+    Ok(())
 }

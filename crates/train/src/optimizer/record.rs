@@ -112,14 +112,14 @@ impl Optimizer {
                 Held::Paged
             } else if self.optim.is_8bit(shape.num_elements()) {
                 let from = zip(stored.both(id, CODES)?, stored.both(id, SCALES)?);
-                Held::EightBit(Moments {
+                Held::EightBit(Box::new(Moments {
                     first: unpacked_codes(from.first, &device)?,
                     second: unpacked_codes(from.second, &device)?,
-                })
+                }))
             } else {
                 let Moments { first, second } = stored.both(id, MOMENTS)?;
                 let (first, second) = (unpacked(first, &device)?, unpacked(second, &device)?);
-                Held::F32(Moments { first, second })
+                Held::F32(Box::new(Moments { first, second }))
             };
             let state = State {
                 time,
@@ -197,12 +197,12 @@ impl State {
         let shape = &self.shape;
         let blocks = Shape::from([shape.num_elements().div_ceil(MOMENT_BLOCK)]);
         let all = match (&self.moments, room) {
-            (Held::F32(m), _) => each(MOMENTS, m.clone(), |name, moment| {
+            (Held::F32(m), _) => each(MOMENTS, m.as_ref().clone(), |name, moment| {
                 vec![packed(id, name, moment, shape)]
             }),
             (Held::EightBit(m), _) => {
                 let names = zip(CODES, SCALES);
-                each(names, m.clone(), |(codes, scales), moment| {
+                each(names, m.as_ref().clone(), |(codes, scales), moment| {
                     vec![
                         packed_codes(id, codes, moment.codes, shape),
                         packed(id, scales, moment.absmax, &blocks),

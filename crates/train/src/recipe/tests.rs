@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::optimizer::Optim;
 
 const SMALL: &str = "[data]\ntrain = 'rows.jsonl'\n";
 
@@ -352,6 +353,25 @@ fn a_lock_file_reads_back_as_the_same_recipe() {
 #[test]
 fn a_lock_of_another_shape_is_refused() {
     refuses(&format!("{SMALL}[lock]\nenamel = 1\n"), &["[lock]: "]);
+}
+
+#[test]
+fn the_optimizer_has_transformers_names_and_is_written_by_one_of_them() {
+    let of = |text: &str, set: &[&str]| {
+        let file = RecipeFile::from_text(Path::new("r.toml"), text.to_owned());
+        file.with_overrides(set).resolve().unwrap().train.optim
+    };
+    let data = "data.train = 'x.jsonl'\n";
+    assert_eq!(of(data, &[]), Optim::AdamwTorch);
+    let eight = format!("{data}[train]\noptim = \"adamw_bnb_8bit\"\n");
+    assert_eq!(of(&eight, &[]), Optim::Adamw8bit);
+    let paged = of(&eight, &["train.optim=paged_adamw"]);
+    assert_eq!(paged, Optim::PagedAdamw32bit);
+    let wrong = format!("{data}[train]\noptim = \"sgd\"\n");
+    refuses(
+        &wrong,
+        &["3", "train.optim", "`sgd`", "`adamw_torch`, `adamw_8bit`, "],
+    );
 }
 
 #[test]
