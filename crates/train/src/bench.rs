@@ -16,6 +16,7 @@ use enamel_model::CausalLm;
 use serde::Serialize;
 
 use crate::error::TrainError;
+use crate::footprint::{Footprint, Kind, Model, Optim, Settings, Weights, estimate};
 use crate::loaded::OpenBase;
 use crate::memory::{Memory, page_faults};
 use crate::optimizer::Optimizer;
@@ -81,6 +82,9 @@ pub struct StepFigures {
     /// Most resident memory while measuring this shape, in bytes; since the process began where the
     /// system cannot reset its mark. With several methods, what they need together.
     pub peak_memory: u64,
+    /// What was expected of that: the most of this shape and those before, since memory is not given
+    /// back. In bytes.
+    pub estimated_memory: u64,
     /// Tokens a second over those of the first method: the median over rounds of both.
     pub relative: f64,
 }
@@ -89,6 +93,8 @@ pub struct StepFigures {
 struct Lane {
     method: String,
     trainable: usize,
+    /// The model as memory sees it.
+    sizes: Model,
     trainee: Trainee,
     optimizer: Optimizer,
     allocator: Option<RankAllocator>,
@@ -109,6 +115,7 @@ impl Lane {
         Ok(Self {
             method: method.to_owned(),
             trainable: plan.trainable,
+            sizes: Model::new(model.config(), &config, &plan),
             trainee: Trainee { model }.fork(&device.clone().autodiff()).train(),
             optimizer: Optimizer::new(AdamW {
                 beta1: 0.9,
@@ -203,6 +210,7 @@ pub fn bench(
 ) -> Result<(), TrainError> {
     let vocabulary = base.config.vocab_size;
     let model = base.weights(device, options.compute)?;
+    let bf16 = options.compute == Compute::Bf16 || base.checkpoint.is_bf16();
     drop(base);
     // Before training, which leaves memory behind that would count as decoding's.
     let mut decoded = Vec::new();
@@ -219,8 +227,11 @@ pub fn bench(
         let adapted = lane.trainee.model.valid();
         decoded.push(decode::decode(&adapted, &lane.method, options.decode)?);
     }
+    let mut estimated = 0;
     for &shape in &options.shapes {
-        steps(&mut lanes, shape, vocabulary, device, options, on_figure)?;
+        estimated = expected(&lanes, shape, bf16, device, options).max(estimated);
+        let setting = (vocabulary, estimated);
+        steps(&mut lanes, shape, setting, device, options, on_figure)?;
         for lane in lanes.iter_mut().filter(|_| options.profile) {
             let profile = lane.profile(shape, vocabulary, device, options)?;
             on_figure(Figure::Profile(profile));
@@ -235,11 +246,38 @@ pub fn bench(
     Ok(())
 }
 
+/// Bytes that steps of a shape are estimated to take at most, all methods together.
+fn expected(
+    lanes: &[Lane],
+    (rows, tokens): (usize, usize),
+    bf16: bool,
+    device: &Device,
+    options: &BenchOptions,
+) -> u64 {
+    let settings = Settings {
+        batch: rows,
+        accumulation: 1,
+        length: tokens,
+        every: options.checkpointing.0,
+        optim: Optim::default(),
+        weights: match bf16 && enamel_kernels::holds_bf16(device) {
+            true => Weights::Bf16,
+            false => Weights::F32,
+        },
+        quantisation: None,
+        skip_modules: Vec::new(),
+        threads: rayon::current_num_threads(),
+        kind: Kind::of(device),
+    };
+    let all = lanes.iter().map(|lane| estimate(&lane.sizes, &settings));
+    Footprint::in_turns(&all.collect::<Vec<_>>()).peak() as u64
+}
+
 /// The timed steps of a shape, the methods taking turns.
 fn steps(
     lanes: &mut [Lane],
     (rows, tokens): (usize, usize),
-    vocabulary: usize,
+    (vocabulary, estimated_memory): (usize, u64),
     device: &Device,
     options: &BenchOptions,
     on_figure: &mut dyn FnMut(Figure),
@@ -272,6 +310,7 @@ fn steps(
             seconds,
             tokens_per_second: (rows * tokens) as f64 / seconds,
             peak_memory: Memory::new().peak(),
+            estimated_memory,
             relative: median(ratios.collect()),
         }));
     }

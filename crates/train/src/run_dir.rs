@@ -151,6 +151,7 @@ pub fn fingerprint(recipe: &Recipe, lock: &LockInfo) -> Result<String, TrainErro
     recipe.train.max_new_tokens = defaults.max_new_tokens;
     // The same bits in another amount of memory.
     recipe.train.gradient_checkpointing = defaults.gradient_checkpointing;
+    recipe.train.check_memory = defaults.check_memory;
     let text = serde_json::to_string(&recipe)
         .map_err(|e| TrainError::Framework(format!("hashing the recipe: {e}")))?;
     let mut hash = Sha256::new();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig, ModuleShape};
-use enamel_kernels::holds_bf16;
+use enamel_kernels::{can_checkpoint, holds_bf16};
 use enamel_model::LlamaConfig;
 
 /// What computes.
@@ -19,14 +19,12 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Of a device, by its name in a recipe.
-    pub fn of(device: &Device, name: &str) -> Self {
-        if holds_bf16(device) {
-            return Self::Kernels;
-        }
-        match name.starts_with("cuda") || name.starts_with("wgpu") {
-            true => Self::Gpu,
-            false => Self::Reference,
+    /// Of a device.
+    pub fn of(device: &Device) -> Self {
+        match (holds_bf16(device), can_checkpoint(device)) {
+            (true, _) => Self::Kernels,
+            (false, true) => Self::Reference,
+            (false, false) => Self::Gpu,
         }
     }
 }

@@ -9,6 +9,7 @@ mod describe;
 mod fit;
 mod kept;
 pub mod notice;
+mod of_run;
 mod optim;
 mod room;
 mod settings;
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 pub use describe::{Block, Head, Kind, Method, Model, Part};
 pub use fit::{Change, Proposal, fit, parse_bytes};
+pub use of_run::{CheckMemory, Estimate};
 pub use optim::{Optim, OptimizerBytes, state_bytes};
 pub use room::{Room, room};
 pub use settings::{Quantisation, Settings, Weights};
@@ -133,13 +135,14 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
         gradients,
     ];
     let step = moments.into_iter().max().unwrap_or(0);
-    let counted = gradients + kept.most + logits + workspace;
+    let activations = kept.most.max(kept.between);
+    let counted = gradients + activations + logits + workspace;
     Footprint {
         base,
         adapter,
         gradients,
         optimizer,
-        activations: kept.most,
+        activations,
         logits,
         workspace,
         runtime: work::runtime(model, settings, step),
