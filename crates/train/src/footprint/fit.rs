@@ -85,13 +85,18 @@ pub fn fit(model: &Model, settings: &Settings, room: usize) -> Proposal {
         };
         // What that leaves may make other changes needless.
         now = largest(&now);
-        let plain = largest(&Settings {
-            optim: settings.optim,
-            ..now.clone()
+        let optims = [settings.optim, Optim::Adamw8bit, Optim::PagedAdamw8bit];
+        let dearer = optims.into_iter().map(|optim| {
+            largest(&Settings {
+                optim,
+                ..now.clone()
+            })
         });
-        if fits(&plain) && plain.batch == now.batch {
-            now = plain;
-        }
+        let batch = now.batch;
+        now = dearer
+            .into_iter()
+            .find(|s| fits(s) && s.batch == batch)
+            .unwrap_or(now);
     }
     while !fits(&now) && now.length / 2 >= SHORTEST {
         now.length /= 2;
