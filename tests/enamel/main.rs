@@ -24,6 +24,7 @@ mod goldens;
 mod gradient_checkpointing;
 mod inits;
 mod matching;
+mod parity_bitsandbytes;
 mod parity_llama;
 mod parity_lora;
 mod parity_methods;

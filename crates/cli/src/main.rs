@@ -12,6 +12,7 @@ mod allocator;
 mod bench_text;
 mod failure;
 mod pull_progress;
+mod quantization_args;
 mod recipe_args;
 mod sampling_args;
 

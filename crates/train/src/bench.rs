@@ -12,14 +12,14 @@ use burn::train::TrainStep;
 use enamel_adapter::{AdapterConfig, RankAllocator};
 use enamel_data::Batch;
 use enamel_kernels::{AdamW, Compute};
-use enamel_model::CausalLm;
+use enamel_model::{CausalLm, Loading, Quantization};
 use serde::Serialize;
 
 use crate::error::TrainError;
-use crate::footprint::{Footprint, Kind, Model, Optim, Settings, Weights, estimate};
+use crate::footprint::{Footprint, Kind, Model, Packed, Settings, Weights, estimate};
 use crate::loaded::OpenBase;
 use crate::memory::{Memory, page_faults};
-use crate::optimizer::Optimizer;
+use crate::optimizer::{Optim, Optimizer};
 use crate::recipe::{GradientCheckpointing, Recipe};
 use crate::trainee::{StepItem, Trainee};
 
@@ -48,6 +48,17 @@ pub struct BenchOptions {
     pub profile: bool,
     /// What products with the base multiply.
     pub compute: Compute,
+    /// What becomes of its linear layers.
+    pub quantization: Quantization,
+}
+
+impl BenchOptions {
+    fn loading(&self) -> Loading {
+        Loading {
+            compute: self.compute,
+            quantization: self.quantization.clone(),
+        }
+    }
 }
 
 /// One thing measured; a line of `enamel bench --json`.
@@ -209,8 +220,11 @@ pub fn bench(
     on_figure: &mut dyn FnMut(Figure),
 ) -> Result<(), TrainError> {
     let vocabulary = base.config.vocab_size;
-    let model = base.weights(device, options.compute)?;
-    let bf16 = options.compute == Compute::Bf16 || base.checkpoint.is_bf16();
+    let model = base.weights(device, &options.loading())?;
+    let held = Held {
+        bf16: options.compute == Compute::Bf16 || base.checkpoint.is_bf16(),
+        packed: base.packed(),
+    };
     drop(base);
     // Before training, which leaves memory behind that would count as decoding's.
     let mut decoded = Vec::new();
@@ -229,7 +243,7 @@ pub fn bench(
     }
     let mut estimated = 0;
     for &shape in &options.shapes {
-        estimated = expected(&lanes, shape, bf16, device, options).max(estimated);
+        estimated = expected(&lanes, shape, &held, device, options).max(estimated);
         let setting = (vocabulary, estimated);
         steps(&mut lanes, shape, setting, device, options, on_figure)?;
         for lane in lanes.iter_mut().filter(|_| options.profile) {
@@ -246,11 +260,17 @@ pub fn bench(
     Ok(())
 }
 
+/// How the file has the base.
+struct Held {
+    bf16: bool,
+    packed: Packed,
+}
+
 /// Bytes that steps of a shape are estimated to take at most, all methods together.
 fn expected(
     lanes: &[Lane],
     (rows, tokens): (usize, usize),
-    bf16: bool,
+    held: &Held,
     device: &Device,
     options: &BenchOptions,
 ) -> u64 {
@@ -260,16 +280,21 @@ fn expected(
         length: tokens,
         every: options.checkpointing.0,
         optim: Optim::default(),
-        weights: match bf16 && enamel_kernels::holds_bf16(device) {
+        weights: match held.bf16 && enamel_kernels::holds_bf16(device) {
             true => Weights::Bf16,
             false => Weights::F32,
         },
-        quantisation: None,
-        skip_modules: Vec::new(),
+        quantization: options.quantization.clone(),
         threads: rayon::current_num_threads(),
         kind: Kind::of(device),
     };
-    let all = lanes.iter().map(|lane| estimate(&lane.sizes, &settings));
+    let all = lanes.iter().map(|lane| {
+        let model = Model {
+            packed: held.packed.clone(),
+            ..lane.sizes.clone()
+        };
+        estimate(&model, &settings)
+    });
     Footprint::in_turns(&all.collect::<Vec<_>>()).peak() as u64
 }
 

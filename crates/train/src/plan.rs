@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::device;
 use crate::error::TrainError;
 use crate::eva;
-use crate::footprint::Estimate;
+use crate::footprint::{Estimate, Packed};
 use crate::inputs::Inputs;
 use crate::loaded::OpenBase;
 use crate::recipe::{Cadence, GradientCheckpointing, Length, Recipe};
@@ -115,6 +115,7 @@ pub fn plan_model(
         source,
         config: llama,
         bf16,
+        packed,
     } = known(recipe, progress)?;
     let config = recipe.adapter.config(PLAN_STEPS);
     let adapter = enamel_adapter::plan(&modules, &config)?;
@@ -123,7 +124,7 @@ pub fn plan_model(
         let device = device
             .as_ref()
             .map(|(device, choice)| (device, choice.to_string()));
-        Estimate::of_config(recipe, (&llama, &config, &adapter), bf16, device)
+        Estimate::of_config(recipe, (&llama, &config, &adapter), (bf16, packed), device)
     });
     Ok(PlanReport {
         model: recipe.model.base.clone(),
@@ -160,6 +161,8 @@ struct Known {
     config: Option<LlamaConfig>,
     /// Whether its matrices are in bf16.
     bf16: bool,
+    /// Those that are quantised in its files.
+    packed: Packed,
 }
 
 fn known(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<Known, TrainError> {
@@ -168,6 +171,7 @@ fn known(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<Known, Trai
         return Ok(Known {
             shape: shape(&base.config),
             modules: base.config.modules(),
+            packed: base.packed(),
             source: base.local.source_note,
             bf16: base.checkpoint.is_bf16(),
             config: Some(base.config),
@@ -182,6 +186,7 @@ fn known(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<Known, Trai
             source: String::new(),
             config: None,
             bf16: false,
+            packed: Packed::new(),
         });
     }
     let config = LlamaConfig::from_json(&json)?;
@@ -190,6 +195,7 @@ fn known(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<Known, Trai
         modules: config.modules(),
         source: String::new(),
         bf16: config.dtype.as_deref() == Some("bfloat16"),
+        packed: Packed::new(),
         config: Some(config),
     })
 }

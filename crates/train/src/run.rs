@@ -282,13 +282,14 @@ fn launch(
     options: &TrainOptions<'_>,
 ) -> Result<(Trainee, LoopEnd), TrainError> {
     let t = &recipe.train;
-    let mut optimizer = Optimizer::new(AdamW {
+    let model = Trainee { model };
+    let settings = AdamW {
         beta1: t.adam_beta1,
         beta2: t.adam_beta2,
         epsilon: t.adam_epsilon,
         weight_decay: t.weight_decay,
-    });
-    let model = Trainee { model };
+    };
+    let mut optimizer = Optimizer::with_optim(settings, t.optim, &run.path, &model)?;
     if let Some(checkpoint) = &run.checkpoint {
         checkpoints::load_optimizer(checkpoint, &mut optimizer, &model)?;
     }

@@ -10,9 +10,9 @@ use burn::tensor::Device;
 use burn::train::TrainStep;
 use enamel_data::Batch;
 use enamel_kernels::AdamW;
-use enamel_model::{CausalLm, LlamaConfig};
-use enamel_train::footprint::{Kind, Model, Optim, Settings, Weights, estimate};
-use enamel_train::optimizer::Optimizer;
+use enamel_model::{CausalLm, LlamaConfig, Quantization};
+use enamel_train::footprint::{Kind, Model, Settings, Weights, estimate};
+use enamel_train::optimizer::{Optim, Optimizer};
 use enamel_train::recipe::Recipe;
 use enamel_train::trainee::{StepItem, Trainee};
 
@@ -109,8 +109,7 @@ fn measure(
         every: NonZeroUsize::new(every),
         optim: Optim::default(),
         weights: Weights::F32,
-        quantisation: None,
-        skip_modules: Vec::new(),
+        quantization: Quantization::default(),
         threads: rayon::current_num_threads(),
         kind: Kind::Kernels,
     };

@@ -203,6 +203,11 @@ fn part<'a>(head: Weight<'a>, from: usize, count: usize) -> Weight<'a> {
             out: count,
             width,
         },
+        Weight::Packed { data, first, .. } => Weight::Packed {
+            data,
+            first: first + from,
+            out: count,
+        },
     }
 }
 
@@ -222,6 +227,11 @@ fn add_row(head: Weight<'_>, row: usize, factor: f32, to: &mut [f32]) {
             to.iter_mut()
                 .zip(line)
                 .for_each(|(t, w)| *t += factor * w.to_f32());
+        }
+        Weight::Packed { .. } => {
+            let mut line = vec![0.0; to.len()];
+            head.read(row, 0, &mut line);
+            to.iter_mut().zip(line).for_each(|(t, w)| *t += factor * w);
         }
     }
 }

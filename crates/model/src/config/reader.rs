@@ -180,10 +180,13 @@ impl<'a> Reader<'a> {
                 );
             }
         }
-        if self.get("quantization_config").is_some() {
+        let method = self
+            .get("quantization_config")
+            .map(|config| config.get("quant_method").and_then(Value::as_str));
+        if method.is_some_and(|method| method != Some("bitsandbytes")) {
             self.problem(
                 "quantization_config",
-                "says that the weights are quantised already; use the unquantised model or a .gguf",
+                "says that the weights are quantised by another method than bitsandbytes; use the unquantised model or a .gguf",
             );
         }
     }

@@ -6,6 +6,7 @@ use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig, ModuleShape};
 use enamel_kernels::{can_checkpoint, holds_bf16};
 use enamel_model::LlamaConfig;
+use enamel_model::checkpoint::StoredPacked;
 
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +134,9 @@ pub struct Head {
     pub whole_logits: bool,
 }
 
+/// Matrices that are quantised in the base's files, by their tensors' names.
+pub type Packed = HashMap<String, StoredPacked>;
+
 /// A model and an adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Model {
@@ -156,6 +160,8 @@ pub struct Model {
     pub method: Method,
     /// All modules of the base.
     pub modules: Vec<ModuleShape>,
+    /// Which of the base's matrices its files have in a quantised form.
+    pub packed: Packed,
     /// Numbers of each trained tensor.
     pub trained: Vec<usize>,
     /// Numbers of frozen tensors that come with the adapter.
@@ -230,6 +236,7 @@ impl Model {
                 whole_logits: bias || (adapted && drops(method)),
             },
             method,
+            packed: Packed::new(),
             trained: trained(&modules, adapter, plan),
             shared: plan
                 .shared

@@ -7,10 +7,22 @@
 use std::fmt;
 use std::num::NonZeroUsize;
 
-use super::{Footprint, Kind, Model, Optim, Quantisation, Settings, estimate};
+use enamel_kernels::quant::{FloatKind, FourBit};
+use enamel_model::{Format, Quantization};
+
+use super::{Footprint, Kind, Model, Settings, estimate};
+use crate::optimizer::Optim;
 
 /// Shortest `max_length` that is proposed.
 const SHORTEST: usize = 64;
+
+/// NF4 with double quantisation.
+const NF4: Format = Format::FourBit {
+    kind: FourBit::Nf4,
+    block: 64,
+    double: true,
+    compute: FloatKind::F32,
+};
 
 /// One setting to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,10 +74,10 @@ pub fn fit(model: &Model, settings: &Settings, room: usize) -> Proposal {
     };
     // The largest batch that fits, or the smallest there is.
     let largest = |settings: &Settings| {
-        let all = batches.iter().map(|batch| with_batch(settings, *batch));
+        let mut all = batches.iter().map(|batch| with_batch(settings, *batch));
         all.clone()
             .find(|s| fits(s))
-            .or(all.last())
+            .or(all.next_back())
             .unwrap_or_else(|| settings.clone())
     };
     now = largest(&now);
@@ -74,14 +86,12 @@ pub fn fit(model: &Model, settings: &Settings, room: usize) -> Proposal {
             now = largest(&Settings { optim, ..now });
         }
     }
-    if !fits(&now) && now.quantisation.is_none() && !model.trains_base() {
-        let quantisation = Some(Quantisation::FourBit {
-            block: 64,
-            double: true,
-        });
-        now = Settings {
-            quantisation,
-            ..now
+    let dense = now.quantization.format.is_none() && model.packed.is_empty();
+    if !fits(&now) && dense && !model.trains_base() {
+        now.quantization = Quantization {
+            format: Some(NF4),
+            dequantize: false,
+            ..now.quantization
         };
         // What that leaves may make other changes needless.
         now = largest(&now);
@@ -116,7 +126,7 @@ fn changes(from: &Settings, to: &Settings) -> Vec<Change> {
             all.push(Change { table, line });
         }
     };
-    let quantised = from.quantisation != to.quantisation;
+    let quantised = from.quantization != to.quantization;
     say(
         quantised,
         "model.quantization",

@@ -10,7 +10,6 @@ mod fit;
 mod kept;
 pub mod notice;
 mod of_run;
-mod optim;
 mod room;
 mod settings;
 #[cfg(test)]
@@ -22,13 +21,13 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use describe::{Block, Head, Kind, Method, Model, Part};
+pub use describe::{Block, Head, Kind, Method, Model, Packed, Part};
 pub use fit::{Change, Proposal, fit, parse_bytes};
 pub use of_run::{CheckMemory, Estimate};
-pub use optim::{Optim, OptimizerBytes, state_bytes};
 pub use room::{Room, room};
-pub use settings::{Quantisation, Settings, Weights};
+pub use settings::{Settings, Weights};
 
+use crate::optimizer::state_bytes;
 use crate::plan::bytes_text;
 
 /// Bytes of a float in memory.

@@ -4,12 +4,11 @@ use std::fmt;
 
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan};
-use enamel_model::LlamaConfig;
+use enamel_model::{LlamaConfig, Quantization};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ERROR, Footprint, Kind, Model, Optim, Proposal, Quantisation, Room, Settings, Weights,
-    estimate, fit, room,
+    ERROR, Footprint, Kind, Model, Packed, Proposal, Room, Settings, Weights, estimate, fit, room,
 };
 use crate::error::TrainError;
 use crate::inputs::Inputs;
@@ -55,16 +54,18 @@ impl Estimate {
             2 => Weights::Bf16,
             _ => Weights::F32,
         };
-        let model = Model::new(&inputs.base.config, &inputs.adapter, &inputs.plan);
+        settings.quantization = inputs.quantization.clone();
+        let mut model = Model::new(&inputs.base.config, &inputs.adapter, &inputs.plan);
+        model.packed = inputs.base.packed();
         Self::new(model, settings, inputs.device_name.clone())
     }
 
     /// Of a model of which only the configuration is there: rows are as long as `max_length`. `bf16` says
-    /// whether its file has matrices in bf16; `device` is none where the recipe's is not there.
+    /// whether its file has matrices in bf16, `packed` which it has quantised; `device` is none where the recipe's is not there.
     pub fn of_config(
         recipe: &Recipe,
         (config, adapter, plan): (&LlamaConfig, &AdapterConfig, &AdapterPlan),
-        bf16: bool,
+        (bf16, packed): (bool, Packed),
         device: Option<(&Device, String)>,
     ) -> Self {
         let (kind, name) = match device {
@@ -78,7 +79,9 @@ impl Estimate {
         if wanted && kind == Kind::Kernels {
             settings.weights = Weights::Bf16;
         }
-        Self::new(Model::new(config, adapter, plan), settings, name)
+        let mut model = Model::new(config, adapter, plan);
+        model.packed = packed;
+        Self::new(model, settings, name)
     }
 
     fn new(model: Model, settings: Settings, device: String) -> Self {
@@ -162,23 +165,12 @@ fn of_recipe(recipe: &Recipe, kind: Kind) -> Settings {
         accumulation: train.gradient_accumulation_steps,
         length: recipe.data.max_length,
         every: train.gradient_checkpointing.0,
-        optim: optim(recipe),
+        optim: train.optim,
         weights: Weights::F32,
-        quantisation: quantisation(recipe),
-        skip_modules: Vec::new(),
+        quantization: Quantization::from(&recipe.model.quantization),
         threads: rayon::current_num_threads(),
         kind,
     }
-}
-
-/// How the recipe has the moments held.
-fn optim(_: &Recipe) -> Optim {
-    Optim::default()
-}
-
-/// How the recipe has the base quantised.
-fn quantisation(_: &Recipe) -> Option<Quantisation> {
-    None
 }
 
 impl fmt::Display for Estimate {
