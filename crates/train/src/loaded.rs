@@ -13,6 +13,7 @@ use enamel_model::{CausalLm, LlamaConfig, Loading};
 use serde_json::Value;
 
 use crate::error::TrainError;
+use crate::footprint::Packed;
 
 const TOKENIZER: &str = "tokenizer.json";
 
@@ -116,6 +117,11 @@ impl OpenBase {
     pub fn weights(&self, device: &Device, loading: &Loading) -> Result<CausalLm, TrainError> {
         let (config, checkpoint) = (&self.config, &self.checkpoint);
         Ok(CausalLm::load_for(config, checkpoint, device, loading)?)
+    }
+
+    /// The matrices that the files have in a quantised form, by their tensors' names.
+    pub fn packed(&self) -> Packed {
+        self.checkpoint.packed()
     }
 
     /// The files and the model together.

@@ -153,6 +153,7 @@ pub fn fingerprint(recipe: &Recipe, lock: &LockInfo) -> Result<String, TrainErro
     recipe.train.max_new_tokens = defaults.max_new_tokens;
     // The same bits in another amount of memory.
     recipe.train.gradient_checkpointing = defaults.gradient_checkpointing;
+    recipe.train.check_memory = defaults.check_memory;
     // The optimizer's state says itself whose it is, and names both where they differ.
     recipe.train.optim = defaults.optim;
     let text = serde_json::to_string(&recipe)

@@ -232,6 +232,31 @@ impl Quantised {
         }
     }
 
+    /// Bytes of the model's tensor number `index` in memory, if it is quantised: codes, scales and what those
+    /// are quantised with.
+    pub(crate) fn bytes(&self, index: usize) -> Option<usize> {
+        let float = size_of::<f32>();
+        let numbers = |at: &usize| {
+            let info = self.stored.get(*at);
+            info.map_or(0, |info| info.shape.iter().product::<usize>())
+        };
+        match self.origins.get(index)? {
+            Origin::Plain(_) => None,
+            Origin::FourBit {
+                codes,
+                absmax,
+                nested,
+                ..
+            } => Some(match nested {
+                Some((scales, map)) => {
+                    numbers(codes) + numbers(absmax) + float * (numbers(scales) + numbers(map) + 1)
+                }
+                None => numbers(codes) + float * numbers(absmax),
+            }),
+            Origin::Int8 { codes, scales, .. } => Some(numbers(codes) + float * numbers(scales)),
+        }
+    }
+
     /// The rows of the model's tensor number `index`, if it is quantised.
     pub(crate) fn rows(
         &self,

@@ -93,6 +93,11 @@ impl Directory {
         }
     }
 
+    /// Bytes of a weight that [`Self::read_packed`] reads.
+    pub(crate) fn packed_bytes(&self, index: usize) -> Option<usize> {
+        self.quantised.as_ref()?.bytes(index)
+    }
+
     /// The stored tensor that holds a dense one.
     fn stored<'a>(&'a self, index: usize, info: &'a TensorInfo) -> (usize, &'a TensorInfo) {
         let plain = self.quantised.as_ref().and_then(|all| all.plain(index));

@@ -63,6 +63,15 @@ pub trait TensorSource {
     }
 }
 
+/// A matrix that its file has in a quantised form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredPacked {
+    /// Bytes that it takes in memory, about those that it takes in the file.
+    pub bytes: usize,
+    /// Whether it is in one of bitsandbytes' formats; else it is in GGUF's blocks.
+    pub bitsandbytes: bool,
+}
+
 /// An opened base model: a directory in Hugging Face layout, or a GGUF file that is presented as
 /// if it were one. Opening checks every header; values stay on disk until they are read.
 #[derive(Debug)]
@@ -228,6 +237,24 @@ impl Checkpoint {
         let matrix = |info: &&TensorInfo| info.shape.len() == 2;
         let dtype = self.tensors.iter().find(matrix).map(|info| info.dtype);
         !self.is_gguf() && dtype == Some(SourceDtype::BF16)
+    }
+
+    /// The matrices for which [`TensorSource::read_packed`] has rows, by their tensors' names. No value is read.
+    pub fn packed(&self) -> HashMap<String, StoredPacked> {
+        let bitsandbytes = matches!(self.backing, Backing::Directory(_));
+        let bytes = |index| match &self.backing {
+            Backing::Directory(directory) => directory.packed_bytes(index),
+            Backing::Gguf(gguf) => gguf.packed_bytes(index),
+        };
+        let all = self.tensors.iter().enumerate();
+        all.filter_map(|(index, info)| {
+            let stored = StoredPacked {
+                bytes: bytes(index)?,
+                bitsandbytes,
+            };
+            Some((info.name.clone(), stored))
+        })
+        .collect()
     }
 
     fn find(&self, name: &str) -> Result<(usize, &TensorInfo), CheckpointError> {

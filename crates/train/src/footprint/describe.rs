@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig, ModuleShape};
-use enamel_kernels::holds_bf16;
+use enamel_kernels::{can_checkpoint, holds_bf16};
 use enamel_model::LlamaConfig;
+use enamel_model::checkpoint::StoredPacked;
 
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,14 +20,12 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Of a device, by its name in a recipe.
-    pub fn of(device: &Device, name: &str) -> Self {
-        if holds_bf16(device) {
-            return Self::Kernels;
-        }
-        match name.starts_with("cuda") || name.starts_with("wgpu") {
-            true => Self::Gpu,
-            false => Self::Reference,
+    /// Of a device.
+    pub fn of(device: &Device) -> Self {
+        match (holds_bf16(device), can_checkpoint(device)) {
+            (true, _) => Self::Kernels,
+            (false, true) => Self::Reference,
+            (false, false) => Self::Gpu,
         }
     }
 }
@@ -135,6 +134,9 @@ pub struct Head {
     pub whole_logits: bool,
 }
 
+/// Matrices that are quantised in the base's files, by their tensors' names.
+pub type Packed = HashMap<String, StoredPacked>;
+
 /// A model and an adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Model {
@@ -158,6 +160,8 @@ pub struct Model {
     pub method: Method,
     /// All modules of the base.
     pub modules: Vec<ModuleShape>,
+    /// Which of the base's matrices its files have in a quantised form.
+    pub packed: Packed,
     /// Numbers of each trained tensor.
     pub trained: Vec<usize>,
     /// Numbers of frozen tensors that come with the adapter.
@@ -232,6 +236,7 @@ impl Model {
                 whole_logits: bias || (adapted && drops(method)),
             },
             method,
+            packed: Packed::new(),
             trained: trained(&modules, adapter, plan),
             shared: plan
                 .shared

@@ -7,10 +7,22 @@
 use std::fmt;
 use std::num::NonZeroUsize;
 
-use super::{Footprint, Kind, Model, Optim, Quantisation, Settings, estimate};
+use enamel_kernels::quant::{FloatKind, FourBit};
+use enamel_model::{Format, Quantization};
+
+use super::{Footprint, Kind, Model, Settings, estimate};
+use crate::optimizer::Optim;
 
 /// Shortest `max_length` that is proposed.
 const SHORTEST: usize = 64;
+
+/// NF4 with double quantisation.
+const NF4: Format = Format::FourBit {
+    kind: FourBit::Nf4,
+    block: 64,
+    double: true,
+    compute: FloatKind::F32,
+};
 
 /// One setting to change.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,24 +86,27 @@ pub fn fit(model: &Model, settings: &Settings, room: usize) -> Proposal {
             now = largest(&Settings { optim, ..now });
         }
     }
-    if !fits(&now) && now.quantisation.is_none() && !model.trains_base() {
-        let quantisation = Some(Quantisation::FourBit {
-            block: 64,
-            double: true,
-        });
-        now = Settings {
-            quantisation,
-            ..now
+    let dense = now.quantization.format.is_none() && model.packed.is_empty();
+    if !fits(&now) && dense && !model.trains_base() {
+        now.quantization = Quantization {
+            format: Some(NF4),
+            dequantize: false,
+            ..now.quantization
         };
         // What that leaves may make other changes needless.
         now = largest(&now);
-        let plain = largest(&Settings {
-            optim: settings.optim,
-            ..now.clone()
+        let optims = [settings.optim, Optim::Adamw8bit, Optim::PagedAdamw8bit];
+        let dearer = optims.into_iter().map(|optim| {
+            largest(&Settings {
+                optim,
+                ..now.clone()
+            })
         });
-        if fits(&plain) && plain.batch == now.batch {
-            now = plain;
-        }
+        let batch = now.batch;
+        now = dearer
+            .into_iter()
+            .find(|s| fits(s) && s.batch == batch)
+            .unwrap_or(now);
     }
     while !fits(&now) && now.length / 2 >= SHORTEST {
         now.length /= 2;
@@ -111,7 +126,7 @@ fn changes(from: &Settings, to: &Settings) -> Vec<Change> {
             all.push(Change { table, line });
         }
     };
-    let quantised = from.quantisation != to.quantisation;
+    let quantised = from.quantization != to.quantization;
     say(
         quantised,
         "model.quantization",

@@ -170,14 +170,15 @@ pub(super) fn activations(model: &Model, settings: &Settings) -> Kept {
         .iter()
         .map(|b| bytes(of_block(b, model, settings)))
         .collect();
-    // The final norm's input and its number; the head with an adapter in it: the product and the sum.
+    // The head with an adapter in it: the product and the sum.
     let head = match model.head.adapted {
-        true => 2 * model.vocabulary * model.hidden,
+        true => FLOAT * 2 * model.vocabulary * model.hidden,
         false => 0,
     };
-    let tail = FLOAT * (rows * (model.hidden + 1) + head);
+    // The final norm's input and its number.
+    let tail = FLOAT * rows * (model.hidden + 1);
     let Some(every) = settings.every else {
-        let all = blocks.iter().sum::<usize>() + tail;
+        let all = blocks.iter().sum::<usize>() + tail + head;
         return Kept {
             between: all,
             most: all,
@@ -185,12 +186,11 @@ pub(super) fn activations(model: &Model, settings: &Settings) -> Kept {
     };
     let segments: Vec<usize> = blocks.chunks(every.get()).map(|s| s.iter().sum()).collect();
     let inputs = FLOAT * rows * model.hidden;
-    let between = segments.len() * inputs + tail;
-    // The last segment is run again while all inputs are there, its own among the blocks' own; no larger
-    // one can come to more, since each segment before has fewer inputs beside it.
+    // When the last segment is run again, the final norm has what it wanted, and the segment's input is what
+    // its first block keeps. Segments before it have fewer inputs beside them.
     let again = segments.iter().copied().max().unwrap_or(0);
     Kept {
-        between,
-        most: between + again,
+        between: segments.len() * inputs + tail + head,
+        most: segments.len().saturating_sub(1) * inputs + again + head,
     }
 }

@@ -9,7 +9,7 @@ mod describe;
 mod fit;
 mod kept;
 pub mod notice;
-mod optim;
+mod of_run;
 mod room;
 mod settings;
 #[cfg(test)]
@@ -21,12 +21,13 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use describe::{Block, Head, Kind, Method, Model, Part};
+pub use describe::{Block, Head, Kind, Method, Model, Packed, Part};
 pub use fit::{Change, Proposal, fit, parse_bytes};
-pub use optim::{Optim, OptimizerBytes, state_bytes};
+pub use of_run::{CheckMemory, Estimate};
 pub use room::{Room, room};
-pub use settings::{Quantisation, Settings, Weights};
+pub use settings::{Settings, Weights};
 
+use crate::optimizer::state_bytes;
 use crate::plan::bytes_text;
 
 /// Bytes of a float in memory.
@@ -133,13 +134,14 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
         gradients,
     ];
     let step = moments.into_iter().max().unwrap_or(0);
-    let counted = gradients + kept.most + logits + workspace;
+    let activations = kept.most.max(kept.between);
+    let counted = gradients + activations + logits + workspace;
     Footprint {
         base,
         adapter,
         gradients,
         optimizer,
-        activations: kept.most,
+        activations,
         logits,
         workspace,
         runtime: work::runtime(model, settings, step),

@@ -2,9 +2,11 @@
 
 use std::num::NonZeroUsize;
 
-use enamel_adapter::ModuleKind;
+use enamel_adapter::{ModuleKind, ModuleShape};
+use enamel_model::Quantization;
 
-use super::{FLOAT, Kind, Model, Optim};
+use super::{FLOAT, Kind, Model};
+use crate::optimizer::Optim;
 
 /// How frozen matrices are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,42 +15,6 @@ pub enum Weights {
     F32,
     /// Two bytes a number.
     Bf16,
-}
-
-/// How the linear layers of the blocks are quantised; the output head and the embedding never are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Quantisation {
-    /// NF4 or FP4.
-    FourBit {
-        /// Numbers that share a scale.
-        block: usize,
-        /// Whether the scales are quantised themselves.
-        double: bool,
-    },
-    /// LLM.int8().
-    Int8,
-}
-
-impl Quantisation {
-    /// Scales that share one of their own in double quantisation.
-    const NESTED: usize = 256;
-
-    /// Bytes of a matrix `[rows, columns]`: bitsandbytes' format.
-    pub fn bytes(self, rows: usize, columns: usize) -> usize {
-        let n = rows * columns;
-        match self {
-            Self::FourBit { block, double } => {
-                let scales = n.div_ceil(block);
-                let scales = match double {
-                    // A byte each, f32 for so many of them, the map of 256 values and the offset.
-                    true => scales + FLOAT * scales.div_ceil(Self::NESTED) + 256 * FLOAT + FLOAT,
-                    false => FLOAT * scales,
-                };
-                n.div_ceil(2) + scales
-            }
-            Self::Int8 => n + FLOAT * rows,
-        }
-    }
 }
 
 /// What a recipe says that memory depends on.
@@ -66,10 +32,8 @@ pub struct Settings {
     pub optim: Optim,
     /// How frozen matrices are held.
     pub weights: Weights,
-    /// How the blocks' linear layers are quantised.
-    pub quantisation: Option<Quantisation>,
-    /// Modules that are not quantised: a name or the last parts of one.
-    pub skip_modules: Vec<String>,
+    /// What becomes of linear layers.
+    pub quantization: Quantization,
     /// Threads that work.
     pub threads: usize,
     /// What computes.
@@ -91,30 +55,33 @@ impl Settings {
             Weights::F32 => FLOAT,
             Weights::Bf16 => 2,
         };
-        let bytes = |module: &enamel_adapter::ModuleShape| {
-            let bias = if module.bias {
-                FLOAT * module.shape.first().unwrap_or(&0)
-            } else {
-                0
-            };
-            let weight = match (module.kind, module.shape.as_slice(), self.quantisation) {
-                (ModuleKind::Linear, [rows, columns], Some(format))
-                    if !self.skips(&module.name) =>
-                {
-                    format.bytes(*rows, *columns)
-                }
-                (ModuleKind::Norm, shape, _) => FLOAT * shape.iter().product::<usize>(),
-                (_, shape, _) => matrix * shape.iter().product::<usize>(),
+        let bytes = |module: &ModuleShape| {
+            let rows = module.shape.first().copied().unwrap_or(0);
+            let bias = if module.bias { FLOAT * rows } else { 0 };
+            let numbers: usize = module.shape.iter().product();
+            let weight = match module.kind {
+                ModuleKind::Norm => FLOAT * numbers,
+                ModuleKind::Linear => self.packed(model, module).unwrap_or(matrix * numbers),
+                _ => matrix * numbers,
             };
             weight + bias
         };
         model.modules.iter().map(bytes).sum()
     }
 
-    fn skips(&self, name: &str) -> bool {
-        self.skip_modules.iter().any(|skip| {
-            name.strip_suffix(skip.as_str())
-                .is_some_and(|head| head.is_empty() || head.ends_with('.'))
-        })
+    /// Bytes of a linear layer that is held quantised: as its file has it, or as the recipe asks
+    /// (`Quantization::pack` decides so for the weights).
+    fn packed(&self, model: &Model, module: &ModuleShape) -> Option<usize> {
+        if self.quantization.skips(&module.name) || self.quantization.dequantize {
+            return None;
+        }
+        let stored = model.packed.get(&format!("{}.weight", module.name));
+        match (stored, self.quantization.format, module.shape.as_slice()) {
+            (Some(stored), format, _) if stored.bitsandbytes || format.is_none() => {
+                Some(stored.bytes)
+            }
+            (_, Some(format), &[rows, columns]) => Some(format.bytes([rows, columns])),
+            _ => None,
+        }
     }
 }

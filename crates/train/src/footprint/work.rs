@@ -12,8 +12,8 @@ const TOKENIZER: usize = 1800;
 /// Share of a step's tensors that the allocator cannot fill: it cuts memory into pieces of 32 MiB in which
 /// tensors of many sizes leave gaps, and gives nothing back (see `keep_freed_memory` in the program).
 const UNFILLED: f64 = 0.15;
-/// What a thread makes operands of products ready in.
-const ROOM: usize = 1 << 20;
+/// A thread makes ready so many columns of so many rows at most, of operands of products (`cpu/gemm/drive.rs`).
+const ROOM: [usize; 2] = [96, 1664];
 /// A CUDA context with this program's kernels.
 const CONTEXT: usize = 512 << 20;
 
@@ -45,7 +45,11 @@ pub(super) fn backward(model: &Model, settings: &Settings) -> usize {
     let group = model.heads / model.kv_heads.max(1);
     let head = 3 * settings.length * model.head_dim * group;
     let threads = match settings.kind {
-        Kind::Kernels => settings.threads * (ROOM + FLOAT * head),
+        Kind::Kernels => {
+            let [columns, longest] = ROOM;
+            let room = columns * longest.min(model.inner.max(model.hidden));
+            settings.threads * FLOAT * (room + head)
+        }
         _ => 0,
     };
     FLOAT * (rows * (inner + 2 * model.hidden)).max(scores) + threads

@@ -10,6 +10,7 @@ use enamel_kernels::Compute;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
+use crate::footprint::CheckMemory;
 use crate::optimizer::Optim;
 
 use super::quantization::QuantizationSettings;
@@ -93,6 +94,10 @@ section! {
         /// compute the blocks once more in the backward pass, for about a third more time. The result is
         /// the same, bit for bit.
         gradient_checkpointing: GradientCheckpointing = GradientCheckpointing::default(), any;
+        /// What to do when the run is estimated to need more memory than there is (see `enamel plan`): stop
+        /// before it starts (`error`, unless the estimate's own error may be the reason), or say so and
+        /// start (`warn`).
+        check_memory: CheckMemory = CheckMemory::default(), any;
         /// Highest learning rate.
         learning_rate: f64 = 2e-4, positive_number;
         /// LoRA+: how many times the rate B (and what has one axis) learns at. Left out: as all else.

@@ -138,6 +138,13 @@ impl GgufFile {
         Ok(Some(packed))
     }
 
+    /// Bytes of a tensor that [`Self::read_packed`] reads.
+    pub(crate) fn packed_bytes(&self, index: usize) -> Option<usize> {
+        let raw = self.tensors.get(index)?;
+        let packed = matches!(raw.block, BlockType::Blocks(_)) && raw.shape.len() == 2;
+        packed.then(|| raw.range.len())
+    }
+
     /// Where a tensor is, and its bytes.
     fn raw(&self, index: usize, info: &TensorInfo) -> Result<(&RawTensor, &[u8]), CheckpointError> {
         let raw = self.tensors.get(index);
