@@ -26,7 +26,7 @@ fn weights(device: &Device) -> Result<Vec<(&'static str, BaseWeight)>, Box<dyn E
     let shape = [OUT, WIDTH];
     let random = Distribution::Normal(0.0, 0.04);
     let dense = Tensor::<2>::random(shape, random, device);
-    let values: Vec<f32> = dense.to_data().to_vec()?;
+    let values: Vec<f32> = dense.to_data().try_to_vec()?;
     let packed = |rows, compute| -> Result<BaseWeight, Box<dyn Error>> {
         let packed = PackedWeight::new(rows, compute, device)?;
         Ok(BaseWeight::new(Held::Packed(packed), Compute::F32))
