@@ -227,22 +227,28 @@ fn high_bits(block: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
 }
 
-/// Nibbles: the low ones are elements 0 to 15, the high ones 16 to 31.
+/// Nibbles: the low ones are elements 0 to 15, the high ones 16 to 31; a loop for each vectorises.
 #[inline(always)]
 fn q4_0(block: &[u8; 18], out: &mut [f32; SMALL]) {
     let d = half_at(block, 0);
-    for (i, &q) in block[2..].iter().enumerate() {
-        out[i] = d * f32::from((q & 0x0F) as i8 - 8);
-        out[i + 16] = d * f32::from((q >> 4) as i8 - 8);
+    let (low, high) = out.split_at_mut(16);
+    for (out, &q) in low.iter_mut().zip(&block[2..]) {
+        *out = d * f32::from((q & 0x0F) as i8 - 8);
+    }
+    for (out, &q) in high.iter_mut().zip(&block[2..]) {
+        *out = d * f32::from((q >> 4) as i8 - 8);
     }
 }
 
 #[inline(always)]
 fn q4_1(block: &[u8; 20], out: &mut [f32; SMALL]) {
     let (d, m) = (half_at(block, 0), half_at(block, 2));
-    for (i, &q) in block[4..].iter().enumerate() {
-        out[i] = d * f32::from(q & 0x0F) + m;
-        out[i + 16] = d * f32::from(q >> 4) + m;
+    let (low, high) = out.split_at_mut(16);
+    for (out, &q) in low.iter_mut().zip(&block[4..]) {
+        *out = d * f32::from(q & 0x0F) + m;
+    }
+    for (out, &q) in high.iter_mut().zip(&block[4..]) {
+        *out = d * f32::from(q >> 4) + m;
     }
 }
 
