@@ -23,6 +23,9 @@ macro_rules! flex {
     };
 }
 
+/// Elements that a task brings in at once: calls of the system cost more than the step of few elements.
+pub(super) const PAGED_CHUNK: usize = 4 * CHUNK;
+
 /// The numbers as the loop takes them.
 #[derive(Clone, Copy)]
 pub(super) struct Rounded {
@@ -131,19 +134,17 @@ fn run(parameters: Vec<Whole<'_>>, paging: Option<&dyn Paging>) {
     // Value and both moments are read and written, the gradient is read.
     let moments: usize = parameters.iter().map(|p| p.moments.bytes()).sum();
     let _timer = crate::profile::op("adamw", 14 * total, 12 * total + 2 * moments);
-    let mut chunks = Vec::with_capacity(parameters.len() + total / CHUNK);
+    let size = if paging.is_some() { PAGED_CHUNK } else { CHUNK };
+    let mut chunks = Vec::with_capacity(parameters.len() + total / size);
     for p in parameters {
-        let parts = p.value.chunks_mut(CHUNK).zip(p.grad.chunks(CHUNK));
-        chunks.extend(
-            parts
-                .zip(p.moments.chunks(CHUNK))
-                .map(|((value, grad), moments)| Chunk {
-                    numbers: p.numbers,
-                    value,
-                    grad,
-                    moments,
-                }),
-        );
+        let parts = p.value.chunks_mut(size).zip(p.grad.chunks(size));
+        let parts = parts.zip(p.moments.chunks(size));
+        chunks.extend(parts.map(|((value, grad), moments)| Chunk {
+            numbers: p.numbers,
+            value,
+            grad,
+            moments,
+        }));
     }
     let level = level();
     if total <= CHUNK {

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde_json::Value;
 
+use super::cpu::PAGED_CHUNK;
 use super::{
     AdamW, AdamWInput, Codes, HostCodes, HostMoments, MOMENT_BLOCK, Moments, Paging, adamw,
     adamw_8bit, adamw_host, reference,
@@ -340,7 +341,7 @@ impl Paging for Notes {
 
 #[test]
 fn moments_in_the_hosts_memory_take_the_same_steps_on_every_device() {
-    let n = 5 * CHUNK + 300;
+    let n = 3 * PAGED_CHUNK + 300;
     for device in [plain(), ndarray().without_autodiff()] {
         let on_flex = device == plain();
         let p = fresh(n, 4, &device);
@@ -384,6 +385,9 @@ fn told_of_all(notes: &Notes, bytes: usize, by_chunks: bool) {
     assert_eq!((left, *notes.seen.lock().unwrap()), (0, bytes));
     if by_chunks {
         let threads = rayon::current_num_threads();
-        assert!(most <= threads * 8 * CHUNK, "{most} by {threads} threads");
+        assert!(
+            most <= threads * 8 * PAGED_CHUNK,
+            "{most} by {threads} threads"
+        );
     }
 }
