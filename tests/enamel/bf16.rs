@@ -53,7 +53,7 @@ fn a_gguf_file_is_rounded_as_it_is_loaded() {
     let golden = Tensors::open(fixtures().join("gguf/bias.safetensors"));
     let input = ModelInput::new(ids(&golden.rows("input_ids"), &device));
     for compute in [Compute::F32, Compute::Bf16] {
-        let model = CausalLm::load_for(&config, &checkpoint, &device, compute)
+        let model = CausalLm::load_for(&config, &checkpoint, &device, &compute.into())
             .unwrap_or_else(|e| panic!("{e}"));
         let held = model.head_weight().values().dtype();
         let kernels = CpuPath::chosen() != CpuPath::Reference;

@@ -91,7 +91,7 @@ fn it_is_frozen_in_the_lock_file_and_shown_by_plan_and_the_report() {
     assert!(workshop.adapter("again") == workshop.adapter("plain"));
 
     let said = workshop.run(&["plan", "m.toml"]);
-    assert!(said.contains("all activations on top"), "{said}");
+    assert!(said.contains("kept       all activations"), "{said}");
     let said = workshop.run(&["plan", "m.toml", "--set", two]);
     assert!(said.contains("activations of 2 blocks at a time"), "{said}");
     let error = workshop.fail(&[

@@ -24,6 +24,8 @@ mod goldens;
 mod gradient_checkpointing;
 mod inits;
 mod matching;
+mod optim;
+mod parity_bitsandbytes;
 mod parity_llama;
 mod parity_lora;
 mod parity_methods;

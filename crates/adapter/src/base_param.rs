@@ -4,7 +4,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Int, Tensor, module::embedding};
 use enamel_kernels::base_weight::widened;
-use enamel_kernels::{BaseWeight, Compute};
+use enamel_kernels::{BaseWeight, Compute, Held, Matrix, PackedWeight};
 
 use crate::frozen::frozen_param;
 
@@ -13,7 +13,10 @@ use crate::frozen::frozen_param;
 /// [`Self::dense`] to compute with its values.
 #[derive(Module, Debug)]
 pub struct BaseParam {
-    values: Param<Tensor<2>>,
+    /// The values, unless they are packed.
+    values: Option<Param<Tensor<2>>>,
+    #[module(skip)]
+    packed: Option<PackedWeight>,
     #[module(skip)]
     compute: Compute,
 }
@@ -21,30 +24,55 @@ pub struct BaseParam {
 impl BaseParam {
     /// Frozen; `name` is the full parameter name and decides the parameter's id.
     pub fn new(name: &str, weight: BaseWeight) -> Self {
-        Self {
-            values: frozen_param(name, weight.values()),
-            compute: weight.compute(),
+        let compute = weight.compute();
+        match weight.matrix().clone() {
+            Held::Dense(values) => Self {
+                values: Some(frozen_param(name, values)),
+                packed: None,
+                compute,
+            },
+            Held::Packed(packed) => Self {
+                values: None,
+                packed: Some(packed),
+                compute,
+            },
+        }
+    }
+
+    fn matrix(&self) -> Matrix {
+        match (&self.values, &self.packed) {
+            (Some(values), _) => Held::Dense(values.val()),
+            (None, Some(packed)) => Held::Packed(packed.clone()),
+            (None, None) => unreachable!("a base parameter has values or is packed"),
         }
     }
 
     /// Rows (outputs) and columns (inputs).
     pub fn dims(&self) -> [usize; 2] {
-        self.values.dims()
+        match &self.values {
+            Some(values) => values.dims(),
+            None => self.matrix().dims(),
+        }
     }
 
     /// Where it is.
     pub fn device(&self) -> Device {
-        self.values.val().device()
+        self.matrix().device()
     }
 
     /// What products multiply with.
     pub fn get(&self) -> BaseWeight {
-        BaseWeight::new(self.values.val(), self.compute)
+        BaseWeight::new(self.matrix(), self.compute)
+    }
+
+    /// The quantised values, if it is packed.
+    pub fn packed(&self) -> Option<&PackedWeight> {
+        self.packed.as_ref()
     }
 
     /// The values in f32: the parameter's own tensor, or a widened copy of it.
     pub fn dense(&self) -> Tensor<2> {
-        widened(self.values.val())
+        self.matrix().dense()
     }
 
     /// What products round their factors to.
@@ -52,30 +80,38 @@ impl BaseParam {
         self.compute
     }
 
-    /// The parameter, where it is one that is trained.
-    pub(crate) fn param(&self) -> &Param<Tensor<2>> {
-        &self.values
+    /// The parameter, where it is one that could be trained: a packed one could not.
+    pub(crate) fn param(&self) -> Option<&Param<Tensor<2>>> {
+        self.values.as_ref()
     }
 
     /// The same, to change it.
-    pub(crate) fn param_mut(&mut self) -> &mut Param<Tensor<2>> {
-        &mut self.values
+    pub(crate) fn param_mut(&mut self) -> Option<&mut Param<Tensor<2>>> {
+        self.values.as_mut()
     }
 
-    /// Makes it a parameter in f32 that is trained, or only could be.
+    /// Makes it a parameter in f32 that is trained, or only could be. A packed one stays as it is: what
+    /// trains whole bases refuses it beforehand.
     pub(crate) fn widen(&mut self, trainable: bool) {
-        let wide = self.values.clone().map(widened);
-        self.values = wide.set_require_grad(trainable);
+        if let Some(values) = self.values.take() {
+            self.values = Some(values.map(widened).set_require_grad(trainable));
+        }
     }
 
     pub(crate) fn set_frozen(&mut self) {
-        self.values = self.values.clone().no_grad();
+        self.values = self.values.take().map(Param::no_grad);
     }
 
-    /// The same parameter with other values, out of the graph.
-    pub(crate) fn with_values(&self, values: Tensor<2>) -> Self {
+    /// The same parameter with other values, out of the graph; dense from now on. `name` is as in
+    /// [`Self::new`].
+    pub(crate) fn with_values(&self, name: &str, values: Tensor<2>) -> Self {
+        let values = match &self.values {
+            Some(held) => held.clone().map(|_| values),
+            None => frozen_param(name, values),
+        };
         Self {
-            values: self.values.clone().map(|_| values),
+            values: Some(values),
+            packed: None,
             compute: self.compute,
         }
     }

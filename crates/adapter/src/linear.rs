@@ -153,7 +153,7 @@ impl Linear {
             None => None,
         };
         let projection = Projection {
-            weight: base.weight.values(),
+            weight: base.weight.matrix().clone(),
             bias: base.bias,
             lora,
         };

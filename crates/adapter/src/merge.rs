@@ -73,7 +73,8 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
                     weight: linear.weight.clone(),
                     bias: linear.bias.clone(),
                 };
-                linear.weight = old.weight.with_values(untracked(base.weight.dense()));
+                let merged = untracked(base.weight.dense());
+                linear.weight = old.weight.with_values(&format!("{name}.weight"), merged);
                 linear.bias = match (&old.bias, base.bias) {
                     (Some(old), Some(new)) => Some(with_value(old, new)),
                     // An adapter with a bias of its own on a layer that had none.
@@ -88,7 +89,8 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
         Slot::Embedding(table) => {
             if table.parts.iter().any(|part| names.contains(&part.name)) {
                 let old = table.weight.clone();
-                table.weight = old.with_values(untracked(table.folded(&names).dense()));
+                let merged = untracked(table.folded(&names).dense());
+                table.weight = old.with_values(&format!("{name}.weight"), merged);
                 table.unmerged = Some(old);
             }
         }

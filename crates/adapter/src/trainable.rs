@@ -26,10 +26,9 @@ pub fn for_each_param_of<M: Adaptable>(
         match slot {
             SlotRef::Linear(linear) => {
                 if whole && linear.trains_base {
-                    f(
-                        &format!("{name}.weight"),
-                        ParamRef::Matrix(linear.weight.param()),
-                    );
+                    if let Some(weight) = linear.weight.param() {
+                        f(&format!("{name}.weight"), ParamRef::Matrix(weight));
+                    }
                     if let Some(bias) = &linear.bias {
                         f(&format!("{name}.bias"), ParamRef::Vector(bias));
                     }
@@ -54,11 +53,11 @@ pub fn for_each_param_of<M: Adaptable>(
                 }
             }
             SlotRef::Embedding(table) => {
-                if whole && table.trains_base {
-                    f(
-                        &format!("{name}.weight"),
-                        ParamRef::Matrix(table.weight.param()),
-                    );
+                if whole
+                    && table.trains_base
+                    && let Some(weight) = table.weight.param()
+                {
+                    f(&format!("{name}.weight"), ParamRef::Matrix(weight));
                 }
                 let Some(part) = table.part(adapter) else {
                     return;
@@ -112,10 +111,9 @@ pub fn for_each_param_of_mut<M: Adaptable>(
         match slot {
             Slot::Linear(linear) => {
                 if whole && linear.trains_base {
-                    f(
-                        &format!("{name}.weight"),
-                        ParamMut::Matrix(linear.weight.param_mut()),
-                    );
+                    if let Some(weight) = linear.weight.param_mut() {
+                        f(&format!("{name}.weight"), ParamMut::Matrix(weight));
+                    }
                     if let Some(bias) = &mut linear.bias {
                         f(&format!("{name}.bias"), ParamMut::Vector(bias));
                     }
@@ -137,11 +135,11 @@ pub fn for_each_param_of_mut<M: Adaptable>(
                 }
             }
             Slot::Embedding(table) => {
-                if whole && table.trains_base {
-                    f(
-                        &format!("{name}.weight"),
-                        ParamMut::Matrix(table.weight.param_mut()),
-                    );
+                if whole
+                    && table.trains_base
+                    && let Some(weight) = table.weight.param_mut()
+                {
+                    f(&format!("{name}.weight"), ParamMut::Matrix(weight));
                 }
                 for part in table.parts.iter_mut().filter(|p| p.name == adapter) {
                     if let Some(lora) = &mut part.lora {

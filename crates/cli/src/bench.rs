@@ -11,6 +11,7 @@ use enamel_train::{Compute, device};
 use crate::Outcome;
 use crate::bench_text as text;
 use crate::pull_progress::Bars;
+use crate::quantization_args::QuantizationArgs;
 
 /// Arguments of `enamel bench`.
 #[derive(clap::Args)]
@@ -45,6 +46,8 @@ pub struct Args {
     /// What products with the base multiply: f32, or bf16 with sums in f32, the base rounded to bf16
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
     compute_dtype: Compute,
+    #[command(flatten)]
+    quantization: QuantizationArgs,
     /// Profile one more step a shape: time, bytes and operations of each fused operation
     #[arg(long)]
     profile: bool,
@@ -70,6 +73,7 @@ impl Args {
         let (device, choice) = device::open(self.device.parse()?)?;
         self.gradient_checkpointing.check(&device, &choice)?;
         let base = OpenBase::open(&self.model, None, &mut Bars::default())?;
+        let quantization = self.quantization.quantization();
         let mut out = std::io::stdout().lock();
         if !self.json {
             let model = &self.model;
@@ -82,6 +86,9 @@ impl Args {
                 base.computing(self.compute_dtype, &device),
             );
             writeln!(out, "{}: {words}", compute.name())?;
+            if let Some(format) = quantization.format {
+                writeln!(out, "base: {format}")?;
+            }
         }
         let options = BenchOptions {
             shapes: self.shapes,
@@ -92,6 +99,7 @@ impl Args {
             decode: self.decode,
             profile: self.profile,
             compute: self.compute_dtype,
+            quantization,
         };
         if self.first_step {
             let first = first_step(base, &device, &options)?;

@@ -9,22 +9,23 @@ use enamel_train::thousands;
 pub fn header(out: &mut impl Write) -> Result<()> {
     writeln!(
         out,
-        "{:<8} {:<8} {:>10} {:>10} {:>9} {:>12} {:>12}",
-        "method", "step", "seconds", "tokens/s", "relative", "trained", "peak memory"
+        "{:<8} {:<8} {:>10} {:>10} {:>9} {:>12} {:>12} {:>10}",
+        "method", "step", "seconds", "tokens/s", "relative", "trained", "peak memory", "estimated"
     )
 }
 
 pub fn step(out: &mut impl Write, step: &StepFigures) -> Result<()> {
     writeln!(
         out,
-        "{:<8} {:<8} {:>10.3} {:>10.1} {:>9.2} {:>12} {:>12}",
+        "{:<8} {:<8} {:>10.3} {:>10.1} {:>9.2} {:>12} {:>12} {:>10}",
         step.method,
         format!("{}×{}", step.rows, step.tokens),
         step.seconds,
         step.tokens_per_second,
         step.relative,
         thousands(step.trainable as u64),
-        gibibytes(step.peak_memory)
+        gibibytes(step.peak_memory),
+        gibibytes(step.estimated_memory)
     )
 }
 

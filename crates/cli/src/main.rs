@@ -8,9 +8,11 @@
 )]
 
 mod adapter_text;
+mod allocator;
 mod bench_text;
 mod failure;
 mod pull_progress;
+mod quantization_args;
 mod recipe_args;
 mod sampling_args;
 
@@ -18,9 +20,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-// Tensors are allocated and freed at a rate that glibc's allocator answers with page faults.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::Allocator = allocator::Allocator;
 
 /// Fires a thin, trainable layer onto a finished, frozen model.
 #[derive(Parser)]

@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::path::PathBuf;
 
+use anyhow::Context;
+use enamel_train::footprint::{self, Proposal};
 use enamel_train::plan;
 use enamel_train::recipe::Recipe;
 
@@ -24,6 +26,9 @@ pub struct Args {
     /// config.json will do
     #[arg(long, value_name = "REF")]
     model: Option<String>,
+    /// Propose settings under which training takes at most so much memory
+    #[arg(long, value_name = "SIZE", value_parser = footprint::parse_bytes)]
+    fit: Option<usize>,
     #[command(flatten)]
     changes: Changes,
 }
@@ -46,7 +51,31 @@ impl Args {
                 plan::plan_model(&recipe, &mut progress)?
             }
         };
-        writeln!(std::io::stdout().lock(), "{report}")?;
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{report}")?;
+        if let Some(bytes) = self.fit {
+            let memory = report.memory.as_ref();
+            let memory = memory.context("the memory of this architecture cannot be estimated")?;
+            proposal(&mut out, &memory.fit(bytes))?;
+        }
         Ok(Outcome::Done)
     }
+}
+
+/// The lines to change, and what the run takes then.
+fn proposal(out: &mut impl Write, proposal: &Proposal) -> std::io::Result<()> {
+    let room = plan::bytes_text(proposal.room);
+    let changes = !proposal.changes.is_empty();
+    match (changes, proposal.fits()) {
+        (false, true) => return writeln!(out, "\nfits {room} as it is"),
+        (false, false) => {
+            return writeln!(out, "\ndoes not fit {room}, and no setting takes less: choose a smaller model");
+        }
+        (true, true) => writeln!(out, "\nto fit {room}, change in the recipe:\n")?,
+        (true, false) => writeln!(
+            out,
+            "\ndoes not fit {room}; the least that settings come to is this:\n"
+        )?,
+    }
+    writeln!(out, "{proposal}\n\n{}", proposal.footprint)
 }

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
-use enamel_model::Sampling;
+use enamel_model::{Loading, Sampling};
 use enamel_train::loaded::{LoadedBase, OpenBase, base_of};
 use enamel_train::{Compute, device};
 
 use crate::pull_progress::Bars;
+use crate::quantization_args::QuantizationArgs;
 
 /// A base model, perhaps with an adapter.
 #[derive(clap::Args)]
@@ -24,6 +25,8 @@ pub struct ModelArgs {
     /// What products with the base multiply: f32, or bf16 with sums in f32, the base rounded to bf16
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
     pub compute_dtype: Compute,
+    #[command(flatten)]
+    pub quantization: QuantizationArgs,
 }
 
 impl ModelArgs {
@@ -36,7 +39,11 @@ impl ModelArgs {
             (None, None) => bail!("give a model with --model or an adapter with --adapter"),
         };
         let base = OpenBase::open(&reference, None, &mut Bars::default())?;
-        let mut base = base.load(&device, self.compute_dtype)?;
+        let loading = Loading {
+            compute: self.compute_dtype,
+            quantization: self.quantization.quantization(),
+        };
+        let mut base = base.load(&device, &loading)?;
         if let Some(adapter) = &self.adapter {
             enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
         }

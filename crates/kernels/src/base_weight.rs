@@ -7,12 +7,94 @@ use rayon::prelude::*;
 use crate::cpu::gemm::Compute;
 use crate::cpu::path::CpuPath;
 use crate::cpu::storage::is_flex;
+use crate::packed::PackedWeight;
 
-/// A matrix `[out, in]` and what products with it round their factors to. Its values are f32 or bf16; an f32
-/// one may be trained, a bf16 one is frozen. A clone is another handle of the same values.
+/// A matrix as it is held: a tensor, or packed.
+#[derive(Clone, Debug)]
+pub enum Held<T> {
+    /// f32 or bf16.
+    Dense(T),
+    /// Quantised, and frozen.
+    Packed(PackedWeight),
+}
+
+/// A matrix `[out, in]`.
+pub type Matrix = Held<Tensor<2>>;
+
+impl<T> Held<T> {
+    /// The same of what `f` makes of a tensor.
+    pub fn map<U>(self, f: impl FnOnce(T) -> U) -> Held<U> {
+        match self {
+            Self::Dense(tensor) => Held::Dense(f(tensor)),
+            Self::Packed(packed) => Held::Packed(packed),
+        }
+    }
+
+    /// The tensor, if it is one.
+    pub fn tensor(&self) -> Option<&T> {
+        match self {
+            Self::Dense(tensor) => Some(tensor),
+            Self::Packed(_) => None,
+        }
+    }
+}
+
+impl Matrix {
+    /// Rows and columns.
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(tensor) => tensor.dims(),
+            Self::Packed(packed) => packed.dims(),
+        }
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Dense(tensor) => tensor.device(),
+            Self::Packed(packed) => packed.device(),
+        }
+    }
+
+    /// Whether it gets a gradient.
+    pub fn is_tracked(&self) -> bool {
+        self.tensor().is_some_and(Tensor::is_tracked)
+    }
+
+    /// The values in f32: those that are held, or a copy made for the occasion.
+    pub fn dense(&self) -> Tensor<2> {
+        match self {
+            Self::Dense(tensor) => widened(tensor.clone()),
+            Self::Packed(packed) => packed.dense(),
+        }
+    }
+
+    /// What it holds, in words for a profile.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Dense(tensor) => tensor.dtype().name(),
+            Self::Packed(packed) => packed.rows().name(),
+        }
+    }
+}
+
+impl From<Tensor<2>> for Matrix {
+    fn from(tensor: Tensor<2>) -> Self {
+        Self::Dense(tensor)
+    }
+}
+
+impl From<PackedWeight> for Matrix {
+    fn from(packed: PackedWeight) -> Self {
+        Self::Packed(packed)
+    }
+}
+
+/// A matrix `[out, in]` and what products with it round their factors to. Its values are f32, bf16 or
+/// packed; an f32 one may be trained, the others are frozen. A clone is another handle of the same values.
 #[derive(Clone, Debug)]
 pub struct BaseWeight {
-    values: Tensor<2>,
+    matrix: Matrix,
     compute: Compute,
 }
 
@@ -22,20 +104,29 @@ impl From<Tensor<2>> for BaseWeight {
     }
 }
 
+impl From<Matrix> for BaseWeight {
+    fn from(matrix: Matrix) -> Self {
+        Self::new(matrix, Compute::F32)
+    }
+}
+
 impl BaseWeight {
-    /// Wraps a tensor of f32 or bf16.
-    pub fn new(values: Tensor<2>, compute: Compute) -> Self {
-        Self { values, compute }
+    /// Wraps a tensor of f32 or bf16, or a packed matrix.
+    pub fn new(matrix: impl Into<Matrix>, compute: Compute) -> Self {
+        Self {
+            matrix: matrix.into(),
+            compute,
+        }
     }
 
     /// Rows (outputs) and columns (inputs).
     pub fn dims(&self) -> [usize; 2] {
-        self.values.dims()
+        self.matrix.dims()
     }
 
     /// Where the values are.
     pub fn device(&self) -> Device {
-        self.values.device()
+        self.matrix.device()
     }
 
     /// What products round their factors to.
@@ -43,22 +134,27 @@ impl BaseWeight {
         self.compute
     }
 
-    /// The values as they are held, f32 or bf16.
+    /// The matrix as it is held.
+    pub fn matrix(&self) -> &Matrix {
+        &self.matrix
+    }
+
+    /// The values as a tensor, f32 or bf16: those that are held, or a packed matrix's made for the occasion.
     pub fn values(&self) -> Tensor<2> {
-        self.values.clone()
+        match &self.matrix {
+            Held::Dense(tensor) => tensor.clone(),
+            Held::Packed(packed) => packed.dense(),
+        }
     }
 
     /// The values in f32: those that are held, or a widened copy made for the occasion.
     pub fn dense(&self) -> Tensor<2> {
-        widened(self.values.clone())
+        self.matrix.dense()
     }
 
     /// What `f` makes of [`Self::dense`], under the same products.
     pub fn map(self, f: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Self {
-        Self {
-            values: f(widened(self.values)),
-            compute: self.compute,
-        }
+        Self::new(f(self.dense()), self.compute)
     }
 }
 

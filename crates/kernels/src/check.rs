@@ -16,17 +16,22 @@ pub(crate) fn ndarray() -> Device {
 
 /// Uniform in `[-1, 1)`, from SplitMix64.
 pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
+    draws(seed)
+        .map(|x| (x >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
+        .take(n)
+        .collect()
+}
+
+/// The same random words for one seed.
+pub(crate) fn draws(seed: u64) -> impl Iterator<Item = u64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0x1234_5678;
-    let mut next = || {
+    std::iter::repeat_with(move || {
         state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = state;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
-    };
-    (0..n)
-        .map(|_| (next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
-        .collect()
+    })
 }
 
 /// A leaf tensor with noise in it.

@@ -23,6 +23,7 @@ pub mod kron_linear;
 pub mod layer_norm;
 pub mod lora_linear;
 mod measure;
+pub mod packed;
 pub mod profile;
 pub mod quant;
 pub mod rms_norm;
@@ -32,14 +33,17 @@ pub mod silu_mul;
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 
-pub use adamw::{AdamW, AdamWInput, Moments, adamw, sum_of_squares};
+pub use adamw::{
+    AdamW, AdamWInput, Codes, HostCodes, HostMoments, MOMENT_BLOCK, Moments, Paging, adamw,
+    adamw_8bit, adamw_host, sum_of_squares,
+};
 pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, Segments, SegmentsError, attention, attention_qkv};
-pub use base_weight::{BaseWeight, HostValues, holds_bf16};
+pub use base_weight::{BaseWeight, Held, HostValues, Matrix, holds_bf16};
 pub use block_linear::{LowRank, Norm, Projection, fuses, project, project_add, swiglu_project};
 pub use checkpoint::{can_checkpoint, checkpoint_module};
 pub use cross_entropy::{
-    LossSpec, linear_cross_entropy, linear_cross_entropy_with, token_log_probs,
+    LossSpec, linear_cross_entropy, linear_cross_entropy_with, loss_bytes, token_log_probs,
 };
 pub use dora_linear::dora_linear;
 pub use gelu::{GeluKind, gelu, gelu_mul};
@@ -48,6 +52,7 @@ pub use kron_linear::{kron, kron_linear};
 pub use layer_norm::layer_norm;
 pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
 pub use measure::{measured_product_speed, measured_read_bandwidth};
+pub use packed::{GgufKind, GgufRows, PackedRows, PackedWeight};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use silu_mul::silu_mul;

@@ -7,6 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use enamel_adapter::frozen::param_id;
 use enamel_adapter::{Adaptable, Slot, SlotRef, XLora, xlora};
+use enamel_kernels::quant::QuantError;
 use enamel_kernels::{BaseWeight, Compute, HostValues, KeyMask};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -16,6 +17,7 @@ use crate::arch::Llama;
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::config::{LlamaConfig, bullets};
 use crate::kv_cache::KvCache;
+use crate::loading::{Loading, Quantization};
 
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -53,6 +55,41 @@ pub enum LoadError {
         /// Values that came.
         found: usize,
     },
+    /// A weight that the format cannot hold.
+    #[error(
+        "tensor '{name}' cannot be quantised: {source}\n  \
+         help: leave its layer dense with model.quantization.skip_modules"
+    )]
+    Quantise {
+        /// The tensor.
+        name: String,
+        /// Why not.
+        source: QuantError,
+    },
+    /// A weight that is no whole number of blocks.
+    #[error(
+        "tensor '{name}' of shape {shape:?} is no whole number of blocks of {block} values\n  \
+         help: choose a smaller model.quantization.bnb_4bit_blocksize, or name its layer in skip_modules"
+    )]
+    Blocks {
+        /// The tensor.
+        name: String,
+        /// Its rows and columns.
+        shape: [usize; 2],
+        /// Values a block.
+        block: usize,
+    },
+    /// Names in `skip_modules` that no linear layer has, each with the nearest that one has.
+    #[error("model.quantization.skip_modules names what the model has not:{}", strange(.0))]
+    SkipModules(Vec<(String, Option<String>)>),
+}
+
+fn strange(names: &[(String, Option<String>)]) -> String {
+    let line = |(name, near): &(String, Option<String>)| match near {
+        Some(near) => format!("{name} (did you mean {near}?)"),
+        None => format!("{name} (no linear layer's name begins or ends so)"),
+    };
+    bullets(&names.iter().map(line).collect::<Vec<_>>())
 }
 
 /// A tensor of the wrong shape.
@@ -126,27 +163,40 @@ impl CausalLm {
     /// large is allocated for a checkpoint that does not fit.
     ///
     /// As in transformers, a checkpoint whose configuration ties the head but which holds a head
-    /// that differs from the embedding is loaded untied; the model's `config` says so then.
+    /// that differs from the embedding is loaded untied; the model's `config` says so then. What the file
+    /// has quantised is held dense.
     pub fn load(
         config: &LlamaConfig,
         checkpoint: &dyn TensorSource,
         device: &Device,
     ) -> Result<Self, LoadError> {
-        Self::load_for(config, checkpoint, device, Compute::F32)
+        let quantization = Quantization::dense();
+        let loading = Loading {
+            quantization,
+            ..Loading::default()
+        };
+        Self::load_for(config, checkpoint, device, &loading)
     }
 
     /// [`Self::load`] for products of another kind: for bf16, every parameter is rounded to bf16 as it
     /// comes (to nearest, ties to even: `torch_dtype = bfloat16`), and matrices are held in bf16 where the
     /// device's kernels read that. For f32 nothing is rounded, and matrices that are bf16 in the file stay
-    /// so there, which changes no number.
+    /// so there, which changes no number. Linear layers are packed as [`Quantization`] says, one after the
+    /// other, so that no more than one of them is ever dense.
     pub fn load_for(
         config: &LlamaConfig,
         checkpoint: &dyn TensorSource,
         device: &Device,
-        compute: Compute,
+        loading: &Loading,
     ) -> Result<Self, LoadError> {
+        let Loading {
+            compute,
+            quantization,
+        } = loading;
         let (config, embedding) = Self::fit(config, checkpoint)?;
-        let model = Llama::build(&config, device, compute, &mut |name, shape| {
+        quantization.check(&config.modules())?;
+        let mut pack = |module: &str| quantization.pack(checkpoint, module, *compute, device);
+        let mut fetch = |name: &str, shape: &[usize]| {
             let stored = if name == EMBEDDING { embedding } else { name };
             let values = checkpoint.read(stored)?;
             let expected = shape.iter().product();
@@ -158,7 +208,8 @@ impl CausalLm {
                 expected,
                 found: values.len(),
             })
-        })?;
+        };
+        let model = Llama::build(&config, device, *compute, &mut fetch, &mut pack)?;
         Ok(Self::Llama(model))
     }
 
@@ -191,7 +242,7 @@ impl CausalLm {
     /// decide its values.
     pub fn random(config: &LlamaConfig, seed: u64, device: &Device) -> Result<Self, LoadError> {
         let deviation = config.initializer_range;
-        let model = Llama::build(config, device, Compute::F32, &mut |name, shape| {
+        let mut fetch = |name: &str, shape: &[usize]| {
             let count = shape.iter().product();
             if shape.len() == 1 {
                 let value = if name.ends_with(".bias") { 0.0 } else { 1.0 };
@@ -199,7 +250,8 @@ impl CausalLm {
             }
             let values = normal_values(seed ^ param_id(name).val(), count, deviation);
             Ok(HostValues::F32(values))
-        })?;
+        };
+        let model = Llama::build(config, device, Compute::F32, &mut fetch, &mut |_| Ok(None))?;
         Ok(Self::Llama(model))
     }
 

@@ -12,13 +12,14 @@ use burn::train::TrainStep;
 use enamel_adapter::{AdapterConfig, RankAllocator};
 use enamel_data::Batch;
 use enamel_kernels::{AdamW, Compute};
-use enamel_model::CausalLm;
+use enamel_model::{CausalLm, Loading, Quantization};
 use serde::Serialize;
 
 use crate::error::TrainError;
+use crate::footprint::{Footprint, Kind, Model, Packed, Settings, Weights, estimate};
 use crate::loaded::OpenBase;
 use crate::memory::{Memory, page_faults};
-use crate::optimizer::Optimizer;
+use crate::optimizer::{Optim, Optimizer};
 use crate::recipe::{GradientCheckpointing, Recipe};
 use crate::trainee::{StepItem, Trainee};
 
@@ -47,6 +48,17 @@ pub struct BenchOptions {
     pub profile: bool,
     /// What products with the base multiply.
     pub compute: Compute,
+    /// What becomes of its linear layers.
+    pub quantization: Quantization,
+}
+
+impl BenchOptions {
+    fn loading(&self) -> Loading {
+        Loading {
+            compute: self.compute,
+            quantization: self.quantization.clone(),
+        }
+    }
 }
 
 /// One thing measured; a line of `enamel bench --json`.
@@ -81,6 +93,9 @@ pub struct StepFigures {
     /// Most resident memory while measuring this shape, in bytes; since the process began where the
     /// system cannot reset its mark. With several methods, what they need together.
     pub peak_memory: u64,
+    /// What was expected of that: the most of this shape and those before, since memory is not given
+    /// back. In bytes.
+    pub estimated_memory: u64,
     /// Tokens a second over those of the first method: the median over rounds of both.
     pub relative: f64,
 }
@@ -89,6 +104,8 @@ pub struct StepFigures {
 struct Lane {
     method: String,
     trainable: usize,
+    /// The model as memory sees it.
+    sizes: Model,
     trainee: Trainee,
     optimizer: Optimizer,
     allocator: Option<RankAllocator>,
@@ -109,6 +126,7 @@ impl Lane {
         Ok(Self {
             method: method.to_owned(),
             trainable: plan.trainable,
+            sizes: Model::new(model.config(), &config, &plan),
             trainee: Trainee { model }.fork(&device.clone().autodiff()).train(),
             optimizer: Optimizer::new(AdamW {
                 beta1: 0.9,
@@ -202,7 +220,11 @@ pub fn bench(
     on_figure: &mut dyn FnMut(Figure),
 ) -> Result<(), TrainError> {
     let vocabulary = base.config.vocab_size;
-    let model = base.weights(device, options.compute)?;
+    let model = base.weights(device, &options.loading())?;
+    let held = Held {
+        bf16: options.compute == Compute::Bf16 || base.checkpoint.is_bf16(),
+        packed: base.packed(),
+    };
     drop(base);
     // Before training, which leaves memory behind that would count as decoding's.
     let mut decoded = Vec::new();
@@ -219,8 +241,11 @@ pub fn bench(
         let adapted = lane.trainee.model.valid();
         decoded.push(decode::decode(&adapted, &lane.method, options.decode)?);
     }
+    let mut estimated = 0;
     for &shape in &options.shapes {
-        steps(&mut lanes, shape, vocabulary, device, options, on_figure)?;
+        estimated = expected(&lanes, shape, &held, device, options).max(estimated);
+        let setting = (vocabulary, estimated);
+        steps(&mut lanes, shape, setting, device, options, on_figure)?;
         for lane in lanes.iter_mut().filter(|_| options.profile) {
             let profile = lane.profile(shape, vocabulary, device, options)?;
             on_figure(Figure::Profile(profile));
@@ -235,11 +260,49 @@ pub fn bench(
     Ok(())
 }
 
+/// How the file has the base.
+struct Held {
+    bf16: bool,
+    packed: Packed,
+}
+
+/// Bytes that steps of a shape are estimated to take at most, all methods together.
+fn expected(
+    lanes: &[Lane],
+    (rows, tokens): (usize, usize),
+    held: &Held,
+    device: &Device,
+    options: &BenchOptions,
+) -> u64 {
+    let settings = Settings {
+        batch: rows,
+        accumulation: 1,
+        length: tokens,
+        every: options.checkpointing.0,
+        optim: Optim::default(),
+        weights: match held.bf16 && enamel_kernels::holds_bf16(device) {
+            true => Weights::Bf16,
+            false => Weights::F32,
+        },
+        quantization: options.quantization.clone(),
+        threads: rayon::current_num_threads(),
+        kind: Kind::of(device),
+    };
+    let all = lanes.iter().map(|lane| {
+        let model = Model {
+            packed: held.packed.clone(),
+            ..lane.sizes.clone()
+        };
+        estimate(&model, &settings)
+    });
+    Footprint::in_turns(&all.collect::<Vec<_>>()).peak() as u64
+}
+
 /// The timed steps of a shape, the methods taking turns.
 fn steps(
     lanes: &mut [Lane],
     (rows, tokens): (usize, usize),
-    vocabulary: usize,
+    (vocabulary, estimated_memory): (usize, u64),
     device: &Device,
     options: &BenchOptions,
     on_figure: &mut dyn FnMut(Figure),
@@ -272,6 +335,7 @@ fn steps(
             seconds,
             tokens_per_second: (rows * tokens) as f64 / seconds,
             peak_memory: Memory::new().peak(),
+            estimated_memory,
             relative: median(ratios.collect()),
         }));
     }

@@ -1,7 +1,8 @@
 //! Checkpoints: adapter, optimizer and position of a run, never the base.
 //!
 //! `checkpoints/step-000120/` holds `adapter/` (PEFT's format, so a checkpoint is an adapter too),
-//! `optimizer.bpk` (AdamW's moments, keyed by parameter, as in Burn's record) and `state.json`. It is
+//! `optimizer.bpk` (AdamW's moments, keyed by parameter, as in Burn's record; 8-bit ones as their codes) and
+//! `state.json`. It is
 //! written under another name and renamed when complete: a run killed at any instant leaves the
 //! last checkpoint loadable. The schedule, the order of rows and dropout depend on the seed and the
 //! step alone, so the step is all the random state there is.
@@ -16,7 +17,7 @@ use enamel_adapter::store::{read_tensor_file, write_tensors};
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
-use crate::optimizer::Optimizer;
+use crate::optimizer::{self, Optim, Optimizer};
 
 /// Where a run stands between two optimizer steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -182,6 +183,14 @@ pub fn read_state(dir: &Path) -> Result<RunState, TrainError> {
         reason: format!("not a run's state: {e}"),
         help: "resume from another checkpoint, or start again without --resume".into(),
     })
+}
+
+/// Refuses the checkpoint in `dir` if its moments are of another optimizer than `optim`.
+///
+/// # Errors
+/// That, naming both, or when the file is missing or damaged.
+pub fn check_optimizer(dir: &Path, optim: Optim) -> Result<(), TrainError> {
+    optimizer::check_optim(&dir.join(OPTIMIZER), optim)
 }
 
 /// Puts the moments of the checkpoint in `dir` into `optimizer`, which trains `model`.

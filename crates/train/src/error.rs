@@ -94,6 +94,9 @@ pub enum TrainError {
         /// The newest checkpoint.
         checkpoint: Option<PathBuf>,
     },
+    /// More memory is wanted than there is.
+    #[error("{0}")]
+    Memory(String),
     /// The tokenizer and the model disagree.
     #[error("{0}")]
     Mismatch(String),

@@ -47,7 +47,7 @@ pub fn evaluate(
                 .to_string(),
         ));
     }
-    let mut model = inputs.base.weights(&inputs.device, inputs.compute)?;
+    let mut model = inputs.base.weights(&inputs.device, &inputs.loading())?;
     if let Some(dir) = adapter {
         enamel_adapter::load_pretrained(&mut model, dir, false)?;
     }

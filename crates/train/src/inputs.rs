@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use enamel_adapter::{AdapterConfig, AdapterPlan};
+use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleKind};
 use enamel_data::{Example, Examples, load_examples, split_rows};
 use enamel_kernels::Compute;
-use enamel_model::CausalLm;
 use enamel_model::checkpoint::{hex, sha256_file};
 use enamel_model::source::PullProgress;
+use enamel_model::{CausalLm, Loading, Quantization};
 use sha2::{Digest, Sha256};
 
 use crate::device;
@@ -26,6 +26,8 @@ pub struct Inputs {
     pub device_name: String,
     /// What products with the base multiply.
     pub compute: Compute,
+    /// What becomes of the base's linear layers.
+    pub quantization: Quantization,
     /// The base model.
     pub base: OpenBase,
     /// Training rows.
@@ -71,6 +73,7 @@ impl Inputs {
             Some(_) => enamel_adapter::plan_for_load(&base.config.modules(), &adapter)?,
             None => enamel_adapter::plan(&base.config.modules(), &adapter)?,
         };
+        let quantization = quantization(recipe, &base, &adapter, &plan)?;
         // Hashing a model takes about as long as reading it, and shares nothing with the rows.
         let (data, model_hashes) =
             rayon::join(|| Data::load(recipe, &base), || base.checkpoint.hashes());
@@ -115,6 +118,7 @@ impl Inputs {
             device,
             device_name,
             compute: recipe.model.compute_dtype.into(),
+            quantization,
             base,
             train,
             valid,
@@ -127,7 +131,19 @@ impl Inputs {
     /// The compute dtype with what it comes to here: `bf16: bf16 weights, f32 products: ..`.
     pub fn computing(&self) -> String {
         let words = self.base.computing(self.compute, &self.device);
-        format!("{}: {words}", self.compute.name())
+        let base = match self.quantization.format {
+            Some(format) => format!("; base: {format}"),
+            None => String::new(),
+        };
+        format!("{}: {words}{base}", self.compute.name())
+    }
+
+    /// How the base is to be held.
+    pub fn loading(&self) -> Loading {
+        Loading {
+            compute: self.compute,
+            quantization: self.quantization.clone(),
+        }
     }
 
     /// The base with the adapter attached, on the plain device: from `checkpoint` when resuming, else
@@ -142,7 +158,7 @@ impl Inputs {
         checkpoint: Option<&Path>,
         say: &dyn Fn(&str),
     ) -> Result<(CausalLm, AdapterConfig), TrainError> {
-        let mut model = self.base.weights(&self.device, self.compute)?;
+        let mut model = self.base.weights(&self.device, &self.loading())?;
         let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
             Some(dir) => enamel_adapter::load_pretrained(&mut model, dir, true)?.config,
             None => match eva::config(&self.adapter) {
@@ -154,6 +170,53 @@ impl Inputs {
             },
         };
         Ok((model, config))
+    }
+}
+
+/// The recipe's quantisation, checked against the model and the adapter. An adapter that changes the base, or
+/// trains a linear layer of it, has a base dense that only the file quantises.
+///
+/// # Errors
+/// Names in `skip_modules` that are not there; an adapter that cannot have what the recipe asks for, with all
+/// that speaks against it.
+fn quantization(
+    recipe: &Recipe,
+    base: &OpenBase,
+    adapter: &AdapterConfig,
+    plan: &AdapterPlan,
+) -> Result<Quantization, TrainError> {
+    let mut quantization = Quantization::from(&recipe.model.quantization);
+    let modules = base.config.modules();
+    quantization.check(&modules)?;
+    let mut against = Vec::new();
+    match adapter {
+        AdapterConfig::Full(_) => against.push("full fine-tuning trains them".to_owned()),
+        AdapterConfig::Lora(lora) if lora.init_lora_weights.takes_from_base() => {
+            against.push("init_lora_weights takes a part out of them".to_owned());
+        }
+        _ => {}
+    }
+    let linear = |name: &str| {
+        let module = modules.iter().find(|module| module.name == name);
+        module.is_some_and(|module| module.kind == ModuleKind::Linear)
+    };
+    for saved in &plan.saved {
+        if linear(&saved.name) && !quantization.skips(&saved.name) {
+            against.push(format!("modules_to_save trains {}", saved.name));
+        }
+    }
+    match quantization.format {
+        Some(format) if !against.is_empty() => Err(TrainError::Mismatch(format!(
+            "the base's weights are to be {}, and such weights cannot be changed: {}\n  \
+             help: name the layers in model.quantization.skip_modules, choose another adapter, or remove \
+             [model.quantization]",
+            format.name(),
+            against.join("; ")
+        ))),
+        _ => {
+            quantization.dequantize |= !against.is_empty();
+            Ok(quantization)
+        }
     }
 }
 

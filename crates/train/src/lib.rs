@@ -13,6 +13,7 @@ mod error;
 pub mod eva;
 pub mod eval;
 pub mod export;
+pub mod footprint;
 pub mod gradients;
 pub mod inputs;
 pub mod inspect;

@@ -9,10 +9,11 @@ use enamel_model::checkpoint::Checkpoint;
 use enamel_model::source::{
     self, Catalogue, EntrySource, LocalModel, ModelRef, PullOptions, PullProgress,
 };
-use enamel_model::{CausalLm, LlamaConfig};
+use enamel_model::{CausalLm, LlamaConfig, Loading};
 use serde_json::Value;
 
 use crate::error::TrainError;
+use crate::footprint::Packed;
 
 /// A `tokenizer.json` in place of one that is not there: it refuses every text, and shows token 7
 /// as `<7>`.
@@ -106,22 +107,27 @@ impl OpenBase {
         self.local.revision.clone().filter(is_commit)
     }
 
-    /// The model on a device, frozen: its weights, read one tensor after the other and rounded if
-    /// products are to be in bf16.
+    /// The model on a device, frozen: its weights, read one tensor after the other, rounded if products are
+    /// to be in bf16 and packed if they are to be quantised.
     ///
     /// # Errors
     /// Missing, unexpected and misshapen tensors, all at once.
-    pub fn weights(&self, device: &Device, compute: Compute) -> Result<CausalLm, TrainError> {
+    pub fn weights(&self, device: &Device, loading: &Loading) -> Result<CausalLm, TrainError> {
         let (config, checkpoint) = (&self.config, &self.checkpoint);
-        Ok(CausalLm::load_for(config, checkpoint, device, compute)?)
+        Ok(CausalLm::load_for(config, checkpoint, device, loading)?)
+    }
+
+    /// The matrices that the files have in a quantised form, by their tensors' names.
+    pub fn packed(&self) -> Packed {
+        self.checkpoint.packed()
     }
 
     /// The files and the model together.
     ///
     /// # Errors
     /// As [`Self::weights`].
-    pub fn load(self, device: &Device, compute: Compute) -> Result<LoadedBase, TrainError> {
-        let model = self.weights(device, compute)?;
+    pub fn load(self, device: &Device, loading: &Loading) -> Result<LoadedBase, TrainError> {
+        let model = self.weights(device, loading)?;
         Ok(LoadedBase { open: self, model })
     }
 

@@ -10,7 +10,7 @@ use enamel_adapter::{Linear, ModuleKind, ModuleShape, Slot};
 use enamel_model::checkpoint::{Checkpoint, CheckpointError, SourceDtype, TensorSource};
 use enamel_model::save::{self, SaveDtype, SaveOptions};
 use enamel_model::source::PullProgress;
-use enamel_model::{CausalLm, LlamaConfig, ModelInput};
+use enamel_model::{CausalLm, LlamaConfig, Loading, ModelInput, Quantization};
 
 use crate::error::TrainError;
 use crate::loaded::{OpenBase, base_of};
@@ -316,9 +316,11 @@ impl<'a> Merging<'a> {
 
     /// Compares logits: with the adapters beside the base, merged in f32, and as written.
     fn check(&self, output: &Path) -> Result<MergeCheck, TrainError> {
-        let mut model = self
-            .base
-            .weights(self.device, enamel_kernels::Compute::F32)?;
+        let dense = Loading {
+            quantization: Quantization::dense(),
+            ..Loading::default()
+        };
+        let mut model = self.base.weights(self.device, &dense)?;
         let adapted = self.adapted(&mut model)?;
         self.put_into(&mut model)?;
         let merged = probe_logits(&model)?;

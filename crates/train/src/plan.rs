@@ -12,8 +12,10 @@ use enamel_model::config::vit_modules;
 use enamel_model::source::PullProgress;
 use serde_json::Value;
 
+use crate::device;
 use crate::error::TrainError;
 use crate::eva;
+use crate::footprint::{Estimate, Packed};
 use crate::inputs::Inputs;
 use crate::loaded::OpenBase;
 use crate::recipe::{Cadence, GradientCheckpointing, Length, Recipe};
@@ -31,14 +33,14 @@ pub struct PlanReport {
     pub shape: String,
     /// The compute dtype and what it comes to, in words; empty for a model that is planned for alone.
     pub computing: String,
-    /// Bytes of one of the frozen weights.
-    pub weight_bytes: usize,
     /// The adapter's rank, alpha and dropout in words.
     pub method: String,
     /// Matched modules and counts.
     pub adapter: AdapterPlan,
     /// Which activations training keeps.
     pub checkpointing: GradientCheckpointing,
+    /// The memory that training takes; none for a model that is not run here.
+    pub memory: Option<Estimate>,
     /// The data, unless only the model was asked about.
     pub data: Option<DataPlan>,
 }
@@ -93,8 +95,8 @@ pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanRepo
         source: inputs.base.local.source_note.clone(),
         shape: shape(&inputs.base.config),
         computing: inputs.computing(),
-        weight_bytes: weight_bytes(recipe, &inputs),
         method: method(&inputs.adapter),
+        memory: Some(Estimate::of_inputs(recipe, &inputs)),
         checkpointing: recipe.train.gradient_checkpointing,
         data: Some(data_plan(recipe, &inputs)),
         adapter: inputs.plan,
@@ -107,23 +109,38 @@ pub fn plan_model(
     recipe: &Recipe,
     progress: &mut dyn PullProgress,
 ) -> Result<PlanReport, TrainError> {
-    let (shape, modules, source) = modules(recipe, progress)?;
+    let Known {
+        shape,
+        modules,
+        source,
+        config: llama,
+        bf16,
+        packed,
+    } = known(recipe, progress)?;
     let config = recipe.adapter.config(PLAN_STEPS);
+    let adapter = enamel_adapter::plan(&modules, &config)?;
+    let device = device::open(recipe.device.parse()?).ok();
+    let memory = llama.map(|llama| {
+        let device = device
+            .as_ref()
+            .map(|(device, choice)| (device, choice.to_string()));
+        Estimate::of_config(recipe, (&llama, &config, &adapter), (bf16, packed), device)
+    });
     Ok(PlanReport {
         model: recipe.model.base.clone(),
         source,
         shape,
         computing: String::new(),
-        weight_bytes: size_of::<f32>(),
         method: method(&config),
-        adapter: enamel_adapter::plan(&modules, &config)?,
+        adapter,
+        memory,
         checkpointing: recipe.train.gradient_checkpointing,
         data: None,
     })
 }
 
 /// Bytes that one weight of the base takes: two where matrices are held in bf16.
-fn weight_bytes(recipe: &Recipe, inputs: &Inputs) -> usize {
+pub(crate) fn weight_bytes(recipe: &Recipe, inputs: &Inputs) -> usize {
     let bf16 = inputs.compute == Compute::Bf16 || inputs.base.checkpoint.is_bf16();
     // A trained base is f32, whatever it was loaded in.
     let frozen = recipe.adapter.method != "full";
@@ -133,26 +150,54 @@ fn weight_bytes(recipe: &Recipe, inputs: &Inputs) -> usize {
     }
 }
 
-/// The model's shape in words, its modules, and where it came from.
-fn modules(
-    recipe: &Recipe,
-    progress: &mut dyn PullProgress,
-) -> Result<(String, Vec<ModuleShape>, String), TrainError> {
+/// What is known of a model without its weights.
+struct Known {
+    /// Its shape in words.
+    shape: String,
+    modules: Vec<ModuleShape>,
+    /// Where it came from.
+    source: String,
+    /// Its configuration, if it is one that can be run.
+    config: Option<LlamaConfig>,
+    /// Whether its matrices are in bf16.
+    bf16: bool,
+    /// Those that are quantised in its files.
+    packed: Packed,
+}
+
+fn known(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<Known, TrainError> {
     let Some(json) = config_only(Path::new(&recipe.model.base))? else {
         let base = OpenBase::open(&recipe.model.base, None, progress)?;
-        return Ok((
-            shape(&base.config),
-            base.config.modules(),
-            base.local.source_note,
-        ));
+        return Ok(Known {
+            shape: shape(&base.config),
+            modules: base.config.modules(),
+            packed: base.packed(),
+            source: base.local.source_note,
+            bf16: base.checkpoint.is_bf16(),
+            config: Some(base.config),
+        });
     };
     if json.get("model_type").and_then(Value::as_str) == Some("vit") {
         let modules = vit_modules(&json)?;
         let words = format!("vit, {} modules; to plan for, not to run", modules.len());
-        return Ok((words, modules, String::new()));
+        return Ok(Known {
+            shape: words,
+            modules,
+            source: String::new(),
+            config: None,
+            bf16: false,
+            packed: Packed::new(),
+        });
     }
     let config = LlamaConfig::from_json(&json)?;
-    Ok((shape(&config), config.modules(), String::new()))
+    Ok(Known {
+        shape: shape(&config),
+        modules: config.modules(),
+        source: String::new(),
+        bf16: config.dtype.as_deref() == Some("bfloat16"),
+        packed: Packed::new(),
+        config: Some(config),
+    })
 }
 
 /// The configuration at `path`, if there is one without weights beside it.
@@ -296,18 +341,6 @@ impl PlanReport {
         }
         groups
     }
-
-    /// Bytes that weights, adapter, gradients and AdamW's two moments take, in f32 unless the weights are
-    /// held in bf16; activations come on top and grow with the batch.
-    pub fn memory(&self) -> Memory {
-        let float = size_of::<f32>();
-        Memory {
-            base: (self.adapter.total - self.adapter.trainable) * self.weight_bytes,
-            adapter: self.adapter.trainable * float,
-            gradients: self.adapter.trainable * float,
-            optimizer: self.adapter.trainable * 2 * float,
-        }
-    }
 }
 
 /// Modules that differ in nothing but their layer.
@@ -325,19 +358,6 @@ pub struct ModuleGroup {
     pub count: usize,
     /// Trained parameters of all of them.
     pub params: usize,
-}
-
-/// Bytes by purpose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Memory {
-    /// Frozen weights.
-    pub base: usize,
-    /// Trained parameters.
-    pub adapter: usize,
-    /// Their gradients.
-    pub gradients: usize,
-    /// The optimizer's state.
-    pub optimizer: usize,
 }
 
 /// A module's name with `*` for numbers.
@@ -418,22 +438,12 @@ impl fmt::Display for PlanReport {
             thousands(self.adapter.total),
             self.adapter.percent()
         )?;
-        let memory = self.memory();
-        write!(
-            f,
-            "memory     base {}, adapter {}, gradients {}, optimizer {} ({}, {} on top)",
-            bytes_text(memory.base),
-            bytes_text(memory.adapter),
-            bytes_text(memory.gradients),
-            bytes_text(memory.optimizer),
-            match self.weight_bytes {
-                2 => "base in bf16, the rest in f32",
-                _ => "in f32",
-            },
-            self.checkpointing
-        )?;
-        match &self.data {
-            Some(data) => write!(f, "\n{data}"),
+        write!(f, "kept       {}", self.checkpointing)?;
+        if let Some(data) = &self.data {
+            write!(f, "\n{data}")?;
+        }
+        match &self.memory {
+            Some(memory) => write!(f, "\n{memory}"),
             None => Ok(()),
         }
     }

@@ -65,7 +65,11 @@ pub fn write(
             "tokens a second",
             format!("{:.0}", outcome.tokens_per_second),
         ),
-        ("peak memory", format!("{} MiB", outcome.peak_memory >> 20)),
+        (
+            "peak memory, measured",
+            format!("{} MiB", outcome.peak_memory >> 20),
+        ),
+        ("peak memory, estimated", estimated(outcome)),
         ("validation loss before", figure(outcome.first_valid_loss)),
         ("validation loss after", figure(outcome.valid_loss)),
     ];
@@ -85,6 +89,24 @@ pub fn write(
         })
         .map_err(|e| TrainError::Framework(format!("writing the report: {e}")))?;
     write_atomic(&dir.join("report.html"), html.as_bytes())
+}
+
+/// The estimate, how far the measured peak was from it, and its parts.
+fn estimated(outcome: &RunOutcome) -> String {
+    let Some(footprint) = &outcome.estimated_memory else {
+        return "–".to_owned();
+    };
+    let peak = footprint.peak();
+    let off = 100.0 * (peak as f64 / outcome.peak_memory.max(1) as f64 - 1.0);
+    let parts = footprint
+        .parts()
+        .map(|(name, bytes)| format!("{name} {}", bytes >> 20));
+    format!(
+        "{} MiB ({off:+.0} %): {}; {} not at once",
+        peak >> 20,
+        parts.join(", "),
+        footprint.overlap >> 20
+    )
 }
 
 /// The loss curves in the coordinates of a 720 × 260 drawing.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoints::{self, ADAPTER, Best, Checkpoints, RunState, write_atomic};
 use crate::error::TrainError;
+use crate::footprint::{Estimate, Footprint, notice};
 use crate::inputs::Inputs;
 use crate::journal::Journal;
 use crate::measures::{
@@ -89,6 +90,9 @@ pub struct RunOutcome {
     pub tokens_per_second: f64,
     /// Most resident memory of this process, in bytes.
     pub peak_memory: u64,
+    /// What was expected of it before the run, by part.
+    #[serde(default)]
+    pub estimated_memory: Option<Footprint>,
     /// Answers before and after.
     pub samples: Vec<Sample>,
 }
@@ -107,7 +111,10 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     let plan = Arc::new(step_plan(recipe, &inputs));
     let rhythm = rhythm(recipe, &plan);
     run_notes::announce(&options.say, recipe, &inputs, &run, &rhythm);
+    let memory = Estimate::of_inputs(recipe, &inputs);
+    memory.check(recipe.train.check_memory, &*options.say)?;
     run.prepare(recipe, &lock)?;
+    let _notice = OutOfMemory::at_hand(&memory, &run.path);
 
     let resumed = run.checkpoint.as_deref();
     let from = resumed.map(|c| c.join(ADAPTER));
@@ -122,7 +129,8 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     let before = answers_before(recipe, &run, &inputs, &model, &prompts, &options.say)?;
 
     let start = (model, adapter.clone());
-    let (model, mut end) = launch(recipe, &inputs, &run, plan, rhythm, start, &options)?;
+    let launched = launch(recipe, &inputs, &run, plan, rhythm, start, &options);
+    let (model, mut end) = launched.map_err(|error| refused_memory(error, &memory, &run.path))?;
     if let Some(error) = end.error.take() {
         return Err(error);
     }
@@ -133,8 +141,49 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
         (model, adapter),
         end,
         (&prompts, before),
+        &memory,
         &options.say,
     )
+}
+
+/// While it lives, an allocator that is refused memory has something to say
+/// (see [`notice::end`](crate::footprint::notice::end)).
+struct OutOfMemory;
+
+impl OutOfMemory {
+    fn at_hand(memory: &Estimate, run: &Path) -> Self {
+        notice::prepare(format!("error: {}\n", memory.out_of_memory(&go_on(run))));
+        Self
+    }
+}
+
+impl Drop for OutOfMemory {
+    fn drop(&mut self) {
+        notice::clear();
+    }
+}
+
+fn go_on(run: &Path) -> String {
+    format!(
+        "the newest checkpoint in {} is whole: go on from it with --resume, after memory settings \
+         that change no number",
+        run.join("checkpoints").display()
+    )
+}
+
+/// An error of the device that was refused memory, with the table.
+fn refused_memory(error: TrainError, memory: &Estimate, run: &Path) -> TrainError {
+    let said = error.to_string().to_ascii_lowercase();
+    let words = [
+        "out of memory",
+        "out_of_memory",
+        "outofmemory",
+        "can't allocate",
+    ];
+    match words.iter().any(|word| said.contains(word)) {
+        true => TrainError::Memory(memory.out_of_memory(&go_on(run))),
+        false => error,
+    }
 }
 
 fn step_plan(recipe: &Recipe, inputs: &Inputs) -> StepPlan {
@@ -233,13 +282,14 @@ fn launch(
     options: &TrainOptions<'_>,
 ) -> Result<(Trainee, LoopEnd), TrainError> {
     let t = &recipe.train;
-    let mut optimizer = Optimizer::new(AdamW {
+    let model = Trainee { model };
+    let settings = AdamW {
         beta1: t.adam_beta1,
         beta2: t.adam_beta2,
         epsilon: t.adam_epsilon,
         weight_decay: t.weight_decay,
-    });
-    let model = Trainee { model };
+    };
+    let mut optimizer = Optimizer::with_optim(settings, t.optim, &run.path, &model)?;
     if let Some(checkpoint) = &run.checkpoint {
         checkpoints::load_optimizer(checkpoint, &mut optimizer, &model)?;
     }
@@ -317,11 +367,18 @@ fn launch(
     // burn-train answers "stop immediately" on the dashboard with a panic.
     let result =
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| training.launch(learner)))
-            .map_err(|_| {
-                TrainError::Framework("it was killed or failed inside burn-train".into())
-            })?;
+            .map_err(|panic| TrainError::Framework(reason(&*panic)))?;
     let end = std::mem::take(&mut *end.lock().unwrap_or_else(PoisonError::into_inner));
     Ok((result.model, end))
+}
+
+/// What a panic said, where it said anything.
+fn reason(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    match text.or(panic.downcast_ref::<&str>().copied()) {
+        Some(text) => format!("it was killed or failed inside burn-train: {text}"),
+        None => "it was killed or failed inside burn-train".to_owned(),
+    }
 }
 
 /// AdaLoRA's budget, as it stands in the checkpoint or before the first step; none for other methods.
@@ -361,6 +418,7 @@ fn trimmed(
 }
 
 /// Writes the adapter, the samples, the summary and the report.
+#[allow(clippy::too_many_arguments)]
 fn finish(
     recipe: &Recipe,
     inputs: &Inputs,
@@ -368,6 +426,7 @@ fn finish(
     (trainee, adapter): (Trainee, AdapterConfig),
     end: LoopEnd,
     (prompts, before): (&[Prompt], Vec<String>),
+    memory: &Estimate,
     say: &Say,
 ) -> Result<RunOutcome, TrainError> {
     let mut model = trainee.model;
@@ -398,6 +457,7 @@ fn finish(
         seconds: end.state.seconds,
         tokens_per_second: end.tokens_per_second,
         peak_memory: end.peak_memory,
+        estimated_memory: Some(memory.footprint),
         samples: pair(prompts, before.clone(), Vec::new()),
     };
     if interrupted {

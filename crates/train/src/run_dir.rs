@@ -42,7 +42,7 @@ impl RunDir {
     ///
     /// # Errors
     /// When another run is there and neither resuming nor overwriting was asked for, or when the
-    /// checkpoint was made under another recipe, other files or another seed.
+    /// checkpoint was made under another recipe, other files, another seed or another optimizer.
     pub fn open(recipe: &Recipe, resume: &Resume, fingerprint: &str) -> Result<Self, TrainError> {
         let path = recipe.output_dir();
         let fresh = RunState {
@@ -80,6 +80,7 @@ impl RunDir {
                 ),
             });
         }
+        checkpoints::check_optimizer(&checkpoint, recipe.train.optim)?;
         Ok(Self {
             path,
             state,
@@ -112,6 +113,7 @@ impl RunDir {
             }
         }
         Checkpoints::new(&self.path, 1).sweep();
+        crate::optimizer::sweep(&self.path);
         Ok(write_lock(&self.path.join(LOCK), recipe, lock)?)
     }
 }
@@ -151,6 +153,9 @@ pub fn fingerprint(recipe: &Recipe, lock: &LockInfo) -> Result<String, TrainErro
     recipe.train.max_new_tokens = defaults.max_new_tokens;
     // The same bits in another amount of memory.
     recipe.train.gradient_checkpointing = defaults.gradient_checkpointing;
+    recipe.train.check_memory = defaults.check_memory;
+    // The optimizer's state says itself whose it is, and names both where they differ.
+    recipe.train.optim = defaults.optim;
     let text = serde_json::to_string(&recipe)
         .map_err(|e| TrainError::Framework(format!("hashing the recipe: {e}")))?;
     let mut hash = Sha256::new();

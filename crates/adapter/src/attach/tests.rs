@@ -186,7 +186,7 @@ fn ids_follow_from_names_and_differ() {
     let mut ids: Vec<_> = all.iter().map(|(_, id, _)| *id).collect();
     model.for_each_slot_ref(&mut |_, slot| {
         if let SlotRef::Linear(l) = slot {
-            ids.push(l.weight.param().id);
+            ids.push(l.weight.param().unwrap().id);
         }
     });
     let count = ids.len();

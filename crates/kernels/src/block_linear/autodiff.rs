@@ -12,6 +12,7 @@ use super::backward::{Grads, Saved, SavedPart, backward};
 use super::forward::{Kept, forward};
 use super::operands::{Inputs, Operands, Source};
 use super::{MOST_PROJECTIONS, Norm, Projection};
+use crate::base_weight::Held;
 use crate::cpu::gemm::Compute;
 
 /// x, the residual, and a and b of each projection.
@@ -137,6 +138,14 @@ impl<B: BlockLinearSteps> Backward<B, PARENTS> for BlockLinearStep {
 /// A tensor of the inner backend and whether it is tracked.
 type Input<B> = (FloatTensor<B>, bool);
 
+/// Rows and columns.
+fn dims<B: Backend>(weight: &Held<Input<B>>) -> [usize; 2] {
+    match weight {
+        Held::Dense((tensor, _)) => [tensor.shape()[0], tensor.shape()[1]],
+        Held::Packed(packed) => packed.dims(),
+    }
+}
+
 /// What is to be kept of the operands before they are used up.
 fn saved<B: Backend>(operands: &Operands<Input<B>>, compute: Compute) -> Saved<FloatTensor<B>> {
     let handle = |t: &Input<B>| t.0.clone();
@@ -145,13 +154,13 @@ fn saved<B: Backend>(operands: &Operands<Input<B>>, compute: Compute) -> Saved<F
         let lora = part.lora.as_ref();
         let wants = lora.map_or([false; 2], |lora| [lora.a.1, lora.b.1]);
         SavedPart {
-            weight: wants_x.then(|| handle(&part.weight)),
+            weight: wants_x.then(|| part.weight.clone().map(|t| t.0)),
             a: lora.filter(|_| wants_x).map(|lora| handle(&lora.a)),
             b: lora
                 .filter(|_| wants_x || wants[0])
                 .map(|lora| handle(&lora.b)),
             scale: lora.map_or(1.0, |lora| lora.scale),
-            out: part.weight.0.shape()[0],
+            out: dims::<B>(&part.weight)[0],
             rank: lora.map_or(0, |lora| lora.a.0.shape()[0]),
             wants,
         }
@@ -175,7 +184,7 @@ fn saved<B: Backend>(operands: &Operands<Input<B>>, compute: Compute) -> Saved<F
         width: operands
             .parts
             .first()
-            .map_or(0, |part| part.weight.0.shape()[1]),
+            .map_or(0, |part| dims::<B>(&part.weight)[1]),
         parts,
         wants_x,
         adds: operands.residual.is_some(),

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::forward::Stacked;
 use super::operands::Source;
 use super::rows::{gated, gated_backward, normalise_again};
+use crate::base_weight::Held;
 use crate::cpu::gemm::{Compute, Weight, outer, times};
 use crate::cpu::half::held;
 use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
@@ -43,7 +44,7 @@ pub struct Saved<T> {
 #[derive(Clone, Debug)]
 pub struct SavedPart<T> {
     /// For the gradient of x.
-    pub weight: Option<T>,
+    pub weight: Option<Held<T>>,
     /// For the gradient of x.
     pub a: Option<T>,
     /// For the gradients of a and x.
@@ -220,9 +221,9 @@ impl<'a> Columns<'a> {
     ) -> FlexTensor {
         let ready: Vec<_> = self
             .by_part(parts)
-            .filter_map(|(part, grad, _)| part.weight.clone().map(|w| (grad, held(w))))
+            .filter_map(|(part, grad, _)| part.weight.clone().map(|w| (grad, w.map(held))))
             .collect();
-        let mut terms: Vec<_> = ready.iter().map(|(g, w)| (*g, Weight::of(w))).collect();
+        let mut terms: Vec<_> = ready.iter().map(|(g, w)| (*g, Weight::held(w))).collect();
         let all = parts.iter().filter(|part| part.rank > 0);
         let all: Vec<_> = all.filter_map(|part| part.a.clone()).collect();
         let stacked = (!all.is_empty()).then(|| Stacked::new(all, width));

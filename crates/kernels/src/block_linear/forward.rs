@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::operands::{Factors, Operands, Part, Source};
 use super::rows::{add_bias, gated, normalise};
+use crate::base_weight::Held;
 use crate::cpu::gemm::{Compute, Packed, Weight, times_t};
 use crate::cpu::half::held;
 use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
@@ -133,10 +134,12 @@ pub(super) fn forward(
     let x = dense(x);
     let parts: Vec<Part<FlexTensor>> = parts.into_iter().map(ready).collect();
     let rows = dims(&x).0;
-    let total: usize = parts.iter().map(|part| dims(&part.weight).0).sum();
+    let total: usize = parts.iter().map(|part| out(&part.weight)).sum();
     let _timer = {
         let [name, _] = source.names(residual.is_some());
-        let width = parts.first().map_or(0, |part| dims(&part.weight).1);
+        let width = parts
+            .first()
+            .map_or(0, |part| Weight::held(&part.weight).width());
         let (flops, bytes) = work(&parts, rows, width);
         let moved = rows * (dims(&x).1 + total * (1 + usize::from(residual.is_some())));
         crate::profile::op(name, flops, bytes + 4 * moved)
@@ -189,13 +192,17 @@ pub(super) fn forward(
 
 fn ready(part: Part<FlexTensor>) -> Part<FlexTensor> {
     Part {
-        weight: held(part.weight),
+        weight: part.weight.map(held),
         bias: part.bias.map(dense),
         lora: part.lora.map(|lora| Factors {
             b: readable(lora.b),
             ..lora
         }),
     }
+}
+
+fn out(weight: &Held<FlexTensor>) -> usize {
+    Weight::held(weight).out()
 }
 
 fn rank(part: &Part<FlexTensor>) -> usize {
@@ -206,10 +213,9 @@ fn rank(part: &Part<FlexTensor>) -> usize {
 fn work(parts: &[Part<FlexTensor>], rows: usize, width: usize) -> (usize, usize) {
     let mut sum = (0, 0);
     for part in parts {
-        let (out, r) = (dims(&part.weight).0, rank(part));
+        let (out, r) = (out(&part.weight), rank(part));
         sum.0 += 2 * rows * (out * width + r * (out + width));
-        let size = part.weight.dtype().size();
-        sum.1 += size * out * width + 4 * r * (out + width);
+        sum.1 += Weight::held(&part.weight).bytes() + 4 * r * (out + width);
     }
     sum
 }
@@ -257,10 +263,10 @@ unsafe fn products(
 ) {
     let mut at = 0;
     for (part, low) in parts.iter().zip(lows) {
-        let out = dims(&part.weight).0;
+        let out = out(&part.weight);
         // SAFETY: columns `at .. at + out` of the matrix; the next projection has others.
         let mut dst = unsafe { MatMut::raw(y.add(at), rows, out, total) };
-        let mut terms = vec![(packed, Weight::of(&part.weight))];
+        let mut terms = vec![(packed, Weight::held(&part.weight))];
         if let Some((low, b)) = low {
             terms.push((low, Weight::of(b)));
         }
@@ -283,7 +289,7 @@ fn biases(y: &mut FlexTensor, total: usize, parts: &[Part<FlexTensor>]) {
                 if let Some(bias) = &part.bias {
                     add_bias(level, rows, total, at, values(bias));
                 }
-                at += dims(&part.weight).0;
+                at += out(&part.weight);
             }
         });
 }

@@ -17,8 +17,9 @@ mod tests;
 
 use burn::tensor::Tensor;
 
+use crate::base_weight::Matrix;
 use crate::cpu::gemm::Compute;
-use crate::cpu::storage::{OnFlex, is_flex, weight_on_flex};
+use crate::cpu::storage::{OnFlex, is_flex, matrix_on_flex};
 
 /// Projections that one call takes: a node of the graph has a fixed number of parents.
 const MOST_PROJECTIONS: usize = 3;
@@ -35,8 +36,8 @@ pub struct Norm {
 /// A linear map, alone or with a low-rank adapter: `x · weightᵀ + bias + scale · (x · aᵀ) · bᵀ`.
 #[derive(Clone, Debug)]
 pub struct Projection {
-    /// `[out, in]`, f32 or bf16.
-    pub weight: Tensor<2>,
+    /// `[out, in]`, f32, bf16 or packed.
+    pub weight: Matrix,
     /// `[out]`
     pub bias: Option<Tensor<1>>,
     /// The adapter.
@@ -62,7 +63,7 @@ impl Projection {
 
     fn fuses(&self) -> bool {
         let factors = self.lora.as_ref();
-        weight_on_flex(&self.weight)
+        matrix_on_flex(&self.weight)
             && !self.trains_base()
             && self.bias.as_ref().is_none_or(OnFlex::on_flex)
             && factors.is_none_or(|lora| lora.a.on_flex() && lora.b.on_flex())

@@ -8,6 +8,7 @@ use burn::backend::{
 use burn::tensor::Tensor;
 
 use super::{LowRank, Norm, Projection};
+use crate::base_weight::Held;
 
 /// What the projections multiply, made of the operand x.
 #[derive(Clone, Debug)]
@@ -29,7 +30,7 @@ pub enum Source<T> {
 #[derive(Clone, Debug)]
 pub struct Part<T> {
     /// `[out, in]`
-    pub weight: T,
+    pub weight: Held<T>,
     /// `[out]`
     pub bias: Option<T>,
     /// The adapter.
@@ -78,7 +79,7 @@ impl<T> Operands<T> {
                 .parts
                 .into_iter()
                 .map(|part| Part {
-                    weight: f(part.weight),
+                    weight: part.weight.map(&mut f),
                     bias: part.bias.map(&mut f),
                     lora: part.lora.map(|lora| Factors {
                         a: f(lora.a),
@@ -100,7 +101,7 @@ impl Operands<DispatchTensor> {
         projections: Vec<Projection>,
     ) -> Self {
         let part = |projection: Projection| Part {
-            weight: projection.weight.into_dispatch(),
+            weight: projection.weight.map(Tensor::into_dispatch),
             bias: projection.bias.map(Tensor::into_dispatch),
             lora: projection.lora.map(|LowRank { a, b, scale }| Factors {
                 a: a.into_dispatch(),
@@ -166,7 +167,11 @@ impl<B: Backend> ExtensionType<B> for Inputs<B> {
         };
         let parts = operands.parts.iter().flat_map(|part| {
             let lora = part.lora.iter().flat_map(|lora| [&lora.a, &lora.b]);
-            std::iter::once(&part.weight).chain(&part.bias).chain(lora)
+            part.weight
+                .tensor()
+                .into_iter()
+                .chain(&part.bias)
+                .chain(lora)
         });
         std::iter::once(&operands.x)
             .chain(norm)

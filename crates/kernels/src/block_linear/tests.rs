@@ -75,7 +75,7 @@ impl Case {
         let part = |(i, &(out, r, bias)): (usize, &(usize, usize, bool))| {
             let seed = 10 * (i as u64 + 1);
             Projection {
-                weight: leaf(seed, [out, width], false, device),
+                weight: leaf(seed, [out, width], false, device).into(),
                 bias: bias.then(|| leaf(seed + 1, [out], false, device)),
                 lora: (r > 0).then(|| LowRank {
                     a: leaf(seed + 2, [r, width], bit(2 + 2 * i), device),
@@ -194,7 +194,8 @@ fn reads_views() {
         let projection = Projection {
             weight: leaf(2, [30, 22], false, device)
                 .narrow(0, 7, 11)
-                .narrow(1, 0, 22),
+                .narrow(1, 0, 22)
+                .into(),
             bias: Some(leaf(3, [30], false, device).narrow(0, 2, 11)),
             lora: Some(LowRank {
                 a: leaf(4, [22, 5], true, device).transpose(),
@@ -203,7 +204,7 @@ fn reads_views() {
             }),
         };
         let transposed = Projection {
-            weight: leaf(6, [22, 11], false, device).transpose(),
+            weight: leaf(6, [22, 11], false, device).transpose().into(),
             ..projection.clone()
         };
         let norm = Norm {
@@ -248,16 +249,17 @@ fn a_bf16_weight_matches_reference() {
             let mut t = case.tensors(device);
             for projection in &mut t.projections {
                 let [out, width] = projection.weight.dims();
-                let rounded = floats(projection.weight.clone())
+                let rounded = floats(projection.weight.dense())
                     .into_iter()
                     .map(|v| half::bf16::from_f32(v).to_f32());
                 let data = TensorData::new(rounded.collect::<Vec<f32>>(), [out, width]);
                 let plain = device.clone().without_autodiff();
-                projection.weight = Tensor::from_data(data, &plain);
+                let mut rounded = Tensor::<2>::from_data(data, &plain);
                 if fused {
-                    projection.weight = projection.weight.clone().cast(DType::BF16);
-                    assert_eq!(projection.weight.dtype(), DType::BF16);
+                    rounded = rounded.cast(DType::BF16);
+                    assert_eq!(rounded.dtype(), DType::BF16);
                 }
+                projection.weight = rounded.into();
             }
             assert_eq!(t.projections.iter().all(Projection::fuses), fused);
             let y = t.apply(op, fused);
@@ -285,8 +287,8 @@ fn what_does_not_fuse_still_matches_reference() {
             weight: norm.weight.require_grad(),
             ..norm
         });
-        let weight = t.projections[1].weight.clone().require_grad();
-        t.projections[1].weight = weight.clone();
+        let weight = t.projections[1].weight.dense().require_grad();
+        t.projections[1].weight = weight.clone().into();
         assert!(t.projections[1].trains_base());
         let y = t.apply(ProjectNormed, fused);
         let g = backward(&y, 4);
@@ -331,7 +333,7 @@ fn a_shared_residual_is_copied() {
 fn not_a_number_and_infinity_pass() {
     let device = flex();
     let weight = || Projection {
-        weight: tensor(vec![1.0; 4], [2, 2], false, &device),
+        weight: tensor(vec![1.0; 4], [2, 2], false, &device).into(),
         bias: None,
         lora: None,
     };

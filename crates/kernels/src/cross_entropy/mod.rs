@@ -12,6 +12,8 @@ use burn::tensor::Tensor;
 use crate::cpu::gemm::Compute;
 use crate::cpu::storage::{OnFlex, note_fallback, weight_on_flex};
 
+pub use pass::loss_bytes;
+
 /// How a loss is computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LossSpec {

@@ -87,6 +87,23 @@ fn tile(count: usize, vocabulary: usize, want_head: bool) -> (usize, usize) {
     (rows, piece(vocabulary, TILE / rows))
 }
 
+/// Bytes that a training pass over `rows` labelled rows allocates: the tile, the packed rows, their gradient
+/// tile by tile, and the gradients of hidden and, where it is wanted, of the head.
+pub fn loss_bytes(
+    rows: usize,
+    width: usize,
+    vocabulary: usize,
+    want_head: bool,
+    head_is_bf16: bool,
+) -> usize {
+    let (tall, mut wide) = tile(rows, vocabulary, want_head);
+    if head_is_bf16 {
+        wide = wide.min(piece(vocabulary, TILE / width.max(1)));
+    }
+    let head = if want_head { vocabulary * width } else { 0 };
+    size_of::<f32>() * (tall * wide + 2 * tall * width + rows * width + head)
+}
+
 /// A row on the way through the vocabulary.
 #[derive(Clone, Copy)]
 struct Row {
@@ -186,6 +203,11 @@ fn part<'a>(head: Weight<'a>, from: usize, count: usize) -> Weight<'a> {
             out: count,
             width,
         },
+        Weight::Packed { data, first, .. } => Weight::Packed {
+            data,
+            first: first + from,
+            out: count,
+        },
     }
 }
 
@@ -205,6 +227,11 @@ fn add_row(head: Weight<'_>, row: usize, factor: f32, to: &mut [f32]) {
             to.iter_mut()
                 .zip(line)
                 .for_each(|(t, w)| *t += factor * w.to_f32());
+        }
+        Weight::Packed { .. } => {
+            let mut line = vec![0.0; to.len()];
+            head.read(row, 0, &mut line);
+            to.iter_mut().zip(line).for_each(|(t, w)| *t += factor * w);
         }
     }
 }

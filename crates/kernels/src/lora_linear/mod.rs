@@ -10,8 +10,9 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::base_weight::BaseWeight;
-use crate::cpu::storage::{OnFlex, weight_on_flex};
+use crate::base_weight::{BaseWeight, Held};
+use crate::block_linear::{LowRank, Projection, project};
+use crate::cpu::storage::{OnFlex, matrix_on_flex, weight_on_flex};
 
 pub use mask::Dropout;
 
@@ -22,11 +23,15 @@ pub use mask::Dropout;
 /// - x: `[rows, in]`, w: `[out, in]` (Hugging Face order), result: `[rows, out]`
 pub fn linear(x: Tensor<2>, w: impl Into<BaseWeight>) -> Tensor<2> {
     let w = w.into();
-    if x.on_flex() && weight_on_flex(&w.values()) {
-        cpu::linear(x, w.values(), w.compute())
-    } else {
-        no_kernel("linear", &x, &w);
-        reference::linear(x, w.dense())
+    match w.matrix() {
+        Held::Dense(dense) if x.on_flex() && weight_on_flex(dense) => {
+            cpu::linear(x, dense.clone(), w.compute())
+        }
+        Held::Packed(_) if x.on_flex() && matrix_on_flex(w.matrix()) => packed(x, w, None),
+        _ => {
+            no_kernel("linear", &x, &w);
+            reference::linear(x, w.dense())
+        }
     }
 }
 
@@ -42,11 +47,14 @@ pub fn lora_linear(
     scale: f64,
 ) -> Tensor<2> {
     let w = w.into();
-    if x.on_flex() && weight_on_flex(&w.values()) && a.on_flex() && b.on_flex() {
-        cpu::lora_linear(x, w.values(), a, b, scale, w.compute())
-    } else {
-        no_kernel("lora", &x, &w);
-        reference::lora_linear(x, w.dense(), a, b, scale)
+    let takes = x.on_flex() && matrix_on_flex(w.matrix()) && a.on_flex() && b.on_flex();
+    match w.matrix() {
+        Held::Dense(dense) if takes => cpu::lora_linear(x, dense.clone(), a, b, scale, w.compute()),
+        Held::Packed(_) if takes => packed(x, w, Some(LowRank { a, b, scale })),
+        _ => {
+            no_kernel("lora", &x, &w);
+            reference::lora_linear(x, w.dense(), a, b, scale)
+        }
     }
 }
 
@@ -67,7 +75,7 @@ pub fn lora_linear_dropout(
         return lora_linear(x, w, a, b, scale);
     }
     let w = w.into();
-    if x.on_flex() && weight_on_flex(&w.values()) && a.on_flex() && b.on_flex() {
+    if x.on_flex() && matrix_on_flex(w.matrix()) && a.on_flex() && b.on_flex() {
         dropped::lora_linear_dropout(x, w.values(), a, b, scale, dropout, w.compute())
     } else {
         no_kernel("lora with dropout", &x, &w);
@@ -75,11 +83,21 @@ pub fn lora_linear_dropout(
     }
 }
 
+/// The map with a packed weight, which the fused operations read as it lies.
+fn packed(x: Tensor<2>, w: BaseWeight, lora: Option<LowRank>) -> Tensor<2> {
+    let projection = Projection {
+        weight: w.matrix().clone(),
+        bias: None,
+        lora,
+    };
+    project(x, None, vec![projection], w.compute())
+}
+
 /// Notes in the profile that the reference computes what no kernel takes.
 fn no_kernel(op: &'static str, x: &Tensor<2>, w: &BaseWeight) {
     crate::profile::fallback(op, || {
         let path = crate::CpuPath::chosen();
-        let (x, w) = (x.dtype(), w.values().dtype());
-        format!("{x:?} times {w:?} on this device, path {}", path.name())
+        let (x, w) = (x.dtype().name(), w.matrix().kind());
+        format!("{x} times {w} on this device, path {}", path.name())
     });
 }

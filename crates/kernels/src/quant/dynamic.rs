@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::{QuantError, absmax, expect, finite};
 
 /// Steps of the table that maps a scaled value to its code.
-const STEPS: usize = 1 << 16;
+pub(crate) const STEPS: usize = 1 << 16;
 
 /// The 256 values of the signed dynamic map, ascending: for each of seven powers of ten, the middles of
 /// 1, 2, 4, ... 64 equal parts of 0.1 to 1, times that power and either sign; 0 and 1 besides.
@@ -15,25 +15,41 @@ const STEPS: usize = 1 << 16;
 /// The same f32 numbers as bitsandbytes' `create_dynamic_map()`.
 pub fn dynamic_map() -> &'static [f32; 256] {
     static MAP: OnceLock<[f32; 256]> = OnceLock::new();
-    MAP.get_or_init(|| {
-        let mut map = [0.0_f32; 256];
-        let mut at = 0;
-        for exponent in 0..7 {
-            let parts = 1_usize << exponent;
-            let power = 10_f64.powi(exponent - 6) as f32;
-            let bound = |i| linspace_point(parts + 1, i);
-            for i in 0..parts {
-                let middle = power * ((bound(i) + bound(i + 1)) / 2.0);
-                map[at] = middle;
-                map[at + 1] = -middle;
-                at += 2;
+    MAP.get_or_init(|| build_map(true))
+}
+
+/// The 256 values of the unsigned dynamic map, ascending: as [`dynamic_map`] without a sign, and with twice
+/// as many parts of each power.
+///
+/// The same f32 numbers as bitsandbytes' `create_dynamic_map(signed=False)`.
+pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
+    static MAP: OnceLock<[f32; 256]> = OnceLock::new();
+    MAP.get_or_init(|| build_map(false))
+}
+
+fn build_map(signed: bool) -> [f32; 256] {
+    let mut map = [0.0_f32; 256];
+    let mut at = 0;
+    let mut put = |value| {
+        map[at] = value;
+        at += 1;
+    };
+    for exponent in 0..7 {
+        let parts = (if signed { 1_usize } else { 2 }) << exponent;
+        let power = 10_f64.powi(exponent - 6) as f32;
+        let bound = |i| linspace_point(parts + 1, i);
+        for i in 0..parts {
+            let middle = power * ((bound(i) + bound(i + 1)) / 2.0);
+            put(middle);
+            if signed {
+                put(-middle);
             }
         }
-        // 254 are filled; what is left is 0, which the array holds already, and 1.
-        map[255] = 1.0;
-        map.sort_by(f32::total_cmp);
-        map
-    })
+    }
+    // 254 are filled; what is left is 0, which the array holds already, and 1.
+    map[255] = 1.0;
+    map.sort_by(f32::total_cmp);
+    map
 }
 
 /// Point `i` of `torch.linspace(0.1, 1, points)`: counted from the nearer end, product and sum rounded once.
@@ -46,30 +62,40 @@ fn linspace_point(points: usize, i: usize) -> f32 {
     }
 }
 
-/// The code of each of 65536 evenly spaced values in [-1, 1]: the nearest of the map.
-fn nearest() -> &'static [u8] {
-    static TABLE: OnceLock<Vec<u8>> = OnceLock::new();
-    TABLE.get_or_init(|| {
-        let map = dynamic_map();
-        let mut code = 0;
-        (0..STEPS)
-            .map(|k| {
-                let value = (k as f32 / (STEPS - 1) as f32) * 2.0 - 1.0;
-                while code < 255 && (map[code + 1] - value).abs() < (value - map[code]).abs() {
-                    code += 1;
-                }
-                code as u8
-            })
-            .collect()
-    })
+/// The code of each of 65536 evenly spaced values in [-1, 1]: the nearest of the signed map.
+pub(crate) fn nearest() -> &'static [u8; STEPS] {
+    static TABLE: OnceLock<Box<[u8; STEPS]>> = OnceLock::new();
+    TABLE.get_or_init(|| nearest_of(dynamic_map()))
 }
 
-/// The code of a value scaled into [-1, 1].
-fn code(table: &[u8], scaled: f32) -> u8 {
-    let scaled = scaled.clamp(-1.0, 1.0);
+/// The same of the unsigned map: nothing below 0 has another code than 0.
+pub(crate) fn unsigned_nearest() -> &'static [u8; STEPS] {
+    static TABLE: OnceLock<Box<[u8; STEPS]>> = OnceLock::new();
+    TABLE.get_or_init(|| nearest_of(unsigned_dynamic_map()))
+}
+
+fn nearest_of(map: &[f32; 256]) -> Box<[u8; STEPS]> {
+    let mut table = Box::new([0; STEPS]);
+    let mut code = 0;
+    for (k, of_step) in table.iter_mut().enumerate() {
+        let value = (k as f32 / (STEPS - 1) as f32) * 2.0 - 1.0;
+        while code < 255 && (map[code + 1] - value).abs() < (value - map[code]).abs() {
+            code += 1;
+        }
+        *of_step = code as u8;
+    }
+    table
+}
+
+/// The step of a value scaled into [-1, 1]. A NaN, 0 over an underflowed scale, has step 0.
+#[inline(always)]
+#[allow(clippy::manual_clamp)]
+pub(crate) fn step(scaled: f32) -> u16 {
+    // Both pass over a NaN, which becomes the lower end; `clamp` would let it through.
+    let scaled = scaled.max(-1.0).min(1.0);
     let step = ((scaled + 1.0) * 0.5) * (STEPS - 1) as f32 + 0.5;
-    // A NaN, 0 over an underflowed scale, casts to 0.
-    table[(step as usize).min(STEPS - 1)]
+    // SAFETY: between 0.5 and 65535.5, whatever `scaled` was. A cast that checks is no vector instruction.
+    unsafe { step.to_int_unchecked::<i32>() as u16 }
 }
 
 /// Values as 8-bit codes of a dynamic map, a scale for every block.
@@ -111,7 +137,7 @@ impl DynamicBlocks {
                 if *scale > 0.0 {
                     let inverse = 1.0 / *scale;
                     for (c, v) in codes.iter_mut().zip(values) {
-                        *c = code(table, v * inverse);
+                        *c = table[usize::from(step(v * inverse))];
                     }
                 }
             });

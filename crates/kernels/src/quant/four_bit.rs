@@ -4,6 +4,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::cpu::simd::{level, simd_fn};
+use crate::packed::read::four_bit;
+
 use super::{
     BLOCK_SIZES, DynamicBlocks, FloatKind, FourBit, NESTED_BLOCK, NestedState, QuantError,
     QuantState, absmax, count, dynamic, expect, finite, inside,
@@ -110,7 +113,8 @@ impl FourBitTensor {
         expect("values", shape, count(shape)?, values.len())?;
         finite(values)?;
         let (order, midpoints) = kind.midpoints();
-        let code = |v: f32| order[midpoints.iter().filter(|m| v > **m).count()];
+        let code = |v: f32| nearest(order, &midpoints, v);
+        let level = level();
         let mut codes = vec![0_u8; values.len().div_ceil(2)];
         let mut scales = vec![0.0_f32; values.len().div_ceil(block)];
         (
@@ -124,11 +128,12 @@ impl FourBitTensor {
                 let divisor = largest.max(SMALLEST);
                 let full = values.len() == block;
                 *scale = if full { largest } else { divisor };
-                let inverse = 1.0 / divisor;
-                let scaled = |v: f32| if full { v * inverse } else { v / divisor };
+                if full {
+                    return codes_of(level, values, 1.0 / divisor, order, &midpoints, codes);
+                }
                 for (byte, pair) in codes.iter_mut().zip(values.chunks(2)) {
                     let second = pair.get(1).copied().unwrap_or(0.0);
-                    *byte = (code(scaled(pair[0])) << 4) | code(scaled(second));
+                    *byte = (code(pair[0] / divisor) << 4) | code(second / divisor);
                 }
             });
         let absmax = if options.double {
@@ -297,29 +302,64 @@ impl FourBitTensor {
 
     /// Values from `start` on, as many as `out` takes; they must be there.
     fn fill(&self, start: usize, dtype: FloatKind, out: &mut [f32]) {
+        out.par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
+            four_bit(level(), self, start + i * CHUNK, dtype, dtype, out);
+        });
+    }
+
+    /// The same, value by value: what the readers are compared with.
+    #[cfg(test)]
+    pub(crate) fn define(&self, start: usize, dtype: FloatKind, mut rest: &mut [f32]) {
         let table = self.kind.table();
-        out.par_chunks_mut(CHUNK)
-            .enumerate()
-            .for_each(|(i, mut rest)| {
-                let mut at = start + i * CHUNK;
-                while !rest.is_empty() {
-                    let block = at / self.block;
-                    let length = rest.len().min((block + 1) * self.block - at);
-                    let (now, later) = rest.split_at_mut(length);
-                    let scale = self.absmax.scale(block);
-                    for (place, value) in (at..).zip(now) {
-                        let byte = self.codes[place / 2];
-                        let code = if place.is_multiple_of(2) {
-                            byte >> 4
-                        } else {
-                            byte & 15
-                        };
-                        *value = dtype.round(table[code as usize] * scale);
-                    }
-                    rest = later;
-                    at += length;
+        let mut at = start;
+        while !rest.is_empty() {
+            let block = at / self.block;
+            let length = rest.len().min((block + 1) * self.block - at);
+            let (now, later) = rest.split_at_mut(length);
+            let scale = self.absmax.scale(block);
+            for (place, value) in (at..).zip(now) {
+                let byte = self.codes[place / 2];
+                let code = if place.is_multiple_of(2) {
+                    byte >> 4
+                } else {
+                    byte & 15
+                };
+                *value = dtype.round(table[code as usize] * scale);
+            }
+            rest = later;
+            at += length;
+        }
+    }
+}
+
+/// The code of a scaled value: that of the nearest number, of two as near the lower.
+fn nearest(order: &[u8; 16], midpoints: &[f32; 15], scaled: f32) -> u8 {
+    order[midpoints.iter().filter(|m| scaled > **m).count()]
+}
+
+simd_fn! {
+    /// The same for whole blocks, times `inverse`, two codes a byte. Comparisons with all midpoints are counted: no
+    /// branches, and a vector of values side by side.
+    fn codes_of<L>(
+        values: &[f32],
+        inverse: f32,
+        order: &[u8; 16],
+        midpoints: &[f32; 15],
+        codes: &mut [u8],
+    ) {
+        let (values, codes) = (values.as_chunks::<32>().0, codes.as_chunks_mut::<16>().0);
+        for (values, codes) in values.iter().zip(codes) {
+            let mut above = [0_u32; 32];
+            for midpoint in midpoints {
+                for i in 0..32 {
+                    above[i] += u32::from(values[i] * inverse > *midpoint);
                 }
-            });
+            }
+            for (byte, pair) in codes.iter_mut().zip(above.as_chunks::<2>().0) {
+                let [first, second] = pair.map(|n| order[n as usize & 15]);
+                *byte = (first << 4) | second;
+            }
+        }
     }
 }
 
@@ -328,4 +368,36 @@ fn check_block(block: usize) -> Result<(), QuantError> {
         return Ok(());
     }
     Err(QuantError::BlockSize(block))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::check::noise;
+    use crate::cpu::simd::Level;
+
+    /// Midpoints themselves and their neighbours among the values.
+    #[test]
+    fn codes_of_a_block_are_those_of_its_values_on_every_level() {
+        for kind in [FourBit::Nf4, FourBit::Fp4] {
+            let (order, midpoints) = kind.midpoints();
+            let near = midpoints
+                .iter()
+                .flat_map(|m| [*m, m.next_up(), m.next_down()]);
+            let mut values: Vec<f32> = near.chain(kind.table().iter().copied()).collect();
+            values.extend(noise(8, 4096 - values.len()));
+            for inverse in [1.0_f32, 0.37, 1.9] {
+                let code = |v: &f32| nearest(order, &midpoints, v * inverse);
+                let want: Vec<u8> = values
+                    .chunks(2)
+                    .map(|pair| (code(&pair[0]) << 4) | code(&pair[1]))
+                    .collect();
+                for level in Level::available() {
+                    let mut got = vec![0; want.len()];
+                    codes_of(level, &values, inverse, order, &midpoints, &mut got);
+                    assert_eq!(got, want, "{kind:?} {level:?} {inverse}");
+                }
+            }
+        }
+    }
 }

@@ -2,13 +2,16 @@
 
 use rayon::prelude::*;
 
+use crate::cpu::simd::{Level, level};
+use crate::packed::read;
+
 use super::{FloatKind, QuantError, absmax, count, expect, finite};
 
 /// The magnitude from which LLM.int8() calls an input an outlier: bitsandbytes' default.
 pub const OUTLIER_THRESHOLD: f32 = 6.0;
 
 /// bitsandbytes' 1/127.
-const PER_STEP: f32 = 0.007_874_016;
+pub(crate) const PER_STEP: f32 = 0.007_874_016;
 
 /// A matrix of 8-bit integers whose rows have a scale each: `codes * absmax / 127`.
 #[derive(Clone, Debug, PartialEq)]
@@ -126,11 +129,14 @@ impl Int8Rows {
     }
 
     fn fill(&self, row: usize, dtype: FloatKind, out: &mut [f32]) {
-        let scale = self.absmax[row];
-        let codes = &self.codes[row * self.shape[1]..];
-        for (value, code) in out.iter_mut().zip(codes) {
-            *value = dtype.round(f32::from(*code) * scale * PER_STEP);
-        }
+        self.read(level(), row, 0, out);
+        read::round(level(), dtype, out);
+    }
+
+    /// Values of a row from column `from` on, in f32; they must be there.
+    pub(crate) fn read(&self, level: Level, row: usize, from: usize, out: &mut [f32]) {
+        let codes = &self.codes[row * self.shape[1] + from..];
+        read::int8(level, codes, self.absmax[row], out);
     }
 }
 

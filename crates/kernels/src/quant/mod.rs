@@ -16,8 +16,10 @@ mod tests;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-pub use dynamic::{DynamicBlocks, dynamic_map};
+pub use dynamic::{DynamicBlocks, dynamic_map, unsigned_dynamic_map};
+pub(crate) use dynamic::{STEPS, nearest, step, unsigned_nearest};
 pub use four_bit::{Absmax, FourBitOptions, FourBitTensor};
+pub(crate) use int8::PER_STEP;
 pub use int8::{Int8Rows, OUTLIER_THRESHOLD, outlier_columns, quantise_activations};
 pub use state::{NestedState, QuantState};
 
@@ -26,6 +28,9 @@ pub const BLOCK_SIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 /// Scales that share one scale of their own when they are quantised in turn.
 pub const NESTED_BLOCK: usize = 256;
+
+/// Values that a task looks through for numbers that are not finite.
+const STRETCH: usize = 1 << 14;
 
 /// What is wrong with a weight to quantise or with a quantised one.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -69,6 +74,9 @@ pub enum QuantError {
         /// NaN or an infinity.
         value: f32,
     },
+    /// A weight that is not a matrix where one is needed.
+    #[error("the shape {0:?} is not that of a matrix: only linear layers stay quantised")]
+    NotMatrix(Vec<usize>),
     /// A range outside the weight.
     #[error("values {start}..{end} were asked of a weight of {length}")]
     Range {
@@ -221,13 +229,13 @@ impl FloatKind {
 }
 
 /// Number of values of a shape.
-fn count(shape: &[usize]) -> Result<usize, QuantError> {
+pub(crate) fn count(shape: &[usize]) -> Result<usize, QuantError> {
     let product = shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
     product.ok_or_else(|| QuantError::TooLarge(shape.to_vec()))
 }
 
 /// Refuses `found` things where the shape needs `expected`.
-fn expect(
+pub(crate) fn expect(
     what: &'static str,
     shape: &[usize],
     expected: usize,
@@ -246,10 +254,14 @@ fn expect(
 
 /// Refuses NaN and infinities, naming the first.
 fn finite(values: &[f32]) -> Result<(), QuantError> {
-    match values.par_iter().position_first(|v| !v.is_finite()) {
-        Some(position) => Err(QuantError::NotFinite {
-            position,
-            value: values[position],
+    // Whole stretches at a time, so that the comparison vectorises.
+    let all = |part: &[f32]| part.iter().fold(true, |all, v| all & v.is_finite());
+    let stretch = values.par_chunks(STRETCH).position_first(|part| !all(part));
+    let from = stretch.map_or(values.len(), |i| i * STRETCH);
+    match values[from..].iter().position(|v| !v.is_finite()) {
+        Some(place) => Err(QuantError::NotFinite {
+            position: from + place,
+            value: values[from + place],
         }),
         None => Ok(()),
     }
@@ -269,5 +281,14 @@ fn inside(range: &std::ops::Range<usize>, length: usize) -> Result<(), QuantErro
 
 /// The largest magnitude.
 fn absmax(values: &[f32]) -> f32 {
-    values.iter().fold(0.0, |m, v| m.max(v.abs()))
+    let larger = |m: f32, v: f32| if v > m { v } else { m };
+    let (chunks, rest) = values.as_chunks::<16>();
+    let mut lanes = [0.0_f32; 16];
+    for chunk in chunks {
+        for i in 0..16 {
+            lanes[i] = larger(lanes[i], chunk[i].abs());
+        }
+    }
+    let rest = rest.iter().fold(0.0, |m, v| larger(m, v.abs()));
+    lanes.into_iter().fold(rest, larger)
 }

@@ -7,8 +7,9 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use enamel_adapter::{Adaptable, Embedding, Frozen, Linear, Slot, SlotRef, XLora};
 use enamel_kernels::{
-    AttentionSpec, BaseWeight, Compute, HostValues, KeyMask, Norm, Projection, attention,
-    attention_qkv, fuses, project, project_add, rms_norm, rope, silu_mul, swiglu_project,
+    AttentionSpec, BaseWeight, Compute, HostValues, KeyMask, Norm, PackedWeight, Projection,
+    attention, attention_qkv, fuses, project, project_add, rms_norm, rope, silu_mul,
+    swiglu_project,
 };
 
 use super::recompute::train_blocks;
@@ -18,6 +19,9 @@ use crate::kv_cache::KvCache;
 
 /// Hands out a parameter's values by full name and shape.
 pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<HostValues, LoadError> + 'a;
+
+/// Hands out a linear layer's weight by the layer's name, if it is to be held packed.
+pub(crate) type Pack<'a> = dyn FnMut(&str) -> Result<Option<PackedWeight>, LoadError> + 'a;
 
 /// A decoder with a language-model head.
 #[derive(Module, Debug)]
@@ -97,17 +101,20 @@ pub struct Positions {
 
 impl Llama {
     /// Builds the module, asking `fetch` for each parameter in the order of [`LlamaConfig::modules`].
-    /// Matrices are held as `compute` says, or in bf16 where they came in it.
+    /// Linear layers' weights are what `pack` makes of them; other matrices are held as `compute` says, or in
+    /// bf16 where they came in it.
     pub(crate) fn build(
         config: &LlamaConfig,
         device: &Device,
         compute: Compute,
         fetch: &mut Fetch<'_>,
+        pack: &mut Pack<'_>,
     ) -> Result<Self, LoadError> {
         let mut build = Builder {
             device,
             compute,
             fetch,
+            pack,
         };
         let hidden = config.hidden_size;
         let inner = config.intermediate_size;
@@ -500,6 +507,7 @@ struct Builder<'a, 'f> {
     device: &'a Device,
     compute: Compute,
     fetch: &'a mut Fetch<'f>,
+    pack: &'a mut Pack<'f>,
 }
 
 impl Builder<'_, '_> {
@@ -538,7 +546,10 @@ impl Builder<'_, '_> {
     }
 
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Linear, LoadError> {
-        let weight = self.matrix(&format!("{module}.weight"), shape)?;
+        let weight = match (self.pack)(module)? {
+            Some(packed) => BaseWeight::new(packed, self.compute),
+            None => self.matrix(&format!("{module}.weight"), shape)?,
+        };
         let bias = bias
             .then(|| self.tensor(&format!("{module}.bias"), [shape[0]]))
             .transpose()?;

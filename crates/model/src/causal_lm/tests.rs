@@ -277,7 +277,8 @@ fn a_bf16_model_computes_what_an_f32_model_of_the_rounded_weights_does() {
         let source = MemorySource::of(&model);
         for device in devices() {
             let wide = CausalLm::load(&config, &rounded_source(&model), &device).unwrap();
-            let narrow = CausalLm::load_for(&config, &source, &device, Compute::Bf16).unwrap();
+            let narrow =
+                CausalLm::load_for(&config, &source, &device, &Compute::Bf16.into()).unwrap();
             let logits = |model: &CausalLm| {
                 let input = ModelInput::new(ids(&rows, &device));
                 let hidden = model.forward_hidden(&input, None);

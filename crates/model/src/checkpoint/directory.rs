@@ -2,8 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use enamel_kernels::PackedRows;
+use enamel_kernels::quant::FloatKind;
 use serde_json::Value;
 
+use super::bitsandbytes::{Quantised, Settings};
 use super::safetensors::{INDEX_FILE, SafetensorsSet};
 use super::{CheckpointError, TensorInfo};
 
@@ -27,6 +30,8 @@ pub(crate) const SIDE_FILES: [&str; 11] = [
 pub(crate) struct Directory {
     path: PathBuf,
     weights: SafetensorsSet,
+    /// How the tensors are made of the stored ones, where these are quantised.
+    quantised: Option<Quantised>,
 }
 
 impl Directory {
@@ -47,10 +52,19 @@ impl Directory {
                 "not a JSON object",
             ));
         }
-        let (weights, tensors) = SafetensorsSet::open(path)?;
+        let settings = Settings::of(&config, &config_path)?;
+        let (weights, stored) = SafetensorsSet::open(path, settings.is_some())?;
+        let (quantised, tensors) = match settings {
+            Some(settings) => {
+                let (all, tensors) = Quantised::gather(path, &weights, stored, settings)?;
+                (Some(all), tensors)
+            }
+            None => (None, stored),
+        };
         let directory = Self {
             path: path.to_owned(),
             weights,
+            quantised,
         };
         Ok((directory, tensors, config))
     }
@@ -60,7 +74,34 @@ impl Directory {
         index: usize,
         info: &TensorInfo,
     ) -> Result<Vec<f32>, CheckpointError> {
-        self.weights.read_f32(index, info)
+        match self.read_packed(index)? {
+            Some(PackedRows::FourBit(tensor)) => Ok(tensor.dequantise(tensor.dtype())),
+            Some(PackedRows::Int8 { rows, .. }) => Ok(rows.dequantise(FloatKind::F32)),
+            Some(PackedRows::Blocks(rows)) => Ok(rows.kind().dequantise(rows.data())),
+            None => {
+                let (index, info) = self.stored(index, info);
+                self.weights.read_f32(index, info)
+            }
+        }
+    }
+
+    /// A weight in the form bitsandbytes gave it, if it is in one.
+    pub(crate) fn read_packed(&self, index: usize) -> Result<Option<PackedRows>, CheckpointError> {
+        match &self.quantised {
+            Some(quantised) => quantised.rows(&self.weights, index),
+            None => Ok(None),
+        }
+    }
+
+    /// Bytes of a weight that [`Self::read_packed`] reads.
+    pub(crate) fn packed_bytes(&self, index: usize) -> Option<usize> {
+        self.quantised.as_ref()?.bytes(index)
+    }
+
+    /// The stored tensor that holds a dense one.
+    fn stored<'a>(&'a self, index: usize, info: &'a TensorInfo) -> (usize, &'a TensorInfo) {
+        let plain = self.quantised.as_ref().and_then(|all| all.plain(index));
+        plain.unwrap_or((index, info))
     }
 
     /// The values of a tensor that the file has in bf16.
@@ -69,6 +110,7 @@ impl Directory {
         index: usize,
         info: &TensorInfo,
     ) -> Result<Vec<half::bf16>, CheckpointError> {
+        let (index, info) = self.stored(index, info);
         self.weights.read_bf16(index, info)
     }
 

@@ -1,5 +1,6 @@
 //! Where a model's tensors come from: names and shapes first, values one tensor at a time.
 
+mod bitsandbytes;
 mod directory;
 mod error;
 pub(crate) mod gguf;
@@ -12,7 +13,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use enamel_kernels::HostValues;
+use enamel_kernels::{HostValues, PackedRows};
 use rayon::prelude::*;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -31,7 +32,7 @@ pub enum SourceDtype {
     F16,
     /// bfloat16.
     BF16,
-    /// One of GGUF's block-quantised types.
+    /// One of GGUF's block-quantised types, or of bitsandbytes'.
     Quantised,
 }
 
@@ -56,6 +57,19 @@ pub trait TensorSource {
     fn read(&self, name: &str) -> Result<HostValues, CheckpointError> {
         Ok(HostValues::F32(self.read_f32(name)?))
     }
+    /// A matrix in the quantised form that the file has it in, if it is one that products read as it lies.
+    fn read_packed(&self, _name: &str) -> Result<Option<PackedRows>, CheckpointError> {
+        Ok(None)
+    }
+}
+
+/// A matrix that its file has in a quantised form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredPacked {
+    /// Bytes that it takes in memory, about those that it takes in the file.
+    pub bytes: usize,
+    /// Whether it is in one of bitsandbytes' formats; else it is in GGUF's blocks.
+    pub bitsandbytes: bool,
 }
 
 /// An opened base model: a directory in Hugging Face layout, or a GGUF file that is presented as
@@ -223,6 +237,14 @@ impl TensorSource for Checkpoint {
             _ => Ok(HostValues::F32(self.read_f32(name)?)),
         }
     }
+
+    fn read_packed(&self, name: &str) -> Result<Option<PackedRows>, CheckpointError> {
+        let (index, info) = self.find(name)?;
+        match &self.backing {
+            Backing::Directory(directory) => directory.read_packed(index),
+            Backing::Gguf(gguf) => Ok(gguf.read_packed(index, info)?.map(PackedRows::Blocks)),
+        }
+    }
 }
 
 impl Checkpoint {
@@ -231,6 +253,24 @@ impl Checkpoint {
         let matrix = |info: &&TensorInfo| info.shape.len() == 2;
         let dtype = self.tensors.iter().find(matrix).map(|info| info.dtype);
         !self.is_gguf() && dtype == Some(SourceDtype::BF16)
+    }
+
+    /// The matrices for which [`TensorSource::read_packed`] has rows, by their tensors' names. No value is read.
+    pub fn packed(&self) -> HashMap<String, StoredPacked> {
+        let bitsandbytes = matches!(self.backing, Backing::Directory(_));
+        let bytes = |index| match &self.backing {
+            Backing::Directory(directory) => directory.packed_bytes(index),
+            Backing::Gguf(gguf) => gguf.packed_bytes(index),
+        };
+        let all = self.tensors.iter().enumerate();
+        all.filter_map(|(index, info)| {
+            let stored = StoredPacked {
+                bytes: bytes(index)?,
+                bitsandbytes,
+            };
+            Some((info.name.clone(), stored))
+        })
+        .collect()
     }
 
     fn find(&self, name: &str) -> Result<(usize, &TensorInfo), CheckpointError> {

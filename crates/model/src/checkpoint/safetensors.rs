@@ -36,14 +36,18 @@ pub(crate) struct SafetensorsSet {
 
 impl SafetensorsSet {
     /// Opens `model.safetensors`, or else all shards of the index, in `dir`.
-    pub(crate) fn open(dir: &Path) -> Result<(Self, Vec<TensorInfo>), CheckpointError> {
+    /// `packed` says whether tensors of bytes are met, which are codes of quantised weights.
+    pub(crate) fn open(
+        dir: &Path,
+        packed: bool,
+    ) -> Result<(Self, Vec<TensorInfo>), CheckpointError> {
         let single = dir.join(SINGLE_FILE);
         if single.is_file() {
-            return Self::open_files(vec![single]);
+            return Self::open_files(vec![single], packed);
         }
         let index = dir.join(INDEX_FILE);
         if index.is_file() {
-            return Self::open_sharded(dir, &index);
+            return Self::open_sharded(dir, &index, packed);
         }
         Err(CheckpointError::NotACheckpoint {
             path: dir.to_owned(),
@@ -54,6 +58,7 @@ impl SafetensorsSet {
     /// Opens `paths` as the parts of one model.
     pub(crate) fn open_files(
         paths: Vec<PathBuf>,
+        packed: bool,
     ) -> Result<(Self, Vec<TensorInfo>), CheckpointError> {
         let mut set = Self {
             files: Vec::new(),
@@ -64,7 +69,7 @@ impl SafetensorsSet {
         for (file, path) in paths.into_iter().enumerate() {
             let mapped = MappedFile::open(&path)?;
             let mut problems = Problems::default();
-            for entry in read_header(&mapped)? {
+            for entry in read_header(&mapped, packed)? {
                 if let Some(first) = owner.insert(entry.info.name.clone(), file) {
                     problems.push(format!(
                         "tensor '{}' is also in {}",
@@ -86,7 +91,11 @@ impl SafetensorsSet {
         Ok((set, infos))
     }
 
-    fn open_sharded(dir: &Path, index: &Path) -> Result<(Self, Vec<TensorInfo>), CheckpointError> {
+    fn open_sharded(
+        dir: &Path,
+        index: &Path,
+        packed: bool,
+    ) -> Result<(Self, Vec<TensorInfo>), CheckpointError> {
         #[derive(Deserialize)]
         struct Index {
             weight_map: UniqueMap<String>,
@@ -125,7 +134,7 @@ impl SafetensorsSet {
         problems.into_malformed(index)?;
 
         let names: Vec<String> = shards.keys().cloned().collect();
-        let (set, infos) = Self::open_files(shards.into_values().collect())?;
+        let (set, infos) = Self::open_files(shards.into_values().collect(), packed)?;
         let mut problems = Problems::default();
         for (info, place) in infos.iter().zip(&set.places) {
             let found = names.get(place.file).map_or("", String::as_str);
@@ -188,6 +197,30 @@ impl SafetensorsSet {
         Ok(values)
     }
 
+    /// The bytes of a tensor as they are in the file.
+    pub(crate) fn read_bytes(
+        &self,
+        index: usize,
+        info: &TensorInfo,
+    ) -> Result<Vec<u8>, CheckpointError> {
+        let (place, file, bytes) = self.bytes_of(index, info)?;
+        let values = bytes.to_vec();
+        file.release(&place.range);
+        Ok(values)
+    }
+
+    /// How many bytes tensor number `index` has.
+    pub(crate) fn size_of(&self, index: usize) -> usize {
+        self.places.get(index).map_or(0, |place| place.range.len())
+    }
+
+    /// The name of the file that tensor number `index` lies in.
+    pub(crate) fn file_of(&self, index: usize) -> String {
+        let file = self.places.get(index).and_then(|p| self.files.get(p.file));
+        let name = file.and_then(|file| file.path().file_name());
+        name.map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+
     fn bytes_of(
         &self,
         index: usize,
@@ -245,7 +278,7 @@ struct RawEntry {
 }
 
 /// Reads and checks a file's header: lengths, offsets, sizes, overlaps, names and types.
-fn read_header(file: &MappedFile) -> Result<Vec<Entry>, CheckpointError> {
+fn read_header(file: &MappedFile, packed: bool) -> Result<Vec<Entry>, CheckpointError> {
     let path = file.path();
     let bytes = file.bytes();
     let malformed = |problem: String| CheckpointError::malformed(path, problem);
@@ -281,7 +314,7 @@ fn read_header(file: &MappedFile) -> Result<Vec<Entry>, CheckpointError> {
     }
     let mut entries = Vec::with_capacity(raw.entries.len());
     for (name, entry) in raw.entries {
-        match check_entry(&name, &entry, data_start, data.len()) {
+        match check_entry(&name, &entry, data_start, data.len(), packed) {
             Ok(entry) => entries.push(entry),
             Err(problem) => problems.push(problem),
         }
@@ -298,11 +331,13 @@ fn check_entry(
     raw: &RawEntry,
     data_start: usize,
     data_len: usize,
+    packed: bool,
 ) -> Result<Entry, String> {
     let (dtype, width) = match raw.dtype.as_str() {
         "F32" => (SourceDtype::F32, 4u64),
         "F16" => (SourceDtype::F16, 2),
         "BF16" => (SourceDtype::BF16, 2),
+        "U8" | "I8" if packed => (SourceDtype::Quantised, 1),
         other => {
             let why = match other {
                 "I8" | "U8" => " (is this an already quantised checkpoint?)",

@@ -180,10 +180,18 @@ impl<'a> Reader<'a> {
                 );
             }
         }
-        if self.get("quantization_config").is_some() {
+        // What bitsandbytes wrote is for the checkpoint to read, or to refuse by name.
+        let foreign = self.get("quantization_config").is_some_and(|config| {
+            let is = |key: &str| config.get(key).and_then(Value::as_bool) == Some(true);
+            let method = config.get("quant_method").and_then(Value::as_str);
+            let own = method.is_some_and(|method| method.starts_with("bitsandbytes"));
+            let old = method.is_none() && (is("load_in_4bit") || is("load_in_8bit"));
+            !own && !old && config.as_object().is_none_or(|map| !map.is_empty())
+        });
+        if foreign {
             self.problem(
                 "quantization_config",
-                "says that the weights are quantised already; use the unquantised model or a .gguf",
+                "says that the weights are quantised by another method than bitsandbytes; use the unquantised model or a .gguf",
             );
         }
     }

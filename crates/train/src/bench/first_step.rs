@@ -50,7 +50,7 @@ pub fn first_step(
 ) -> Result<FirstStep, TrainError> {
     let opened = since_start();
     let vocabulary = base.config.vocab_size;
-    let model = base.weights(device, options.compute)?;
+    let model = base.weights(device, &options.loading())?;
     let loaded = since_start();
     let method = options.methods.first().map_or("lora", String::as_str);
     let mut lane = Lane::new(model, method, options, device)?;

@@ -7,9 +7,11 @@ use enamel_adapter::{
     LokrConfig, LoraConfig, Targets, VeraConfig, XLoraConfig,
 };
 use enamel_data::DataSpec;
+use enamel_model::{Format, Quantization};
 use serde_json::json;
 
 use super::adapter::{AdapterSettings, InitWeights, Modules};
+use super::quantization::QuantizationSettings;
 use super::settings::DataSettings;
 
 const TASK: &str = "CAUSAL_LM";
@@ -193,6 +195,28 @@ fn init_lora(init: &InitWeights) -> InitLora {
     };
     // The setting's check has let through only what this reads.
     serde_json::from_value(value).unwrap_or_default()
+}
+
+impl From<&QuantizationSettings> for Quantization {
+    fn from(set: &QuantizationSettings) -> Self {
+        let format = match (set.load_in_4bit, set.load_in_8bit) {
+            (true, _) => Some(Format::FourBit {
+                kind: set.bnb_4bit_quant_type.into(),
+                block: set.bnb_4bit_blocksize,
+                double: set.bnb_4bit_use_double_quant,
+                compute: set.bnb_4bit_compute_dtype.into(),
+            }),
+            (_, true) => Some(Format::Int8 {
+                threshold: set.llm_int8_threshold as f32,
+            }),
+            _ => None,
+        };
+        Self {
+            format,
+            skip_modules: set.skip_modules.clone(),
+            dequantize: set.dequantize,
+        }
+    }
 }
 
 impl DataSettings {

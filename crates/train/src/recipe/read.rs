@@ -10,6 +10,7 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 use super::adapter::AdapterSettings;
 use super::error::{Origin, Problem, Problems, RecipeError};
 use super::lock::LockInfo;
+use super::quantization::QuantizationSettings;
 use super::section::{Section, Setting};
 use super::settings::{DataSettings, General, ModelSettings, OutputSettings, TrainSettings};
 use super::{Recipe, resolve};
@@ -114,10 +115,14 @@ impl RecipeFile {
 
         let mut origins = Origins::default();
         let general = written.take_section::<General>(&mut problems, &mut origins);
+        let quantization = written.take_section(&mut problems, &mut origins);
         let recipe = Recipe {
             seed: general.seed,
             device: general.device,
-            model: written.take_section::<ModelSettings>(&mut problems, &mut origins),
+            model: ModelSettings {
+                quantization,
+                ..written.take_section(&mut problems, &mut origins)
+            },
             adapter: written.take_section::<AdapterSettings>(&mut problems, &mut origins),
             data: written.take_section::<DataSettings>(&mut problems, &mut origins),
             train: written.take_section::<TrainSettings>(&mut problems, &mut origins),
@@ -255,14 +260,7 @@ impl<'a> Written<'a> {
                     self.sections.insert(name, (at, table));
                 }
                 DeValue::Table(table) => {
-                    let (_, entries) = self.tables.entry(name).or_insert((at, Entries::new()));
-                    for (key, value) in table {
-                        let entry = Entry {
-                            origin: origin(key.span()),
-                            value,
-                        };
-                        merge(entries, key.into_inner().into_owned(), entry);
-                    }
+                    self.add_table(name, at, table, origin);
                 }
                 value if name == "compare" => {
                     self.compare = Some((at, Spanned::new(span, value)));
@@ -273,6 +271,36 @@ impl<'a> Written<'a> {
                         value: Spanned::new(span, value),
                     };
                     self.general.insert(name, entry);
+                }
+            }
+        }
+    }
+
+    /// A section's settings; a table among them that is a section of its own goes to its own place.
+    fn add_table(
+        &mut self,
+        name: String,
+        at: Origin,
+        table: DeTable<'a>,
+        origin: &dyn Fn(std::ops::Range<usize>) -> Origin,
+    ) {
+        self.tables
+            .entry(name.clone())
+            .or_insert((at, Entries::new()));
+        for (key, value) in table {
+            let at = origin(key.span());
+            let key = key.into_inner().into_owned();
+            let section = full_name(&name, &key);
+            let span = value.span();
+            match value.into_inner() {
+                DeValue::Table(table) if section == QuantizationSettings::NAME => {
+                    self.add_table(section, at, table, origin);
+                }
+                value => {
+                    let value = Spanned::new(span, value);
+                    if let Some((_, entries)) = self.tables.get_mut(&name) {
+                        merge(entries, key, Entry { origin: at, value });
+                    }
                 }
             }
         }
@@ -375,7 +403,8 @@ impl SectionReader<'_, '_> {
 
 fn read_value<T: DeserializeOwned>(value: Spanned<DeValue<'_>>) -> Result<T, String> {
     // serde names Rust's types; a recipe's author need not know them.
-    const PLAIN: [(&str, &str); 5] = [
+    const PLAIN: [(&str, &str); 6] = [
+        ("expected struct QuantizationSettings", "expected a table"),
         ("expected usize", "expected a whole number, 0 or more"),
         ("expected u64", "expected a whole number, 0 or more"),
         ("expected f64", "expected a number"),
@@ -413,6 +442,7 @@ pub(super) fn all_settings() -> Vec<(&'static str, Vec<Setting>)> {
     vec![
         (General::NAME, General::settings()),
         (ModelSettings::NAME, ModelSettings::settings()),
+        (QuantizationSettings::NAME, QuantizationSettings::settings()),
         (AdapterSettings::NAME, AdapterSettings::settings()),
         (DataSettings::NAME, DataSettings::settings()),
         (TrainSettings::NAME, TrainSettings::settings()),
@@ -421,7 +451,9 @@ pub(super) fn all_settings() -> Vec<(&'static str, Vec<Setting>)> {
 }
 
 /// Names other trainers use for the same thing.
-const OTHER_NAMES: [(&str, &str, &str); 18] = [
+const OTHER_NAMES: [(&str, &str, &str); 20] = [
+    ("blocksize", "model.quantization", "bnb_4bit_blocksize"),
+    ("quant_type", "model.quantization", "bnb_4bit_quant_type"),
     ("alpha", "adapter", "lora_alpha"),
     ("dropout_p", "adapter", "lora_dropout"),
     ("init", "adapter", "init_lora_weights"),

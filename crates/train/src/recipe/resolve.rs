@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Recipe;
 use super::adapter::misplaced;
 use super::error::{Origin, Problem};
+use super::quantization;
 use super::read::Origins;
 use super::settings::{GradientCheckpointing, Schedule, Strategy};
 
@@ -22,6 +23,8 @@ pub(super) fn resolve(
         origins,
         list: Vec::new(),
     };
+    quantization::check(&mut recipe.model, &mut found);
+    quantization::check_method(&mut recipe, &mut found);
     check_adapter(&mut recipe, &mut found);
     check_data(&mut recipe, &mut found);
     check_length(&mut recipe, &mut found);
@@ -35,13 +38,14 @@ pub(super) fn resolve(
     recipe
 }
 
-struct Findings<'a> {
+pub(super) struct Findings<'a> {
     origins: &'a Origins,
     list: Vec<Problem>,
 }
 
 impl Findings<'_> {
-    fn add(&mut self, name: &str, message: &str, help: &str) {
+    /// A problem with the setting `name`, and what to do about it.
+    pub(super) fn add(&mut self, name: &str, message: &str, help: &str) {
         self.list.push(Problem {
             origin: self.origins.blame(name),
             message: message.to_owned(),
@@ -49,12 +53,13 @@ impl Findings<'_> {
         });
     }
 
-    fn written(&self, name: &str) -> bool {
+    /// Whether the setting was given at all.
+    pub(super) fn written(&self, name: &str) -> bool {
         self.origins.get(name).is_some()
     }
 
     /// Whether the file's `name` gives way to an override of `other`, which it excludes.
-    fn gives_way(&self, name: &str, other: &str) -> bool {
+    pub(super) fn gives_way(&self, name: &str, other: &str) -> bool {
         let overridden = |name| matches!(self.origins.get(name), Some(Origin::Override(_)));
         overridden(other) && !overridden(name)
     }

@@ -70,11 +70,13 @@ macro_rules! section {
 
 pub(super) use section;
 
-/// A value as it would be written after `name = `, empty for an absent one.
+/// A value as it would be written after `name = `, empty for an absent one and for a section.
 pub(super) fn default_text<T: Serialize>(value: &T) -> String {
-    toml::Value::try_from(value)
-        .map(|v| v.to_string())
-        .unwrap_or_default()
+    match toml::Value::try_from(value) {
+        Ok(toml::Value::Table(section)) if !section.is_empty() => String::new(),
+        Ok(value) => value.to_string(),
+        Err(_) => String::new(),
+    }
 }
 
 /// Whether a value will do, or what it must be.

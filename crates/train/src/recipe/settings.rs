@@ -10,7 +10,10 @@ use enamel_kernels::Compute;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
+use crate::footprint::CheckMemory;
+use crate::optimizer::Optim;
 
+use super::quantization::QuantizationSettings;
 use super::section::{
     any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive,
     positive_number, section,
@@ -41,6 +44,8 @@ section! {
         /// instructions (in f32 elsewhere); `f32` rounds nothing. Norms, softmax, adapter, gradients,
         /// optimizer and loss are f32 in both.
         compute_dtype: ComputeDtype = ComputeDtype::F32, any;
+        /// A table of its own, below: the base in 4 or 8 bits.
+        quantization: QuantizationSettings = QuantizationSettings::default(), any;
     }
 }
 
@@ -89,6 +94,10 @@ section! {
         /// compute the blocks once more in the backward pass, for about a third more time. The result is
         /// the same, bit for bit.
         gradient_checkpointing: GradientCheckpointing = GradientCheckpointing::default(), any;
+        /// What to do when the run is estimated to need more memory than there is (see `enamel plan`): stop
+        /// before it starts (`error`, unless the estimate's own error may be the reason), or say so and
+        /// start (`warn`).
+        check_memory: CheckMemory = CheckMemory::default(), any;
         /// Highest learning rate.
         learning_rate: f64 = 2e-4, positive_number;
         /// LoRA+: how many times the rate B (and what has one axis) learns at. Left out: as all else.
@@ -102,6 +111,11 @@ section! {
         warmup_steps: usize = 0, any;
         /// The same as a share of all steps.
         warmup_ratio: f64 = 0.0, below_one;
+        /// How AdamW holds its two moments: `adamw_torch` in f32; `adamw_8bit` in 8 bits, as bitsandbytes does
+        /// (f32 for tensors of fewer than 4096 elements); `paged_adamw_32bit` and `paged_adamw_8bit` the same in a
+        /// file of the run directory, from which the moments of tensors of 100000 elements and more are brought
+        /// into memory by the page while a step needs them. Paging changes no bit of the result.
+        optim: Optim = Optim::default(), any;
         /// Decoupled weight decay of AdamW.
         weight_decay: f64 = 0.0, not_negative;
         /// AdamW's decay of the first moment.

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::*;
+use crate::optimizer::Optim;
 
 const SMALL: &str = "[data]\ntrain = 'rows.jsonl'\n";
 
@@ -355,6 +356,25 @@ fn a_lock_of_another_shape_is_refused() {
 }
 
 #[test]
+fn the_optimizer_has_transformers_names_and_is_written_by_one_of_them() {
+    let of = |text: &str, set: &[&str]| {
+        let file = RecipeFile::from_text(Path::new("r.toml"), text.to_owned());
+        file.with_overrides(set).resolve().unwrap().train.optim
+    };
+    let data = "data.train = 'x.jsonl'\n";
+    assert_eq!(of(data, &[]), Optim::AdamwTorch);
+    let eight = format!("{data}[train]\noptim = \"adamw_bnb_8bit\"\n");
+    assert_eq!(of(&eight, &[]), Optim::Adamw8bit);
+    let paged = of(&eight, &["train.optim=paged_adamw"]);
+    assert_eq!(paged, Optim::PagedAdamw32bit);
+    let wrong = format!("{data}[train]\noptim = \"sgd\"\n");
+    refuses(
+        &wrong,
+        &["3", "train.optim", "`sgd`", "`adamw_torch`, `adamw_8bit`, "],
+    );
+}
+
+#[test]
 fn the_reference_in_the_documentation_is_this_code() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/recipe.md");
     let text = std::fs::read_to_string(&path).unwrap();
@@ -417,4 +437,109 @@ fn an_unknown_compute_dtype_is_refused_with_its_line() {
         text,
         &["3", "model.compute_dtype", "`f16`", "`f32` or `bf16`"],
     );
+}
+
+#[test]
+fn quantisation_is_read_from_its_table_and_from_overrides() {
+    let text = "data.train = 'x.jsonl'\n[model.quantization]\nload_in_4bit = true\n\
+                bnb_4bit_compute_dtype = 'bf16'\nllm_int8_skip_modules = ['down_proj']\n";
+    let set = resolve(text, &["model.quantization.bnb_4bit_use_double_quant=true"])
+        .unwrap()
+        .model
+        .quantization;
+    assert!(set.load_in_4bit && set.bnb_4bit_use_double_quant && !set.load_in_8bit);
+    assert_eq!(set.bnb_4bit_quant_type, FourBitType::Nf4);
+    assert_eq!(set.bnb_4bit_compute_dtype, FourBitCompute::Bfloat16);
+    assert_eq!(set.bnb_4bit_blocksize, 64);
+    assert_eq!(set.skip_modules, ["down_proj"]);
+    assert_eq!(set.llm_int8_skip_modules, None);
+    let alone = resolve(SMALL, &["model.quantization.load_in_8bit=true"]).unwrap();
+    assert!(alone.model.quantization.load_in_8bit);
+}
+
+#[test]
+fn an_override_of_the_format_displaces_the_files() {
+    let text = "data.train = 'x.jsonl'\n[model.quantization]\nload_in_4bit = true\n\
+                bnb_4bit_quant_type = 'fp4'\nskip_modules = ['o_proj']\n";
+    let of = |set: &str| resolve(text, &[set]).unwrap().model.quantization;
+    let eight = of("model.quantization.load_in_8bit=true");
+    let expected = QuantizationSettings {
+        load_in_8bit: true,
+        skip_modules: vec!["o_proj".to_owned()],
+        ..QuantizationSettings::default()
+    };
+    assert_eq!(eight, expected);
+    let none = of("model.quantization.load_in_4bit=false");
+    assert_eq!(none, QuantizationSettings::default());
+}
+
+#[test]
+fn a_quantised_recipe_survives_its_lock_file() {
+    let text =
+        format!("{SMALL}[model.quantization]\nload_in_4bit = true\nbnb_4bit_blocksize = 128\n");
+    for text in [text.as_str(), SMALL] {
+        let recipe = resolve(text, &[]).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("recipe.lock.toml");
+        write_lock(&path, &recipe, &LockInfo::default()).unwrap();
+        assert_eq!(Recipe::load::<&str>(&path, &[]).unwrap(), recipe);
+    }
+}
+
+#[test]
+fn contradictory_quantisation_is_refused_with_all_its_lines() {
+    refuses(
+        "data.train = 'x.jsonl'\n[model.quantization]\nload_in_4bit = true\nload_in_8bit = true\n\
+         dequantize = true\n",
+        &["4: ", "exclude each other", "5: ", "holds the base dense"],
+    );
+    refuses(
+        "data.train = 'x.jsonl'\n[model.quantization]\nbnb_4bit_quant_type = 'fp4'\nllm_int8_threshold = 5\n\
+         skip_modules = ['q_proj']\n",
+        &[
+            "3: ",
+            "bnb_4bit_quant_type means nothing without load_in_4bit",
+            "4: ",
+            "llm_int8_threshold means nothing without load_in_8bit",
+            "5: ",
+            "skip_modules means nothing",
+        ],
+    );
+    refuses(
+        "data.train = 'x.jsonl'\n[model.quantization]\nload_in_4bit = true\nbnb_4bit_quant_type = 'int4'\n\
+         bnb_4bit_blocksize = 48\nbnb_4bit_compute_dtype = 'float64'\nbnb_4bit_quant_typ = 'nf4'\n\
+         llm_int8_threshold = -1.0\nskip_modules = ['']\n",
+        &[
+            "there is no `int4`",
+            "`nf4` or `fp4`",
+            "one of 32, 64, 128, 256, 512, 1024, 2048 and 4096, not 48",
+            "`float64`",
+            "unknown setting `bnb_4bit_quant_typ` in [model.quantization]",
+            "must be 0 or more",
+            "must not hold an empty name",
+        ],
+    );
+    refuses(
+        "data.train = 'x.jsonl'\n[model]\nquantization = 4\n",
+        &["3: ", "model.quantization", "table"],
+    );
+}
+
+#[test]
+fn a_method_that_changes_the_base_cannot_have_it_in_four_bits() {
+    let four = "data.train = 'x.jsonl'\n[model.quantization]\nload_in_4bit = true\n[adapter]\n";
+    refuses(
+        &format!("{four}method = 'full'\n"),
+        &[
+            "5: ",
+            "int4 weights cannot be trained",
+            "choose adapter.method",
+        ],
+    );
+    for start in ["pissa", "pissa_niter_4", "olora"] {
+        refuses(
+            &format!("{four}init_lora_weights = '{start}'\n"),
+            &["5: ", start, "int4 weights cannot be changed", "gaussian"],
+        );
+    }
 }

@@ -7,6 +7,7 @@ use super::super::half;
 use super::super::matrix::{Into, MatMut};
 use super::super::simd::{dot, level, simd_fn};
 use super::Weight;
+use super::room::with_room;
 
 /// Up to so many rows, a product with w is bound by reading w.
 pub(super) const FEW_ROWS: usize = 4;
@@ -14,26 +15,42 @@ pub(super) const FEW_ROWS: usize = 4;
 const TASK: usize = 16 * 1024;
 
 simd_fn! {
-    /// `sums[j] += x · w[from + j]`.
-    fn dots<L>(x: &[f32], w: Weight<'_>, from: usize, sums: &mut [f32], step: usize) {
+    /// `sums[j][i] += x[i] · w[from + j]` for `rows` rows of x.
+    fn dots<L>(x: &[f32], w: Weight<'_>, from: usize, sums: &mut [f32], rows: usize) {
+        let width = w.width().max(1);
+        let rows_of_x = x.chunks_exact(width).take(rows).enumerate();
         match w {
             Weight::F32(w) if w.unit_columns() => {
-                for (j, sum) in sums.iter_mut().step_by(step).enumerate() {
-                    *sum += dot::<L>(x, w.row(from + j));
+                for (i, x) in rows_of_x {
+                    for (j, sum) in sums[i..].iter_mut().step_by(rows).enumerate() {
+                        *sum += dot::<L>(x, w.row(from + j));
+                    }
                 }
             }
             Weight::F32(w) => {
-                for (j, sum) in sums.iter_mut().step_by(step).enumerate() {
-                    let products = x.iter().enumerate().map(|(k, x)| x * w.get(from + j, k));
-                    *sum += products.sum::<f32>();
+                for (i, x) in rows_of_x {
+                    for (j, sum) in sums[i..].iter_mut().step_by(rows).enumerate() {
+                        let products = x.iter().enumerate().map(|(k, x)| x * w.get(from + j, k));
+                        *sum += products.sum::<f32>();
+                    }
                 }
             }
             Weight::Bf16 { data, width, .. } => {
-                for (j, sum) in sums.iter_mut().step_by(step).enumerate() {
-                    let row = &data[(from + j) * width..][..width];
-                    *sum += half::dot::<L>(x, row);
+                for (i, x) in rows_of_x {
+                    for (j, sum) in sums[i..].iter_mut().step_by(rows).enumerate() {
+                        *sum += half::dot::<L>(x, &data[(from + j) * width..][..width]);
+                    }
                 }
             }
+            // A row is read once, whatever the number of x's rows.
+            Weight::Packed { .. } => with_room(w.width(), |row| {
+                for (j, sums) in sums.chunks_exact_mut(rows).enumerate() {
+                    w.read(from + j, 0, row);
+                    for (sum, x) in sums.iter_mut().zip(x.chunks_exact(width)) {
+                        *sum += dot::<L>(x, row);
+                    }
+                }
+            }),
         }
     }
 }
@@ -62,10 +79,7 @@ pub(super) fn times_t(
     };
     let part = |(i, sums): (usize, &mut [f32])| {
         for (x, w) in terms {
-            let x_rows = x.chunks_exact(w.width().max(1));
-            for (row, x) in x_rows.take(rows).enumerate() {
-                dots(level, x, *w, i * task, &mut sums[row..], rows);
-            }
+            dots(level, x, *w, i * task, sums, rows);
         }
     };
     if out <= task {

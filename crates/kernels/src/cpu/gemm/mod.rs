@@ -25,6 +25,8 @@ use super::half;
 use super::matrix::{Into, MatMut, MatRef};
 use super::path::CpuPath;
 use super::simd::level;
+use crate::base_weight::Held;
+use crate::packed::PackedWeight;
 use crate::profile;
 use few::FEW_ROWS;
 use pack::Panels;
@@ -60,9 +62,27 @@ pub(crate) enum Weight<'a> {
         out: usize,
         width: usize,
     },
+    /// Rows `first .. first + out`.
+    Packed {
+        data: &'a PackedWeight,
+        first: usize,
+        out: usize,
+    },
 }
 
 impl<'a> Weight<'a> {
+    /// A matrix as it is held.
+    pub(crate) fn held(w: &'a Held<FlexTensor>) -> Self {
+        match w {
+            Held::Dense(tensor) => Self::of(tensor),
+            Held::Packed(packed) => Self::Packed {
+                data: packed,
+                first: 0,
+                out: packed.dims()[0],
+            },
+        }
+    }
+
     /// A rank-2 tensor, f32 (any layout that [`super::matrix::readable`] leaves alone) or bf16
     /// (contiguous).
     pub(crate) fn of(t: &'a FlexTensor) -> Self {
@@ -79,7 +99,7 @@ impl<'a> Weight<'a> {
     pub(crate) fn out(&self) -> usize {
         match self {
             Self::F32(w) => w.rows(),
-            Self::Bf16 { out, .. } => *out,
+            Self::Bf16 { out, .. } | Self::Packed { out, .. } => *out,
         }
     }
 
@@ -87,19 +107,21 @@ impl<'a> Weight<'a> {
         match self {
             Self::F32(w) => w.cols(),
             Self::Bf16 { width, .. } => *width,
+            Self::Packed { data, .. } => data.dims()[1],
         }
     }
 
     /// Bytes in memory.
-    fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::F32(w) => w.rows() * w.cols() * 4,
             Self::Bf16 { out, width, .. } => out * width * 2,
+            Self::Packed { data, out, .. } => data.bytes() * out / data.dims()[0].max(1),
         }
     }
 
     /// Reads a row from column `from` on, as f32.
-    fn read(&self, row: usize, from: usize, to: &mut [f32]) {
+    pub(crate) fn read(&self, row: usize, from: usize, to: &mut [f32]) {
         match self {
             Self::F32(w) if w.unit_columns() => {
                 to.copy_from_slice(&w.row(row)[from..from + to.len()]);
@@ -112,6 +134,7 @@ impl<'a> Weight<'a> {
             Self::Bf16 { data, width, .. } => {
                 half::widen(level(), &data[row * width + from..][..to.len()], to);
             }
+            Self::Packed { data, first, .. } => data.read(first + row, from, to),
         }
     }
 }

@@ -12,6 +12,7 @@ mod write;
 
 use std::path::Path;
 
+use enamel_kernels::GgufRows;
 use serde_json::Value;
 
 pub(crate) use self::config::ROPE_FACTORS;
@@ -113,23 +114,71 @@ impl GgufFile {
         index: usize,
         info: &TensorInfo,
     ) -> Result<Vec<f32>, CheckpointError> {
-        let raw = self.tensors.get(index);
-        let bytes = raw.and_then(|raw| self.file.slice(&raw.range));
-        let (Some(raw), Some(bytes)) = (raw, bytes) else {
-            return Err(CheckpointError::NoSuchTensor {
-                name: info.name.clone(),
-                nearest: None,
-            });
-        };
+        let (raw, bytes) = self.raw(index, info)?;
         let values = raw.block.dequantise(bytes);
         self.file.release(&raw.range);
-        let heads = match names::permutation(&info.name) {
-            Some(Permuted::Query) => self.query_heads,
-            Some(Permuted::Key) => self.key_heads,
-            None => return Ok(values),
+        match self.heads(info) {
+            Some(heads) => self.unpermute(raw, &values, heads),
+            None => Ok(values),
+        }
+    }
+
+    /// A matrix of one of the block types as it lies in the file, with whole rows of q and k in Hugging
+    /// Face's order; nothing for another tensor.
+    pub(crate) fn read_packed(
+        &self,
+        index: usize,
+        info: &TensorInfo,
+    ) -> Result<Option<GgufRows>, CheckpointError> {
+        let (raw, bytes) = self.raw(index, info)?;
+        let (BlockType::Blocks(kind), &[rows, columns]) = (raw.block, raw.shape.as_slice()) else {
+            return Ok(None);
         };
+        let bytes = match self.heads(info) {
+            Some(heads) => self.unpermute(raw, bytes, heads)?,
+            None => bytes.to_vec(),
+        };
+        self.file.release(&raw.range);
+        let packed = GgufRows::new(kind, [rows, columns], bytes);
+        let packed = packed.map_err(|e| {
+            CheckpointError::malformed(self.path(), format!("tensor '{}': {e}", raw.name))
+        })?;
+        Ok(Some(packed))
+    }
+
+    /// Bytes of a tensor that [`Self::read_packed`] reads.
+    pub(crate) fn packed_bytes(&self, index: usize) -> Option<usize> {
+        let raw = self.tensors.get(index)?;
+        let packed = matches!(raw.block, BlockType::Blocks(_)) && raw.shape.len() == 2;
+        packed.then(|| raw.range.len())
+    }
+
+    /// Where a tensor is, and its bytes.
+    fn raw(&self, index: usize, info: &TensorInfo) -> Result<(&RawTensor, &[u8]), CheckpointError> {
+        let raw = self.tensors.get(index);
+        let bytes = raw.and_then(|raw| self.file.slice(&raw.range));
+        raw.zip(bytes).ok_or_else(|| CheckpointError::NoSuchTensor {
+            name: info.name.clone(),
+            nearest: None,
+        })
+    }
+
+    /// The heads for which a tensor's rows are permuted, if they are.
+    fn heads(&self, info: &TensorInfo) -> Option<usize> {
+        match names::permutation(&info.name)? {
+            Permuted::Query => Some(self.query_heads),
+            Permuted::Key => Some(self.key_heads),
+        }
+    }
+
+    fn unpermute<T: Copy>(
+        &self,
+        raw: &RawTensor,
+        values: &[T],
+        heads: usize,
+    ) -> Result<Vec<T>, CheckpointError> {
         let rows = raw.shape.first().copied().unwrap_or(1);
-        names::unpermute(&values, rows, heads).ok_or_else(|| {
+        names::unpermute(values, rows, heads).ok_or_else(|| {
             CheckpointError::malformed(
                 self.path(),
                 format!(

@@ -74,12 +74,12 @@ pub(crate) fn permutation(name: &str) -> Option<Permuted> {
     }
 }
 
-/// Undoes llama.cpp's reordering of the rows of q and k.
+/// Undoes llama.cpp's reordering of the rows of q and k, whatever a row is made of.
 ///
 /// Its converter interleaves the two halves of every head (row `2i` of the file is row `i`, row
 /// `2i + 1` is row `i + D/2`), because ggml's rotary embedding turns neighbouring pairs where
 /// Hugging Face turns pairs half a head apart.
-pub(crate) fn unpermute(values: &[f32], rows: usize, heads: usize) -> Option<Vec<f32>> {
+pub(crate) fn unpermute<T: Copy>(values: &[T], rows: usize, heads: usize) -> Option<Vec<T>> {
     let columns = values.len().checked_div(rows)?;
     let head_dim = rows.checked_div(heads)?;
     if columns == 0 || head_dim % 2 != 0 || head_dim * heads != rows {

@@ -145,6 +145,31 @@ impl Scratch {
 }
 
 #[test]
+fn packed_matrices_have_the_bits_of_the_dequantised_ones() {
+    let (mut bytes, header) = small().bytes();
+    for (i, byte) in bytes[header.next_multiple_of(32)..].iter_mut().enumerate() {
+        // Small numbers as scales too: the upper bytes of infinities and NaN's do not occur.
+        *byte = (i * 31 % 101) as u8;
+    }
+    let scratch = Scratch::new();
+    let (file, infos, _) = scratch.open(&bytes).unwrap();
+    let mut packed = Vec::new();
+    for (i, info) in infos.iter().enumerate() {
+        if let Some(rows) = file.read_packed(i, info).unwrap() {
+            assert_eq!(rows.shape(), info.shape[..]);
+            let values = rows.kind().dequantise(rows.data());
+            assert_eq!(values, file.read_f32(i, info).unwrap(), "{}", info.name);
+            packed.push(info.name.as_str());
+        }
+    }
+    let want = [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+    ];
+    assert_eq!(packed, want);
+}
+
+#[test]
 fn a_sound_file_opens_under_hugging_face_names() {
     let (bytes, _) = small().bytes();
     let scratch = Scratch::new();

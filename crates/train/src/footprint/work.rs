@@ -1,0 +1,65 @@
+//! What is in memory for a moment: the loss's buffers, what the backward pass works in, and the program.
+
+use enamel_kernels::loss_bytes;
+
+use super::{FLOAT, Kind, Model, Settings, Weights};
+
+/// The program's code and tables, and its threads: measured with a model of a few thousand numbers.
+const PROGRAM: usize = 36 << 20;
+/// Bytes a token of the vocabulary that reading and holding a tokenizer takes: measured with SmolLM2's, of
+/// 49,152 tokens.
+const TOKENIZER: usize = 1800;
+/// Share of a step's tensors that the allocator cannot fill: it cuts memory into pieces of 32 MiB in which
+/// tensors of many sizes leave gaps, and gives nothing back (see `keep_freed_memory` in the program).
+const UNFILLED: f64 = 0.15;
+/// A thread makes ready so many columns of so many rows at most, of operands of products (`cpu/gemm/drive.rs`).
+const ROOM: [usize; 2] = [96, 1664];
+/// A CUDA context with this program's kernels.
+const CONTEXT: usize = 512 << 20;
+
+/// Bytes of the loss's buffers.
+pub(super) fn logits(model: &Model, settings: &Settings) -> usize {
+    let (rows, width, vocabulary) = (settings.rows(), model.hidden, model.vocabulary);
+    // The final norm's output.
+    let hidden = FLOAT * rows * width;
+    let whole = model.head.whole_logits || settings.kind != Kind::Kernels;
+    if whole {
+        // Logits, their log-softmax, and the gradient of each.
+        return hidden + FLOAT * (4 * rows * vocabulary + rows * width) + model.head_gradient();
+    }
+    let bf16 = settings.weights == Weights::Bf16 && !model.head.trained;
+    hidden + loss_bytes(rows, width, vocabulary, model.head.trained, bf16)
+}
+
+/// Bytes that the backward pass of a block works in: the gradients of the residual stream, of what the MLP's
+/// last product reads, and of what that was made of, where it is not overwritten with it.
+pub(super) fn backward(model: &Model, settings: &Settings) -> usize {
+    let rows = settings.rows();
+    let fused = settings.kind == Kind::Kernels && !model.trains_base();
+    let inner = if fused { model.inner } else { 3 * model.inner };
+    let scores = match settings.kind {
+        Kind::Kernels => 0,
+        _ => 2 * rows * model.heads * settings.length,
+    };
+    // Of attention: q, their gradient and the output's, for the query heads of one key head.
+    let group = model.heads / model.kv_heads.max(1);
+    let head = 3 * settings.length * model.head_dim * group;
+    let threads = match settings.kind {
+        Kind::Kernels => {
+            let [columns, longest] = ROOM;
+            let room = columns * longest.min(model.inner.max(model.hidden));
+            settings.threads * FLOAT * (room + head)
+        }
+        _ => 0,
+    };
+    FLOAT * (rows * (inner + 2 * model.hidden)).max(scores) + threads
+}
+
+/// Bytes of the program, beside `step` bytes of tensors that come and go.
+pub(super) fn runtime(model: &Model, settings: &Settings, step: usize) -> usize {
+    let unfilled = (step as f64 * UNFILLED) as usize;
+    match settings.kind {
+        Kind::Gpu => CONTEXT + unfilled,
+        _ => PROGRAM + TOKENIZER * model.vocabulary + unfilled,
+    }
+}
