@@ -25,6 +25,7 @@ mod goldens;
 mod gradient_checkpointing;
 mod inits;
 mod matching;
+mod memory;
 mod optim;
 mod parity_bitsandbytes;
 mod parity_llama;

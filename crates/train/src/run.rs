@@ -165,7 +165,7 @@ impl Drop for OutOfMemory {
 
 fn go_on(run: &Path) -> String {
     format!(
-        "the newest checkpoint in {} is whole: go on from it with --resume, after memory settings \
+        "checkpoints in {} are whole: go on from the newest with --resume, after memory settings \
          that change no number",
         run.join("checkpoints").display()
     )
