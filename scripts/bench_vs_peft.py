@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Speed and memory of Enamel and of PEFT + PyTorch on the same machine, in one run; Markdown on stdout.
 
-    python scripts/bench_vs_peft.py [--enamel PATH] [--shapes 1x128,1x512,4x256] [--dtypes f32,bf16]
+    python scripts/bench_vs_peft.py [--enamel PATH] [--shapes 1x128,1x512,4x256] [--dtypes f32,bf16,nf4]
                                     [--rounds 2] [--steps 5] [--only train,decode,first]
 
 Needs a Python environment with torch, transformers, peft and gguf (it installs nothing) and a built `enamel`
 with smollm2-135m-instruct in its cache. Both sides train LoRA, r = 16 on all seven projections, with AdamW and
 without dropout, on random tokens that all count in the loss. The sides take turns, a process a measurement, and
-the median round counts. In bf16 PEFT is tried with an f32 and with a bf16 adapter, and the faster one counts.
+the median round counts. nf4 is QLoRA: NF4 with double quantisation, f32 compute (bitsandbytes on the other side). In bf16 PEFT is tried with an f32 and with a bf16 adapter, and the faster one counts.
 
 PEFT reads the model from safetensors files that are written first: reading GGUF in Python takes far longer than
 either side's whole start. Peak memory is the kernel's mark of the resident set from the end of loading on.
@@ -23,10 +23,14 @@ import sys
 import tempfile
 import time
 
-DTYPES = ("f32", "bf16")
+DTYPES = ("f32", "bf16", "nf4")
 PARTS = ("train", "decode", "first")
 # What PEFT is tried with for each of our dtypes: the base's dtype and the adapter's.
-PEFT_VARIANTS = {"f32": [("f32", "f32")], "bf16": [("bf16", "f32"), ("bf16", "bf16")]}
+PEFT_VARIANTS = {"f32": [("f32", "f32")], "bf16": [("bf16", "f32"), ("bf16", "bf16")],
+                 "nf4": [("nf4", "f32")]}
+# How we hold the base.
+ENAMEL_FLAGS = {"f32": ["--dequantize"], "bf16": ["--dequantize", "--compute-dtype", "bf16"],
+                "nf4": ["--load-in-4bit", "--bnb-4bit-use-double-quant"]}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 NEW_TOKENS = 64
 PROMPT = 128
@@ -46,10 +50,18 @@ dtype = {"f32": torch.float32, "bf16": torch.bfloat16}
 def load(path, name):
     folder, file = path.rsplit("/", 1)
     gguf = {"gguf_file": file} if file.endswith(".gguf") else {}
+    if name == "nf4":
+        from transformers import BitsAndBytesConfig
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                          bnb_4bit_compute_dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=quantization)
     return AutoModelForCausalLM.from_pretrained(folder if gguf else path, dtype=dtype[name], **gguf)
 
 def adapted(model):
     from peft import LoraConfig, get_peft_model
+    if job["base"] == "nf4":
+        from peft import prepare_model_for_kbit_training
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config, autocast_adapter_dtype=job["adapter"] == "f32")
 
@@ -173,7 +185,7 @@ class Peft:
         return self.job(do="convert", path=self.located, into=into)
 
     def path(self, base):
-        return os.path.join(self.files, base)
+        return os.path.join(self.files, "f32" if base == "nf4" else base)
 
     def train(self, variant, rows, tokens):
         base, adapter = variant
@@ -198,8 +210,7 @@ class Enamel:
 
     def bench(self, kind, dtype, *more):
         command = [self.args.enamel, "bench", "--model", self.args.model, "--device", "flex", "--json", *more]
-        # Said only where it matters, so that older binaries can be measured in f32 too.
-        command += ["--compute-dtype", dtype] if dtype != "f32" else []
+        command += ENAMEL_FLAGS[dtype]
         figures, _ = lines_of(command, self.env, self.args.timeout)
         return [figure for figure in figures if figure["kind"] == kind]
 
@@ -391,7 +402,7 @@ def arguments(given=None):
     parser.add_argument("--enamel", default=built)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--shapes", type=shapes, default="1x128,1x512,4x256")
-    parser.add_argument("--dtypes", type=lambda text: choices(text, DTYPES), default="f32,bf16")
+    parser.add_argument("--dtypes", type=lambda text: choices(text, DTYPES), default="f32,bf16,nf4")
     parser.add_argument("--only", type=lambda text: choices(text, PARTS), default="train,decode,first")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
