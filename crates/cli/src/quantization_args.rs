@@ -25,21 +25,9 @@ pub struct QuantizationArgs {
 }
 
 impl QuantizationArgs {
-    /// The same, NF4 where nothing is asked for.
-    pub fn quantization_or_nf4(&self) -> Quantization {
-        let mut settings = self.settings();
-        settings.load_in_4bit |= !settings.load_in_8bit;
-        settings.dequantize = false;
-        Quantization::from(&settings)
-    }
-
     /// What is to become of the linear layers.
     pub fn quantization(&self) -> Quantization {
-        Quantization::from(&self.settings())
-    }
-
-    fn settings(&self) -> QuantizationSettings {
-        QuantizationSettings {
+        Quantization::from(&QuantizationSettings {
             load_in_4bit: self.load_in_4bit,
             bnb_4bit_quant_type: match self.bnb_4bit_quant_type.as_str() {
                 "fp4" => FourBitType::Fp4,
@@ -49,6 +37,6 @@ impl QuantizationArgs {
             load_in_8bit: self.load_in_8bit,
             dequantize: self.dequantize,
             ..QuantizationSettings::default()
-        }
+        })
     }
 }

@@ -1,5 +1,4 @@
-//! Writing a model as a directory in Hugging Face layout, tensor by tensor; as GGUF: [`write_gguf`];
-//! quantised: [`write_bitsandbytes`].
+//! Writing a model as a directory in Hugging Face layout, tensor by tensor; as GGUF: [`write_gguf`].
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -11,10 +10,8 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::ConfigError;
 
-mod bitsandbytes;
 mod gguf;
 
-pub use bitsandbytes::{SavedQuantised, write_bitsandbytes};
 pub use gguf::{GgufLora, GgufOptions, OutType, SavedGguf, write_gguf, write_gguf_lora};
 
 /// The element type of a saved model.
@@ -124,9 +121,6 @@ pub enum SaveError {
     /// The base model's configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The base model's tensors, or their quantisation.
-    #[error(transparent)]
-    Load(Box<crate::causal_lm::LoadError>),
     /// A value cannot be had in the chosen type.
     #[error("tensor '{name}' has values beyond the range of f16; save as bf16 or f32")]
     OutOfRange {
@@ -306,7 +300,10 @@ fn write_shard(
         );
         offset = end;
     }
-    let text = header_text(header);
+    let mut text = Value::Object(header).to_string().into_bytes();
+    // Spaces up to a multiple of eight align the data.
+    text.resize(text.len().next_multiple_of(8), b' ');
+
     let file = File::create(path).map_err(io(path))?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     out.write_all(&(text.len() as u64).to_le_bytes())
@@ -328,13 +325,6 @@ fn write_shard(
     }
     let file = out.into_inner().map_err(|e| io(path)(e.into_error()))?;
     file.sync_all().map_err(io(path))
-}
-
-/// A safetensors header; spaces up to a multiple of eight align the data.
-fn header_text(header: Map<String, Value>) -> Vec<u8> {
-    let mut text = Value::Object(header).to_string().into_bytes();
-    text.resize(text.len().next_multiple_of(8), b' ');
-    text
 }
 
 /// Values converted at a time.

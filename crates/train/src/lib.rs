@@ -41,7 +41,6 @@ pub mod trainee;
 mod whole;
 
 pub use enamel_kernels::Compute;
-pub use enamel_kernels::quant::BLOCK_SIZES;
 pub use error::TrainError;
 pub use run::{RunOutcome, TrainOptions, train};
 pub use run_dir::Resume;
