@@ -8,7 +8,10 @@ use crate::check::property::{Case, Check, everything};
 use crate::check::*;
 use crate::packed::{PackedRows, PackedWeight};
 use crate::quant::{FloatKind, FourBit, FourBitOptions, FourBitTensor, Int8Rows};
-use crate::{BaseWeight, Compute, Dropout, linear, lora_linear, lora_linear_dropout};
+use crate::{
+    BaseWeight, Compute, Dropout, dora_linear, kron_linear, linear, lora_linear,
+    lora_linear_dropout,
+};
 
 /// Sums of up to 300 products in another order.
 const TOLERANCE: f32 = 5e-6;
@@ -247,6 +250,52 @@ fn an_adapter_sees_what_was_not_rounded() {
                 close_grads("lora", &got.1, &want.1, TOLERANCE);
             }
         }
+    }
+}
+
+/// What is put together from products with packed rows, beside the same from dense values. All columns of the
+/// int8 input are outliers, so that nothing is rounded.
+#[test]
+fn dora_and_kron_read_packed_rows() {
+    let (m, k, n, r) = (9, 40, 30, 3);
+    for w in [int8(&noise(6, n * k), [n, k], 1e-9), four_bit([n, k])] {
+        let run = |device: &Device, dense: bool| {
+            let weight = || match dense {
+                true => tensor(w.values(), [n, k], false, device).into(),
+                false => BaseWeight::from(w.clone()),
+            };
+            let at = |seed, shape: [usize; 2]| leaf(seed, shape, true, device);
+            let (x, a, b) = (at(1, [m, k]), at(2, [r, k]), at(3, [n, r]));
+            let (w1, w2) = (at(4, [5, 8]), at(5, [6, 5]));
+            let length = leaf(6, [n], true, device);
+            let squares = tensor(w.row_squares(), [n], false, device);
+            let (low, up) = (a.clone(), b.clone());
+            let dora = dora_linear(x.clone(), weight(), low, up, length.clone(), squares, 0.5);
+            let kron = kron_linear(x.clone(), weight(), w1.clone(), w2.clone(), 0.5);
+            let y = Tensor::cat(vec![dora, kron], 1);
+            let grads = backward(&y, 7);
+            let mut all: Vec<_> = [x, a, b, w1, w2].iter().map(|t| grad(t, &grads)).collect();
+            all.push(grad(&length, &grads));
+            (floats(y), all)
+        };
+        let want = run(&ndarray(), true);
+        for device in [flex(), ndarray()] {
+            let got = run(&device, false);
+            close("dora and kron", &got.0, &want.0, 2.0 * TOLERANCE);
+            close_grads("dora and kron", &got.1, &want.1, 2.0 * TOLERANCE);
+        }
+    }
+}
+
+/// DoRA's lengths are of the weight's values: A is no input, and LLM.int8() does not round it.
+#[test]
+fn the_values_are_multiplied_without_rounding() {
+    let w = int8(&noise(6, 30 * 40), [30, 40], 0.0);
+    for device in [flex(), ndarray()] {
+        let x = leaf(1, [3, 40], false, &device);
+        let dense = tensor(w.values(), [30, 40], false, &device);
+        let got = floats(super::values_linear(x.clone(), w.clone(), Compute::F32));
+        close("values", &got, &floats(linear(x, dense)), TOLERANCE);
     }
 }
 
