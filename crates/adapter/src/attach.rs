@@ -56,6 +56,9 @@ pub fn attach_given<M: Adaptable, C: MethodConfig>(
     if let Some(config) = cfg.xlora() {
         return crate::xlora::attach(model, name, config, seed);
     }
+    if cfg.trains_everything() {
+        refuse_packed(model)?;
+    }
     let plan = plan(&shapes(model), cfg)?;
     let shared = plan.shared.iter().zip(cfg.initial_shared(&plan.shared));
     let shared = shared
@@ -82,6 +85,28 @@ pub fn attach_given<M: Adaptable, C: MethodConfig>(
         },
     )?;
     Ok(plan)
+}
+
+/// Quantised weights cannot be trained themselves.
+fn refuse_packed<M: Adaptable>(model: &M) -> Result<()> {
+    let mut problems = Vec::new();
+    model.for_each_slot_ref(&mut |name, slot| {
+        let packed = match &slot {
+            SlotRef::Linear(linear) => linear.weight.packed(),
+            SlotRef::Embedding(table) => table.weight.packed(),
+            SlotRef::Norm(_) => None,
+        };
+        if let Some(packed) = packed {
+            let format = packed.rows().name();
+            problems.push(format!(
+                "{name} is held in {format}, which cannot be trained; load the base dense, or train an adapter"
+            ));
+        }
+    });
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(AdapterError::Plan { problems }),
+    }
 }
 
 /// Removes every adapter and trained copy; the base is as it was.

@@ -7,6 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 
+use enamel_kernels::BaseWeight;
+
 use crate::slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
 use crate::{Embedding, Frozen, Linear};
 
@@ -53,6 +55,11 @@ impl Tiny {
     }
 
     pub fn with(device: &Device, untied: bool) -> Self {
+        Self::holding(device, untied, &BaseWeight::from)
+    }
+
+    /// The same with the weights of the blocks' layers held as `hold` holds them.
+    pub fn holding(device: &Device, untied: bool, hold: &dyn Fn(Tensor<2>) -> BaseWeight) -> Self {
         let block = |i: usize| Block {
             norm: Frozen::new(
                 &format!("model.layers.{i}.input_layernorm.weight"),
@@ -65,7 +72,7 @@ impl Tiny {
                     let bias = Some(fill([*out], 50 + 7 * i + j, device));
                     Linear::new(
                         &format!("model.layers.{i}.{name}"),
-                        fill([*out, *width], 10 * i + j, device),
+                        hold(fill([*out, *width], 10 * i + j, device)),
                         bias,
                     )
                 })

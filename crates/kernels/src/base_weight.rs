@@ -104,6 +104,12 @@ impl From<Tensor<2>> for BaseWeight {
     }
 }
 
+impl From<PackedWeight> for BaseWeight {
+    fn from(packed: PackedWeight) -> Self {
+        Self::new(packed, Compute::F32)
+    }
+}
+
 impl From<Matrix> for BaseWeight {
     fn from(matrix: Matrix) -> Self {
         Self::new(matrix, Compute::F32)

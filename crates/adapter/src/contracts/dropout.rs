@@ -8,7 +8,7 @@ use crate::testing::{Tiny, fill, generator, ids, perturb};
 use crate::{AdaLoraConfig, AdapterConfig, LohaConfig, LokrConfig, LoraConfig, VeraConfig, attach};
 
 /// Each method with a dropout of one half and without it.
-fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig)> {
+pub(super) fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig)> {
     let dora = LoraConfig {
         use_dora: true,
         ..lora()

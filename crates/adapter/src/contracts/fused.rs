@@ -20,10 +20,14 @@ fn adapted(config: &AdapterConfig, device: &Device) -> Tiny {
 
 /// Whether the layer fuses; its fused result must be what it computes.
 fn fuses(what: &str, layer: &Linear) -> bool {
+    // Dropout draws its mask: both ways the same one.
+    let device = layer.weight.dense().device();
+    device.seed(9);
     let Some(projection) = layer.fused() else {
         return false;
     };
-    let x = fill([3, 64], 1, &layer.weight.dense().device()) * 10.0;
+    device.seed(9);
+    let x = fill([3, 64], 1, &device) * 10.0;
     let values = |tensor: burn::tensor::Tensor<2>| tensor.into_data().try_into_vec().unwrap();
     let fused = project(x.clone(), None, vec![projection], Compute::F32);
     // 64 products of values up to 1, in another order.
@@ -66,7 +70,16 @@ fn a_frozen_base_with_one_plain_lora_fuses() {
             true,
         ),
         ("DoRA", with(|c| c.use_dora = true), false, false),
-        ("dropout", with(|c| c.lora_dropout = 0.5), false, true),
+        ("dropout", with(|c| c.lora_dropout = 0.5), true, true),
+        (
+            "PiSSA and dropout",
+            with(|c| {
+                c.init_lora_weights = InitLora::Pissa;
+                c.lora_dropout = 0.5;
+            }),
+            false,
+            true,
+        ),
         (
             "a bias of its own",
             with(|c| c.lora_bias = true),
@@ -101,6 +114,7 @@ fn a_frozen_base_with_one_plain_lora_fuses() {
 
 #[test]
 fn routing_decides_whether_a_layer_fuses() {
+    let _alone = generator();
     let mut model = adapted(&lora().into(), &Device::flex());
     attach_as(&mut model, "second", &lora(), 6).unwrap();
     perturb(&mut model);

@@ -7,6 +7,7 @@ mod compute;
 mod dropout;
 mod files;
 mod fused;
+mod packed;
 mod refusals;
 mod several;
 

@@ -7,7 +7,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
-use enamel_kernels::{linear, lora_linear};
+use enamel_kernels::lora_linear;
 use serde_json::{Value, json};
 
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
@@ -138,8 +138,7 @@ impl Method for AdaLora {
         let (a, b) = (self.scaled_a(), self.lora_b.val());
         let weight = base.weight.clone();
         let y = if self.drops() {
-            let low = self.dropout.forward(x.clone()).matmul(a.transpose());
-            linear(x, weight) + low.mul_scalar(self.scale).matmul(b.transpose())
+            super::dropping(x, weight, a, b, self.scale, &self.dropout)
         } else {
             lora_linear(x, weight, a, b, self.scale)
         };

@@ -10,7 +10,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
-use enamel_kernels::{khatri_rao_columns, khatri_rao_rows, linear, lora_linear};
+use enamel_kernels::{Held, khatri_rao_columns, khatri_rao_rows, linear, lora_linear};
 
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
 use crate::config::fields::peft_config;
@@ -139,6 +139,9 @@ impl Method for Loha {
         let y = if self.factoring_is_cheaper(x.dims()[0]) {
             let (left, right) = self.khatri_rao();
             lora_linear(x, weight, right, left, self.scale)
+        } else if let Held::Packed(_) = weight.matrix() {
+            // Their sum would be another matrix of the weight's size.
+            linear(x.clone(), weight) + self.own(x)
         } else {
             linear(x, weight.map(|w| w + self.delta().mul_scalar(self.scale)))
         };

@@ -8,11 +8,14 @@
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
-use enamel_kernels::{LowRank, dora_linear, linear, lora_linear};
+use enamel_kernels::{BaseWeight, Held, LowRank, dora_linear, fuses, linear, lora_linear};
 
 use super::lora_embedding::{self, LoraEmbedding};
 use super::lora_start;
-use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use super::{
+    Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start, drawn,
+    dropping,
+};
 use crate::config::{Bias, LoraConfig, Purpose, TokenIndices};
 use crate::error::Result;
 use crate::linear::Base;
@@ -103,6 +106,18 @@ pub(super) fn untracked<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     tensor.detach().set_require_grad(false)
 }
 
+/// Squared lengths of the rows of a base, `[rows]`.
+fn row_squares(weight: &BaseWeight, place: &Placement<'_>) -> Tensor<1> {
+    let [rows, _] = weight.dims();
+    match weight.matrix() {
+        Held::Packed(packed) => place.tensor(packed.row_squares(), [rows]),
+        Held::Dense(_) => {
+            let weight = untracked(weight.dense());
+            (weight.clone() * weight).sum_dim(1).reshape([rows])
+        }
+    }
+}
+
 /// Lengths of the rows of a matrix, `[rows]`.
 pub(super) fn row_lengths(matrix: Tensor<2>) -> Tensor<1> {
     let [rows, _] = matrix.dims();
@@ -117,7 +132,11 @@ impl Method for Lora {
                 let (a, b) = self.factors();
                 lora_linear(x, weight, a, b, self.scale)
             }
-            // The base sees all of x, so with dropout the two products no longer share their input.
+            (None, true) if self.origin.is_none() => {
+                let (a, b) = (self.lora_a.val(), self.lora_b.val());
+                dropping(x, weight, a, b, self.scale, &self.dropout)
+            }
+            // What the base has given up is a part of it, so it sees all of x.
             (None, true) => {
                 let low = self.dropout.forward(x.clone());
                 let low = low.matmul(self.lora_a.val().transpose());
@@ -182,12 +201,22 @@ impl Method for Lora {
     }
 
     fn low_rank(&self) -> Option<LowRank> {
-        if self.magnitude.is_some() || self.bias.is_some() || self.dropping() {
+        if self.magnitude.is_some() || self.bias.is_some() {
             return None;
         }
         let (a, b) = self.factors();
-        let scale = self.scale;
-        Some(LowRank { a, b, scale })
+        let dropout = match self.dropping() {
+            // Elsewhere, or beside what sees all of the input, the operations are separate.
+            true if self.origin.is_some() || !fuses(&a) => return None,
+            true => Some(drawn(&self.dropout, &a.device())),
+            false => None,
+        };
+        Some(LowRank {
+            a,
+            b,
+            scale: self.scale,
+            dropout,
+        })
     }
 
     fn scale(&self) -> f64 {
@@ -281,10 +310,7 @@ impl MethodConfig for LoraConfig {
             .then(|| place.param(&target.key(B_BIAS), next(), [out]));
         let magnitude = self.use_dora.then(|| Magnitude {
             length: place.param(&target.key(MAGNITUDE), next(), [out]),
-            base_squares: {
-                let weight = untracked(place.weight.dense());
-                (weight.clone() * weight).sum_dim(1).reshape([out])
-            },
+            base_squares: row_squares(&place.weight, place),
         });
         let origin = place.origin.as_ref().map(|origin| {
             let at = |i: usize| origin.get(i).cloned().unwrap_or_default();

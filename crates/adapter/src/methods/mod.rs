@@ -6,6 +6,7 @@
 //! merging, storing and the directory format ask for nothing else.
 
 pub mod adalora;
+mod dropout;
 pub mod full;
 pub mod ia3;
 pub mod loha;
@@ -17,11 +18,12 @@ pub mod tokens;
 pub mod vera;
 
 use burn::module::{Module, Param, ParamId};
-use burn::nn::Dropout;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use enamel_kernels::{BaseWeight, LowRank};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
+
+pub(crate) use dropout::{at_work, drawn, dropping};
 
 use crate::config::{Bias, LoraConfig, Purpose, Targets, TokenIndices, object_of};
 use crate::error::{AdapterError, Result};
@@ -160,11 +162,6 @@ impl Start<'_> {
     pub fn rng(&self, target: &TargetPlan, parameter: &str) -> ChaCha8Rng {
         crate::random::rng(self.seed, &target.key(parameter))
     }
-}
-
-/// Whether a forward pass drops anything: in training, which is on an autodiff device.
-pub(crate) fn at_work<const D: usize>(dropout: &Dropout, parameter: &Param<Tensor<D>>) -> bool {
-    dropout.prob > 0.0 && dropout.training.is_enabled() && parameter.val().device().is_autodiff()
 }
 
 /// Where a new parameter goes and whether it is trained.

@@ -8,7 +8,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
-use enamel_kernels::{linear, lora_linear};
+use enamel_kernels::lora_linear;
 
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
 use crate::config::fields::peft_config;
@@ -93,8 +93,7 @@ impl Method for Vera {
         let (a, b) = self.factors();
         let weight = base.weight.clone();
         let y = if self.drops() {
-            let low = self.dropout.forward(x.clone()).matmul(a.transpose());
-            linear(x, weight) + low.matmul(b.transpose())
+            super::dropping(x, weight, a, b, 1.0, &self.dropout)
         } else {
             lora_linear(x, weight, a, b, 1.0)
         };

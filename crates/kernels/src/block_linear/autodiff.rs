@@ -160,6 +160,7 @@ fn saved<B: Backend>(operands: &Operands<Input<B>>, compute: Compute) -> Saved<F
                 .filter(|_| wants_x || wants[0])
                 .map(|lora| handle(&lora.b)),
             scale: lora.map_or(1.0, |lora| lora.scale),
+            dropout: lora.and_then(|lora| lora.dropout),
             out: dims::<B>(&part.weight)[0],
             rank: lora.map_or(0, |lora| lora.a.0.shape()[0]),
             wants,

@@ -14,7 +14,9 @@ use crate::cpu::half::held;
 use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
 use crate::cpu::simd::{Level, level};
 use crate::cpu::storage::{CHUNK, dense, owned, tensor, values};
+use crate::lora_linear::Dropout;
 use crate::lora_linear::cpu::{dims, filled};
+use crate::lora_linear::dropped::{dropped, dropped_sum};
 use crate::rms_norm::cpu::backward as norm_backward;
 
 /// What the backward pass needs, each only if some tracked parent's gradient uses it.
@@ -51,6 +53,8 @@ pub struct SavedPart<T> {
     pub b: Option<T>,
     /// In front of the adapter's product.
     pub scale: f64,
+    /// On the adapter's input.
+    pub dropout: Option<Dropout>,
     /// Columns of the result.
     pub out: usize,
     /// Rank of the adapter, 0 without.
@@ -123,15 +127,13 @@ pub(super) fn backward(saved: Saved<FlexTensor>, grad: FlexTensor) -> Grads<Flex
     };
     let d_b = columns.of_b(&parts, low.as_ref());
     let d_low = columns.of_low(&parts, compute);
-    let d_low = d_low
-        .as_ref()
-        .map(|d_low| MatRef::rows_of(d_low, rows, columns.ranks));
+    let d_low = d_low.as_deref();
     let d_input = wants_x.then(|| columns.of_input(&parts, d_low, width, compute));
 
     let (d_x, input) = undo(x, source, inverse, d_input, [rows, width], wants_a);
     let mut d_a: Vec<Option<FlexTensor>> = parts.iter().map(|_| None).collect();
     if let (Some(d_low), Some(input)) = (d_low, &input) {
-        d_a = of_a(&parts, d_low, MatRef::of(input));
+        d_a = columns.of_a(&parts, d_low, input);
     }
     Grads {
         x: d_x,
@@ -211,11 +213,16 @@ impl<'a> Columns<'a> {
         Some(d_low)
     }
 
-    /// `Σ g · w + d_low · a`.
+    /// The columns of `d_low` of a part whose rows of the stacked a begin at `at`.
+    fn low_of<'c, T>(&self, part: &SavedPart<T>, d_low: &'c [f32], at: usize) -> MatRef<'c> {
+        MatRef::strided(d_low, at, self.rows, part.rank, self.ranks)
+    }
+
+    /// `Σ g · w + d_low · a`; what an adapter with dropout adds is dropped where its input was.
     fn of_input(
         &self,
         parts: &[SavedPart<FlexTensor>],
-        d_low: Option<MatRef<'_>>,
+        d_low: Option<&[f32]>,
         width: usize,
         compute: Compute,
     ) -> FlexTensor {
@@ -224,16 +231,79 @@ impl<'a> Columns<'a> {
             .filter_map(|(part, grad, _)| part.weight.clone().map(|w| (grad, w.map(held))))
             .collect();
         let mut terms: Vec<_> = ready.iter().map(|(g, w)| (*g, Weight::held(w))).collect();
+        let apart = any_drops(parts);
         let all = parts.iter().filter(|part| part.rank > 0);
         let all: Vec<_> = all.filter_map(|part| part.a.clone()).collect();
-        let stacked = (!all.is_empty()).then(|| Stacked::new(all, width));
+        let stacked = (!all.is_empty() && !apart).then(|| Stacked::new(all, width));
         if let (Some(d_low), Some(stacked)) = (d_low, &stacked) {
+            let d_low = MatRef::rows_of(d_low, self.rows, self.ranks);
             terms.push((d_low, Weight::F32(stacked.view())));
         }
-        filled(self.rows, width, |dst| {
-            times(dst, Into::Set, &terms, compute)
-        })
+        let mut sum = filled(self.rows, width, |dst| {
+            times(dst, Into::Set, &terms, compute);
+        });
+        let Some(d_low) = d_low.filter(|_| apart) else {
+            return sum;
+        };
+        for (part, _, at) in self.by_part(parts) {
+            let (Some(a), true) = (part.a.clone(), part.rank > 0) else {
+                continue;
+            };
+            let a = readable(a);
+            let own = filled(self.rows, width, |dst| {
+                let terms = [(self.low_of(part, d_low, at), Weight::of(&a))];
+                times(dst, Into::Set, &terms, compute);
+            });
+            // A probability of zero drops nothing.
+            let dropout = part.dropout.unwrap_or(Dropout {
+                probability: 0.0,
+                seed: 0,
+            });
+            sum = dropped_sum(sum, own, dropout);
+        }
+        sum
     }
+
+    /// `d_lowᵀ · x̂`: of all adapters at once, then cut into theirs; one by one where some of x̂ is dropped.
+    fn of_a(
+        &self,
+        parts: &[SavedPart<FlexTensor>],
+        d_low: &[f32],
+        input: &FlexTensor,
+    ) -> Vec<Option<FlexTensor>> {
+        let width = dims(input).1;
+        if any_drops(parts) {
+            let by_part = self.by_part(parts).map(|(part, _, at)| {
+                part.wants[0].then(|| {
+                    let own = match part.dropout {
+                        Some(dropout) => dropped(input.clone(), dropout),
+                        None => input.clone(),
+                    };
+                    let d_low = self.low_of(part, d_low, at);
+                    filled(part.rank, width, |dst| {
+                        outer(dst, Into::Set, 1.0, d_low, MatRef::of(&own));
+                    })
+                })
+            });
+            return by_part.collect();
+        }
+        let ranks = self.ranks;
+        let d_low = MatRef::rows_of(d_low, self.rows, ranks);
+        let all = filled(ranks, width, |dst| {
+            outer(dst, Into::Set, 1.0, d_low, MatRef::of(input));
+        });
+        let cut = self.by_part(parts).map(|(part, _, from)| {
+            part.wants[0].then(|| {
+                let rows = values(&all)[from * width..(from + part.rank) * width].to_vec();
+                tensor(rows, Shape::from(vec![part.rank, width]))
+            })
+        });
+        cut.collect()
+    }
+}
+
+fn any_drops<T>(parts: &[SavedPart<T>]) -> bool {
+    parts.iter().any(|part| part.dropout.is_some())
 }
 
 /// From the gradient of the projections' input to that of x, where it is wanted, and the input once more,
@@ -340,24 +410,4 @@ impl Normed<'_> {
                 norm_backward(self.level, x, self.weight, inverse, d, &mut []);
             });
     }
-}
-
-/// `d_lowᵀ · x̂`: of all adapters at once, then cut into theirs.
-fn of_a(
-    parts: &[SavedPart<FlexTensor>],
-    d_low: MatRef<'_>,
-    input: MatRef<'_>,
-) -> Vec<Option<FlexTensor>> {
-    let (ranks, width) = (d_low.cols(), input.cols());
-    let all = filled(ranks, width, |dst| outer(dst, Into::Set, 1.0, d_low, input));
-    let mut at = 0;
-    let cut = parts.iter().map(|part| {
-        let (from, rank) = (at, part.rank);
-        at += rank;
-        part.wants[0].then(|| {
-            let rows = values(&all)[from * width..(from + rank) * width].to_vec();
-            tensor(rows, Shape::from(vec![rank, width]))
-        })
-    });
-    cut.collect()
 }

@@ -15,7 +15,9 @@ use crate::cpu::half::held;
 use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
 use crate::cpu::simd::level;
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
+use crate::lora_linear::Dropout;
 use crate::lora_linear::cpu::dims;
+use crate::lora_linear::mask::{Mask, masked};
 
 /// From so many rows on, one product with all a on top of each other is worth the copy that stacks them.
 const STACKED_FROM: usize = 16;
@@ -80,18 +82,29 @@ impl Stacked {
     }
 }
 
-/// x made into the projections' input and packed, with its width, and `1/rms` of each row where there is a
-/// norm.
+/// x made into the projections' input and packed, with some of it dropped where that is asked for; with its
+/// width, and `1/rms` of each row where there is a norm.
 fn packed(
     x: &FlexTensor,
     source: Source<FlexTensor>,
+    dropout: Option<Dropout>,
     compute: Compute,
 ) -> (Packed, usize, Option<Vec<f32>>) {
     let (xs, level, (rows, columns)) = (values(x), level(), dims(x));
     let row = |i: usize| &xs[i * columns..(i + 1) * columns];
+    let mask = dropout.map(Mask::from);
+    let drop = |i: usize, out: &mut [f32]| {
+        if let Some(mask) = mask {
+            let start = (i * out.len()) as u32;
+            masked(level, out, mask, start);
+        }
+    };
     match source {
         Source::Rows => {
-            let fill = |i: usize, out: &mut [f32]| out.copy_from_slice(row(i));
+            let fill = |i: usize, out: &mut [f32]| {
+                out.copy_from_slice(row(i));
+                drop(i, out);
+            };
             (Packed::new(rows, columns, compute, fill), columns, None)
         }
         Source::Normed { weight, eps } => {
@@ -102,6 +115,7 @@ fn packed(
             let packed = Packed::new(rows, columns, compute, |i, out| {
                 let inv = normalise(level, row(i), ws, eps as f32, out);
                 inverse[i].store(inv.to_bits(), Ordering::Relaxed);
+                drop(i, out);
             });
             let inverse = inverse.into_iter().map(|v| f32::from_bits(v.into_inner()));
             (packed, columns, Some(inverse.collect()))
@@ -112,6 +126,7 @@ fn packed(
             let packed = Packed::new(rows, inner, compute, |i, out| {
                 let (gate, up) = row(i).split_at(inner);
                 gated(level, gate, up, out);
+                drop(i, out);
             });
             (packed, inner, None)
         }
@@ -145,8 +160,9 @@ pub(super) fn forward(
         crate::profile::op(name, flops, bytes + 4 * moved)
     };
 
-    let (packed, width, inverse) = packed(&x, source, compute);
-    let low = low(&packed, &parts, rows, width);
+    let (input, width, inverse) = packed(&x, source.clone(), None, compute);
+    let dropped = |dropout| packed(&x, source.clone(), Some(dropout), compute).0;
+    let low = low(&input, dropped, &parts, rows, width);
     let ranks: usize = parts.iter().map(rank).sum();
     let mut at = 0;
     let lows = parts.iter().map(|part| {
@@ -169,7 +185,7 @@ pub(super) fn forward(
             let mut y = owned(residual);
             let ptr = y.storage_mut::<f32>().as_mut_ptr();
             // SAFETY: the buffer is `rows · total` long, and this is its one borrow.
-            unsafe { products(ptr, rows, total, Into::Add, &packed, &parts, &lows) };
+            unsafe { products(ptr, rows, total, Into::Add, &input, &parts, &lows) };
             y
         }
         None => {
@@ -177,7 +193,7 @@ pub(super) fn forward(
             // SAFETY: the buffer is `rows · total` long and fresh; the products set all of it.
             unsafe {
                 let ptr = y.as_mut_ptr();
-                products(ptr, rows, total, Into::Set, &packed, &parts, &lows);
+                products(ptr, rows, total, Into::Set, &input, &parts, &lows);
                 y.into_tensor(shape)
             }
         }
@@ -220,25 +236,36 @@ fn work(parts: &[Part<FlexTensor>], rows: usize, width: usize) -> (usize, usize)
     sum
 }
 
-/// `x̂ · aᵀ` of all adapters, side by side.
-fn low(packed: &Packed, parts: &[Part<FlexTensor>], rows: usize, width: usize) -> Option<Vec<f32>> {
+/// `x̂ · aᵀ` of all adapters, side by side; of an adapter with dropout it is `drop(x̂) · aᵀ`.
+fn low(
+    packed: &Packed,
+    dropped: impl Fn(Dropout) -> Packed,
+    parts: &[Part<FlexTensor>],
+    rows: usize,
+    width: usize,
+) -> Option<Vec<f32>> {
     let all = parts.iter().filter(|part| rank(part) > 0);
     let all: Vec<_> = all
-        .filter_map(|part| part.lora.as_ref().map(|lora| lora.a.clone()))
+        .filter_map(|part| part.lora.as_ref())
+        .map(|lora| (lora.a.clone(), lora.dropout))
         .collect();
     if all.is_empty() {
         return None;
     }
-    let ranks = all.iter().map(|a| dims(a).0).sum();
-    let groups = if rows < STACKED_FROM {
-        all.into_iter().map(|a| vec![a]).collect()
+    let ranks = all.iter().map(|(a, _)| dims(a).0).sum();
+    let apart = rows < STACKED_FROM || all.iter().any(|(_, dropout)| dropout.is_some());
+    let groups: Vec<(Vec<FlexTensor>, Option<Dropout>)> = if apart {
+        all.into_iter().map(|(a, drop)| (vec![a], drop)).collect()
     } else {
-        vec![all]
+        vec![(all.into_iter().map(|(a, _)| a).collect(), None)]
     };
     let (mut low, mut at) = (Fresh::new(rows * ranks), 0);
-    for group in groups {
+    for (group, dropout) in groups {
         let stacked = Stacked::new(group, width);
         let a = stacked.view();
+        // Each mask is another input.
+        let own = dropout.map(&dropped);
+        let packed = own.as_ref().unwrap_or(packed);
         // SAFETY: columns `at .. at + a.rows()` of the buffer, which has `rows · ranks` elements.
         let mut dst = unsafe { MatMut::raw(low.as_mut_ptr().add(at), rows, a.rows(), ranks) };
         times_t(&mut dst, Into::Set, &[(packed, Weight::F32(a))]);

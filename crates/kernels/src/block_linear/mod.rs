@@ -20,6 +20,8 @@ use burn::tensor::Tensor;
 use crate::base_weight::Matrix;
 use crate::cpu::gemm::Compute;
 use crate::cpu::storage::{OnFlex, is_flex, matrix_on_flex};
+use crate::lora_linear::Dropout;
+use crate::packed_linear::rounds_input;
 
 /// Projections that one call takes: a node of the graph has a fixed number of parents.
 const MOST_PROJECTIONS: usize = 3;
@@ -33,7 +35,7 @@ pub struct Norm {
     pub eps: f64,
 }
 
-/// A linear map, alone or with a low-rank adapter: `x · weightᵀ + bias + scale · (x · aᵀ) · bᵀ`.
+/// A linear map, alone or with a low-rank adapter: `x · weightᵀ + bias + scale · (drop(x) · aᵀ) · bᵀ`.
 #[derive(Clone, Debug)]
 pub struct Projection {
     /// `[out, in]`, f32, bf16 or packed.
@@ -53,6 +55,8 @@ pub struct LowRank {
     pub b: Tensor<2>,
     /// The factor in front of their product.
     pub scale: f64,
+    /// On the adapter's input alone.
+    pub dropout: Option<Dropout>,
 }
 
 impl Projection {
@@ -61,9 +65,12 @@ impl Projection {
         self.weight.is_tracked() || self.bias.as_ref().is_some_and(|bias| bias.is_tracked())
     }
 
-    fn fuses(&self) -> bool {
+    /// Whether the fused operations take it. LLM.int8() rounds what its rows are multiplied with, and the
+    /// adapter sees the input as it is: that takes two operations.
+    pub(crate) fn fuses(&self) -> bool {
         let factors = self.lora.as_ref();
         matrix_on_flex(&self.weight)
+            && !rounds_input(&self.weight)
             && !self.trains_base()
             && self.bias.as_ref().is_none_or(OnFlex::on_flex)
             && factors.is_none_or(|lora| lora.a.on_flex() && lora.b.on_flex())

@@ -7,8 +7,9 @@ use burn::backend::{
 };
 use burn::tensor::Tensor;
 
-use super::{LowRank, Norm, Projection};
+use super::{Norm, Projection};
 use crate::base_weight::Held;
+use crate::lora_linear::Dropout;
 
 /// What the projections multiply, made of the operand x.
 #[derive(Clone, Debug)]
@@ -46,6 +47,8 @@ pub struct Factors<T> {
     pub b: T,
     /// In front of their product.
     pub scale: f64,
+    /// On the adapter's input.
+    pub dropout: Option<Dropout>,
 }
 
 /// All tensors of a call.
@@ -85,6 +88,7 @@ impl<T> Operands<T> {
                         a: f(lora.a),
                         b: f(lora.b),
                         scale: lora.scale,
+                        dropout: lora.dropout,
                     }),
                 })
                 .collect(),
@@ -103,10 +107,11 @@ impl Operands<DispatchTensor> {
         let part = |projection: Projection| Part {
             weight: projection.weight.map(Tensor::into_dispatch),
             bias: projection.bias.map(Tensor::into_dispatch),
-            lora: projection.lora.map(|LowRank { a, b, scale }| Factors {
-                a: a.into_dispatch(),
-                b: b.into_dispatch(),
-                scale,
+            lora: projection.lora.map(|lora| Factors {
+                a: lora.a.into_dispatch(),
+                b: lora.b.into_dispatch(),
+                scale: lora.scale,
+                dropout: lora.dropout,
             }),
         };
         Self {

@@ -2,8 +2,8 @@
 
 use burn::tensor::Tensor;
 
-use super::{Norm, Projection};
-use crate::{linear, lora_linear, rms_norm, silu_mul};
+use super::{LowRank, Norm, Projection};
+use crate::{linear, lora_linear, lora_linear_dropout, rms_norm, silu_mul};
 
 pub(super) fn project(x: Tensor<2>, norm: Option<Norm>, projections: Vec<Projection>) -> Tensor<2> {
     let x = match norm {
@@ -30,7 +30,15 @@ pub(super) fn swiglu_project(gate_up: Tensor<2>, projections: Vec<Projection>) -
 fn one(x: Tensor<2>, projection: Projection) -> Tensor<2> {
     let weight = projection.weight;
     let y = match projection.lora {
-        Some(lora) => lora_linear(x, weight, lora.a, lora.b, lora.scale),
+        Some(LowRank {
+            a,
+            b,
+            scale,
+            dropout,
+        }) => match dropout {
+            Some(dropout) => lora_linear_dropout(x, weight, a, b, scale, dropout),
+            None => lora_linear(x, weight, a, b, scale),
+        },
         None => linear(x, weight),
     };
     match projection.bias {

@@ -34,6 +34,8 @@ struct Case {
     parts: Vec<(usize, usize, bool)>,
     /// Bit 0: x, bit 1: the residual, then a and b of each projection.
     tracked: usize,
+    /// Whether some adapters have dropout.
+    drops: bool,
 }
 
 struct Tensors {
@@ -55,6 +57,14 @@ impl Case {
             width,
             parts,
             tracked: usize::MAX,
+            drops: false,
+        }
+    }
+
+    fn dropping(self) -> Self {
+        Self {
+            drops: true,
+            ..self
         }
     }
 
@@ -81,6 +91,11 @@ impl Case {
                     a: leaf(seed + 2, [r, width], bit(2 + 2 * i), device),
                     b: leaf(seed + 3, [out, r], bit(3 + 2 * i), device),
                     scale: 0.75 + i as f64,
+                    // Not the second one's: a call may have both.
+                    dropout: (self.drops && i != 1).then_some(Dropout {
+                        probability: 0.3,
+                        seed,
+                    }),
                 }),
             }
         };
@@ -164,6 +179,30 @@ fn every_operation_matches_reference_at_odd_sizes() {
     }
 }
 
+/// Masks are of the normalised or gated input, each projection's its own; with the second one's adapter whole,
+/// and for every way to track what one adapter has.
+#[test]
+fn dropout_matches_reference() {
+    let parts = [(33, 3, true), (5, 4, false), (17, 16, false)];
+    for op in OPS {
+        for (rows, width) in [(1, 7), (3, 37), (70, 301)] {
+            Case::new(op, rows, width, &parts).dropping().check();
+            Case::new(
+                op,
+                rows,
+                width,
+                &[(9, 0, true), (40, 2, true), (3, 2, false)],
+            )
+            .dropping()
+            .check();
+        }
+        for tracked in 0..16 {
+            let case = Case::new(op, 6, 20, &[(9, 3, true)]).dropping();
+            Case { tracked, ..case }.check();
+        }
+    }
+}
+
 /// Of 2⁸ ways to track x, the residual and three adapters' factors: all of them with one adapter, every
 /// seventh with three.
 #[test]
@@ -201,6 +240,7 @@ fn reads_views() {
                 a: leaf(4, [22, 5], true, device).transpose(),
                 b: leaf(5, [1, 5], true, device).expand([11, 5]),
                 scale: 2.0,
+                dropout: None,
             }),
         };
         let transposed = Projection {
@@ -367,10 +407,12 @@ fn threads_do_not_matter() {
     for op in OPS {
         for rows in [1, 130] {
             let case = Case::new(op, rows, 160, &parts);
-            same_on_any_pool(move || {
-                let (y, g) = case.run(&flex(), true);
-                std::iter::once(y).chain(g.into_iter().flatten()).collect()
-            });
+            for case in [case.clone(), case.dropping()] {
+                same_on_any_pool(move || {
+                    let (y, g) = case.run(&flex(), true);
+                    std::iter::once(y).chain(g.into_iter().flatten()).collect()
+                });
+            }
         }
     }
 }

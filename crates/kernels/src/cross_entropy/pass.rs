@@ -203,10 +203,16 @@ fn part<'a>(head: Weight<'a>, from: usize, count: usize) -> Weight<'a> {
             out: count,
             width,
         },
-        Weight::Packed { data, first, .. } => Weight::Packed {
+        Weight::Packed {
+            data,
+            first,
+            reading,
+            ..
+        } => Weight::Packed {
             data,
             first: first + from,
             out: count,
+            reading,
         },
     }
 }

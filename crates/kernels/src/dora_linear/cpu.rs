@@ -15,7 +15,6 @@ use burn::backend::{Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::base_weight::BaseWeight;
 use crate::cpu::gemm::{Compute, Packed, Weight, times_t};
 use crate::cpu::half::held;
 use crate::cpu::matrix::{Into, MatRef};
@@ -71,24 +70,26 @@ pub trait DoraOps: LinearOps {
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 }
 
+#[allow(clippy::too_many_arguments)]
 pub(super) fn dora_linear(
     x: Tensor<2>,
-    w: BaseWeight,
+    w: Tensor<2>,
     a: Tensor<2>,
     b: Tensor<2>,
     magnitude: Tensor<1>,
     base_squares: Tensor<1>,
     scale: f64,
+    compute: Compute,
 ) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as DoraOps>::enamel_dora(
         x.into_dispatch(),
-        w.values().into_dispatch(),
+        w.into_dispatch(),
         a.into_dispatch(),
         b.into_dispatch(),
         magnitude.into_dispatch(),
         base_squares.into_dispatch(),
         scale,
-        w.compute(),
+        compute,
     ))
 }
 

@@ -9,7 +9,7 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::base_weight::BaseWeight;
+use crate::base_weight::{BaseWeight, Held};
 use crate::cpu::storage::{OnFlex, note_fallback, weight_on_flex};
 
 /// `y = f ∘ (x · wᵀ + scale · (x · aᵀ) · bᵀ)` with `f = magnitude / ‖w + scale · b·a‖`, row by row. The
@@ -50,14 +50,20 @@ pub fn dora_linear(
         magnitude.dims(),
         base_squares.dims(),
     );
-    let matrices = [&x, &a, &b].iter().all(|t| t.on_flex()) && weight_on_flex(&w.values());
-    if matrices && magnitude.on_flex() && base_squares.on_flex() {
-        cpu::dora_linear(x, w, a, b, magnitude, base_squares, scale)
-    } else {
-        note_fallback(
-            "dora_linear",
-            &[&x, &w.values(), &a, &b, &magnitude, &base_squares],
-        );
-        reference::dora_linear(x, w.dense(), a, b, magnitude, base_squares, scale)
+    let rest =
+        [&x, &a, &b].iter().all(|t| t.on_flex()) && magnitude.on_flex() && base_squares.on_flex();
+    match w.matrix() {
+        Held::Dense(dense) if rest && weight_on_flex(dense) => {
+            let compute = w.compute();
+            let dense = dense.clone();
+            cpu::dora_linear(x, dense, a, b, magnitude, base_squares, scale, compute)
+        }
+        // Of the operations that make it up, each reads the packed rows.
+        Held::Packed(_) => reference::dora_linear(x, w, a, b, magnitude, base_squares, scale),
+        Held::Dense(dense) => {
+            let tensors: [&dyn OnFlex; 6] = [&x, dense, &a, &b, &magnitude, &base_squares];
+            note_fallback("dora_linear", &tensors);
+            reference::dora_linear(x, w.dense(), a, b, magnitude, base_squares, scale)
+        }
     }
 }

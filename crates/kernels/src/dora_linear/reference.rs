@@ -2,17 +2,21 @@
 
 use burn::tensor::Tensor;
 
+use crate::base_weight::{BaseWeight, Held};
+use crate::packed_linear::values_linear;
+
 pub(super) fn dora_linear(
     x: Tensor<2>,
-    w: Tensor<2>,
+    w: impl Into<BaseWeight>,
     a: Tensor<2>,
     b: Tensor<2>,
     magnitude: Tensor<1>,
     base_squares: Tensor<1>,
     scale: f64,
 ) -> Tensor<2> {
+    let w = w.into();
     let lengths = lengths(
-        untracked(w.clone()),
+        w.clone(),
         untracked(a.clone()),
         untracked(b.clone()),
         untracked(base_squares),
@@ -24,15 +28,20 @@ pub(super) fn dora_linear(
 
 /// Lengths of the rows of `w + scale · b·a`, `[out]`.
 fn lengths(
-    w: Tensor<2>,
+    w: BaseWeight,
     a: Tensor<2>,
     b: Tensor<2>,
     base_squares: Tensor<1>,
     scale: f64,
 ) -> Tensor<1> {
     let [out, _] = w.dims();
-    // `[r, out]`: few rows times the weight, which is read once.
-    let across = crate::linear(a.clone(), w).transpose();
+    // `[r, out]`: few rows times the weight, which is read once. They are weights and no input: LLM.int8() would
+    // round them.
+    let across = match w.matrix() {
+        Held::Dense(dense) => crate::linear(a.clone(), untracked(dense.clone())),
+        Held::Packed(packed) => values_linear(a.clone(), packed.clone(), w.compute()),
+    };
+    let across = across.transpose();
     let gram = a.clone().matmul(a.transpose());
     let both = across.mul_scalar(2.0 * scale) + b.clone().matmul(gram).mul_scalar(scale * scale);
     let squares = base_squares + (both * b).sum_dim(1).reshape([out]);

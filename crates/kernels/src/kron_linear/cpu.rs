@@ -19,7 +19,6 @@ use burn::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
 use super::factors::Factors;
-use crate::base_weight::BaseWeight;
 use crate::cpu::gemm::{Compute, Packed, Weight, outer, times, times_t};
 use crate::cpu::half::held;
 use crate::cpu::matrix::{Into, MatMut, MatRef};
@@ -39,18 +38,19 @@ pub struct Wanted {
 /// The operation as a backend extension.
 #[backend_extension(Flex, Autodiff)]
 pub trait KronOps: Backend {
-    /// `x · wᵀ + scale · x · kron(w1, w2)ᵀ`.
+    /// `x · wᵀ + scale · x · kron(w1, w2)ᵀ`; without a base the second term alone, and w is not read.
     fn enamel_kron(
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         w1: FloatTensor<Self>,
         w2: FloatTensor<Self>,
+        based: bool,
         scale: f64,
         compute: Compute,
     ) -> FloatTensor<Self>;
 
     /// Gradients of x and w, and of w1 and w2; those not wanted are empty. x is read for those of w,
-    /// w1 and w2 only, w for that of x.
+    /// w1 and w2 only, w, where there is one, for that of x.
     #[allow(clippy::type_complexity, clippy::too_many_arguments)]
     fn enamel_kron_backward(
         x: FloatTensor<Self>,
@@ -58,6 +58,7 @@ pub trait KronOps: Backend {
         w1: FloatTensor<Self>,
         w2: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        based: bool,
         scale: f64,
         compute: Compute,
         wanted: Wanted,
@@ -71,18 +72,22 @@ pub trait KronOps: Backend {
 
 pub(super) fn kron_linear(
     x: Tensor<2>,
-    w: BaseWeight,
+    w: Option<Tensor<2>>,
     w1: Tensor<2>,
     w2: Tensor<2>,
     scale: f64,
+    compute: Compute,
 ) -> Tensor<2> {
+    let based = w.is_some();
+    let w = w.unwrap_or_else(|| w1.clone().detach().set_require_grad(false));
     Tensor::from_dispatch(<Dispatch as KronOps>::enamel_kron(
         x.into_dispatch(),
-        w.values().into_dispatch(),
+        w.into_dispatch(),
         w1.into_dispatch(),
         w2.into_dispatch(),
+        based,
         scale,
-        w.compute(),
+        compute,
     ))
 }
 
@@ -107,18 +112,24 @@ impl KronOps for Flex {
         w: FloatTensor<Self>,
         w1: FloatTensor<Self>,
         w2: FloatTensor<Self>,
+        based: bool,
         scale: f64,
         compute: Compute,
     ) -> FloatTensor<Self> {
-        let (x, w, w1, w2) = (dense(x), held(w), dense(w1), dense(w2));
-        let (rows, out) = (dims(&x).0, dims(&w).0);
+        let (x, w1, w2) = (dense(x), dense(w1), dense(w2));
+        let w = based.then(|| held(w));
         let f = Factors::new(&w1, &w2, scale);
+        let (rows, out) = (dims(&x).0, w.as_ref().map_or(f.output(), |w| dims(w).0));
+        let numbers = w.as_ref().map_or(0, |w| dims(w).0 * dims(w).1);
         let _timer = profile::op(
             "kron_linear",
-            rows * (2 * f.input() * out + f.flops()),
-            4 * (rows * (f.input() + out) + f.input() * out),
+            rows * (2 * numbers + f.flops()),
+            4 * (rows * (f.input() + out) + numbers),
         );
-        let mut y = base(MatRef::of(&x), Weight::of(&w), compute);
+        let mut y = match &w {
+            Some(w) => base(MatRef::of(&x), Weight::of(w), compute),
+            None => vec![0.0; rows * out],
+        };
         let xs = values(&x);
         if rows > 0 && !f.empty() {
             assert!(
@@ -140,6 +151,7 @@ impl KronOps for Flex {
         w1: FloatTensor<Self>,
         w2: FloatTensor<Self>,
         grad: FloatTensor<Self>,
+        based: bool,
         scale: f64,
         compute: Compute,
         wanted: Wanted,
@@ -149,12 +161,13 @@ impl KronOps for Flex {
         FloatTensor<Self>,
         FloatTensor<Self>,
     ) {
-        let (x, w, grad) = (dense(x), held(w), dense(grad));
+        let (x, grad) = (dense(x), dense(grad));
+        let w = based.then(|| held(w));
         let (w1, w2) = (dense(w1), dense(w2));
         let f = Factors::new(&w1, &w2, scale);
         let (rows, out) = dims(&grad);
         let input = f.input();
-        let large = usize::from(wanted.x) + usize::from(wanted.w);
+        let large = usize::from(wanted.x && w.is_some()) + usize::from(wanted.w);
         let small = usize::from(wanted.x) + usize::from(wanted.w1) + usize::from(wanted.w2);
         let _timer = profile::op(
             "kron_linear backward",
@@ -166,11 +179,12 @@ impl KronOps for Flex {
             tensor(values, Shape::from(shape.to_vec()))
         };
         let g = MatRef::of(&grad);
-        let mut dx = match wanted.x {
-            true => matrix(rows, input, |dx| {
-                times(dx, Into::Set, &[(g, Weight::of(&w))], compute);
+        let mut dx = match (wanted.x, &w) {
+            (true, Some(w)) => matrix(rows, input, |dx| {
+                times(dx, Into::Set, &[(g, Weight::of(w))], compute);
             }),
-            false => Vec::new(),
+            (true, None) => vec![0.0; rows * input],
+            (false, _) => Vec::new(),
         };
         let dw = match wanted.w {
             true => matrix(out, input, |dw| {
@@ -198,10 +212,11 @@ impl KronOps for Flex {
 struct KronState<B: Backend> {
     /// For the gradients of w, w1 and w2.
     x: Option<FloatTensor<B>>,
-    /// For the gradient of x.
+    /// For the gradient of x, where there is a base.
     w: Option<FloatTensor<B>>,
     w1: FloatTensor<B>,
     w2: FloatTensor<B>,
+    based: bool,
     scale: f64,
     compute: Compute,
 }
@@ -220,6 +235,7 @@ impl<B: KronOps> Backward<B, 4> for KronStep {
             w,
             w1,
             w2,
+            based,
             scale,
             compute,
         } = ops.state;
@@ -230,12 +246,13 @@ impl<B: KronOps> Backward<B, 4> for KronStep {
             w2: w2_node.is_some(),
         };
         // What was not kept is not read: any tensor does in its place.
+        let based = based && w.is_some();
         let (x, w) = (
             x.unwrap_or_else(|| w1.clone()),
             w.unwrap_or_else(|| w1.clone()),
         );
         let (dx, dw, dw1, dw2) =
-            B::enamel_kron_backward(x, w, w1, w2, grad, scale, compute, wanted);
+            B::enamel_kron_backward(x, w, w1, w2, grad, based, scale, compute, wanted);
         let pairs = [(x_node, dx), (w_node, dw), (w1_node, dw1), (w2_node, dw2)];
         for (node, gradient) in pairs {
             if let Some(node) = node {
@@ -251,6 +268,7 @@ impl<B: KronOps, C: CheckpointStrategy> KronOps for Autodiff<B, C> {
         w: FloatTensor<Self>,
         w1: FloatTensor<Self>,
         w2: FloatTensor<Self>,
+        based: bool,
         scale: f64,
         compute: Compute,
     ) -> FloatTensor<Self> {
@@ -264,15 +282,18 @@ impl<B: KronOps, C: CheckpointStrategy> KronOps for Autodiff<B, C> {
             OpsKind::Tracked(prep) => {
                 let state = KronState {
                     x: (dw || d1 || d2).then(|| x.clone()),
-                    w: dx.then(|| w.clone()),
+                    w: (dx && based).then(|| w.clone()),
                     w1: w1.clone(),
                     w2: w2.clone(),
+                    based,
                     scale,
                     compute,
                 };
-                prep.finish(state, B::enamel_kron(x, w, w1, w2, scale, compute))
+                prep.finish(state, B::enamel_kron(x, w, w1, w2, based, scale, compute))
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::enamel_kron(x, w, w1, w2, scale, compute)),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::enamel_kron(x, w, w1, w2, based, scale, compute))
+            }
         }
     }
 
@@ -282,6 +303,7 @@ impl<B: KronOps, C: CheckpointStrategy> KronOps for Autodiff<B, C> {
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
         _: FloatTensor<Self>,
+        _: bool,
         _: f64,
         _: Compute,
         _: Wanted,

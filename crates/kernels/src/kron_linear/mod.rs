@@ -13,7 +13,7 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::base_weight::BaseWeight;
+use crate::base_weight::{BaseWeight, Held};
 use crate::cpu::storage::{OnFlex, note_fallback, weight_on_flex};
 
 /// `y = x · wᵀ + scale · x · kron(w1, w2)ᵀ`, without the Kronecker product: with a row of x as
@@ -46,11 +46,24 @@ pub fn kron_linear(
         w1.dims(),
         w2.dims(),
     );
-    if x.on_flex() && weight_on_flex(&w.values()) && w1.on_flex() && w2.on_flex() {
-        cpu::kron_linear(x, w, w1, w2, scale)
-    } else {
-        note_fallback("kron_linear", &[&x, &w.values(), &w1, &w2]);
-        reference::kron_linear(x, w.dense(), w1, w2, scale)
+    let rest = x.on_flex() && w1.on_flex() && w2.on_flex();
+    match w.matrix() {
+        Held::Dense(dense) if rest && weight_on_flex(dense) => {
+            cpu::kron_linear(x, Some(dense.clone()), w1, w2, scale, w.compute())
+        }
+        // The base and the factors are an operation each.
+        Held::Packed(_) => {
+            let compute = w.compute();
+            let base = crate::linear(x.clone(), w);
+            base + match rest {
+                true => cpu::kron_linear(x, None, w1, w2, scale, compute),
+                false => reference::part(x, w1, w2, scale),
+            }
+        }
+        Held::Dense(dense) => {
+            note_fallback("kron_linear", &[&x, dense, &w1, &w2]);
+            reference::kron_linear(x, w.dense(), w1, w2, scale)
+        }
     }
 }
 

@@ -9,14 +9,18 @@ pub(super) fn kron_linear(
     w2: Tensor<2>,
     scale: f64,
 ) -> Tensor<2> {
-    let ([rows, _], [out, _]) = (x.dims(), w.dims());
+    x.clone().matmul(w.transpose()) + part(x, w1, w2, scale)
+}
+
+/// `scale · x · kron(w1, w2)ᵀ`.
+pub(super) fn part(x: Tensor<2>, w1: Tensor<2>, w2: Tensor<2>, scale: f64) -> Tensor<2> {
+    let [rows, _] = x.dims();
     let ([l, m], [k, n]) = (w1.dims(), w2.dims());
-    let base = x.clone().matmul(w.transpose());
     // [rows, m, k], then every row's [m, k] multiplied from the left.
     let right = x.reshape([rows * m, n]).matmul(w2.transpose());
     let left = w1.unsqueeze::<3>().expand([rows, l, m]);
     let adapter = left.matmul(right.reshape([rows, m, k]));
-    base + adapter.reshape([rows, out]).mul_scalar(scale)
+    adapter.reshape([rows, l * k]).mul_scalar(scale)
 }
 
 pub(super) fn kron(w1: Tensor<2>, w2: Tensor<2>) -> Tensor<2> {

@@ -75,7 +75,8 @@ pub(super) fn lora_linear_dropout(
     ))
 }
 
-fn dropped(x: FlexTensor, dropout: Dropout) -> FlexTensor {
+/// `drop(x)`, in place if this is x's last handle.
+pub(crate) fn dropped(x: FlexTensor, dropout: Dropout) -> FlexTensor {
     let (mut x, mask, level) = (owned(x), Mask::from(dropout), level());
     x.storage_mut::<f32>()
         .par_chunks_mut(CHUNK)
@@ -84,6 +85,20 @@ fn dropped(x: FlexTensor, dropout: Dropout) -> FlexTensor {
             masked(level, x, mask, (i * CHUNK) as u32);
         });
     x
+}
+
+/// `sum + drop(x)`, in place if this is the sum's last handle.
+pub(crate) fn dropped_sum(sum: FlexTensor, x: FlexTensor, dropout: Dropout) -> FlexTensor {
+    let (mut sum, x) = (owned(sum), dense(x));
+    let (mask, level, xs) = (Mask::from(dropout), level(), values(&x));
+    let parts = sum
+        .storage_mut::<f32>()
+        .par_chunks_mut(CHUNK)
+        .zip(xs.par_chunks(CHUNK));
+    parts.enumerate().for_each(|(i, (sum, x))| {
+        masked_sum(level, sum, x, mask, (i * CHUNK) as u32);
+    });
+    sum
 }
 
 impl DroppedLoraOps for Flex {
@@ -134,16 +149,7 @@ impl DroppedLoraOps for Flex {
         x: FloatTensor<Self>,
         dropout: Dropout,
     ) -> FloatTensor<Self> {
-        let (mut sum, x) = (owned(sum), dense(x));
-        let (mask, level, xs) = (Mask::from(dropout), level(), values(&x));
-        let parts = sum
-            .storage_mut::<f32>()
-            .par_chunks_mut(CHUNK)
-            .zip(xs.par_chunks(CHUNK));
-        parts.enumerate().for_each(|(i, (sum, x))| {
-            masked_sum(level, sum, x, mask, (i * CHUNK) as u32);
-        });
-        sum
+        dropped_sum(sum, x, dropout)
     }
 }
 

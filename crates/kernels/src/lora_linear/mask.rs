@@ -15,7 +15,7 @@ pub struct Dropout {
 
 /// The seed in two halves, and what the comparison needs.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Mask {
+pub(crate) struct Mask {
     low: u32,
     high: u32,
     threshold: u32,
@@ -62,7 +62,7 @@ impl Mask {
 
 simd_fn! {
     /// `x · mask`, for the elements from `start` on.
-    pub(super) fn masked<L>(x: &mut [f32], mask: Mask, start: u32) {
+    pub(crate) fn masked<L>(x: &mut [f32], mask: Mask, start: u32) {
         for (x, i) in x.iter_mut().zip(0u32..) {
             *x *= mask.factor(start.wrapping_add(i));
         }
@@ -71,7 +71,7 @@ simd_fn! {
 
 simd_fn! {
     /// `sum + x · mask`, for the elements from `start` on.
-    pub(super) fn masked_sum<L>(sum: &mut [f32], x: &[f32], mask: Mask, start: u32) {
+    pub(crate) fn masked_sum<L>(sum: &mut [f32], x: &[f32], mask: Mask, start: u32) {
         for ((sum, x), i) in sum.iter_mut().zip(x).zip(0u32..) {
             *sum += x * mask.factor(start.wrapping_add(i));
         }

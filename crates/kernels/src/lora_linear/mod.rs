@@ -1,18 +1,20 @@
 //! A frozen linear map, alone and with a low-rank adapter beside it.
 
 pub(crate) mod cpu;
-mod dropped;
-mod mask;
+pub(crate) mod dropped;
+pub(crate) mod mask;
 mod reference;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::base_weight::{BaseWeight, Held};
 use crate::block_linear::{LowRank, Projection, project};
+use crate::cpu::gemm::Compute;
 use crate::cpu::storage::{OnFlex, matrix_on_flex, weight_on_flex};
+use crate::packed_linear::packed_linear;
 
 pub use mask::Dropout;
 
@@ -27,7 +29,9 @@ pub fn linear(x: Tensor<2>, w: impl Into<BaseWeight>) -> Tensor<2> {
         Held::Dense(dense) if x.on_flex() && weight_on_flex(dense) => {
             cpu::linear(x, dense.clone(), w.compute())
         }
-        Held::Packed(_) if x.on_flex() && matrix_on_flex(w.matrix()) => packed(x, w, None),
+        Held::Packed(packed) if x.dtype() == DType::F32 => {
+            packed_linear(x, packed.clone(), w.compute())
+        }
         _ => {
             no_kernel("linear", &x, &w);
             reference::linear(x, w.dense())
@@ -50,7 +54,7 @@ pub fn lora_linear(
     let takes = x.on_flex() && matrix_on_flex(w.matrix()) && a.on_flex() && b.on_flex();
     match w.matrix() {
         Held::Dense(dense) if takes => cpu::lora_linear(x, dense.clone(), a, b, scale, w.compute()),
-        Held::Packed(_) if takes => packed(x, w, Some(LowRank { a, b, scale })),
+        Held::Packed(_) if x.dtype() == DType::F32 => packed(x, w, a, b, scale, None),
         _ => {
             no_kernel("lora", &x, &w);
             reference::lora_linear(x, w.dense(), a, b, scale)
@@ -75,22 +79,64 @@ pub fn lora_linear_dropout(
         return lora_linear(x, w, a, b, scale);
     }
     let w = w.into();
-    if x.on_flex() && matrix_on_flex(w.matrix()) && a.on_flex() && b.on_flex() {
-        dropped::lora_linear_dropout(x, w.values(), a, b, scale, dropout, w.compute())
-    } else {
-        no_kernel("lora with dropout", &x, &w);
-        reference::lora_linear_dropout(x, w.dense(), a, b, scale, dropout)
+    let takes = x.on_flex() && matrix_on_flex(w.matrix()) && a.on_flex() && b.on_flex();
+    match w.matrix() {
+        Held::Dense(dense) if takes => {
+            dropped::lora_linear_dropout(x, dense.clone(), a, b, scale, dropout, w.compute())
+        }
+        Held::Packed(_) if x.dtype() == DType::F32 => packed(x, w, a, b, scale, Some(dropout)),
+        _ => {
+            no_kernel("lora with dropout", &x, &w);
+            reference::lora_linear_dropout(x, w.dense(), a, b, scale, dropout)
+        }
     }
 }
 
-/// The map with a packed weight, which the fused operations read as it lies.
-fn packed(x: Tensor<2>, w: BaseWeight, lora: Option<LowRank>) -> Tensor<2> {
+/// `scale · (drop(x) · aᵀ) · bᵀ`, what a low-rank adapter adds to a map.
+///
+/// # Shapes
+/// - x: `[rows, in]`, a: `[r, in]`, b: `[out, r]`, result: `[rows, out]`
+fn low_rank(
+    x: Tensor<2>,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    scale: f64,
+    dropout: Option<Dropout>,
+    compute: Compute,
+) -> Tensor<2> {
+    let x = match dropout {
+        Some(dropout) => reference::dropped(x, dropout),
+        None => x,
+    };
+    let low = linear(x, BaseWeight::new(a, compute)).mul_scalar(scale);
+    linear(low, BaseWeight::new(b, compute))
+}
+
+/// The map with a packed weight: in one operation where the fused ones read it as it lies, in two elsewhere.
+fn packed(
+    x: Tensor<2>,
+    w: BaseWeight,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    scale: f64,
+    dropout: Option<Dropout>,
+) -> Tensor<2> {
+    let lora = LowRank {
+        a,
+        b,
+        scale,
+        dropout,
+    };
     let projection = Projection {
         weight: w.matrix().clone(),
         bias: None,
-        lora,
+        lora: Some(lora.clone()),
     };
-    project(x, None, vec![projection], w.compute())
+    if x.on_flex() && projection.fuses() {
+        return project(x, None, vec![projection], w.compute());
+    }
+    let LowRank { a, b, .. } = lora;
+    linear(x.clone(), w.clone()) + low_rank(x, a, b, scale, dropout, w.compute())
 }
 
 /// Notes in the profile that the reference computes what no kernel takes.

@@ -28,13 +28,18 @@ pub(super) fn lora_linear_dropout(
     scale: f64,
     dropout: Dropout,
 ) -> Tensor<2> {
+    let low = dropped(x.clone(), dropout)
+        .matmul(a.transpose())
+        .mul_scalar(scale);
+    linear(x, w) + low.matmul(b.transpose())
+}
+
+/// `drop(x)`.
+pub(super) fn dropped(x: Tensor<2>, dropout: Dropout) -> Tensor<2> {
     let mask = Mask::from(dropout);
     let factors: Vec<f32> = (0..x.shape().num_elements())
         .map(|i| mask.factor(i as u32))
         .collect();
     let factors = Tensor::from_data(TensorData::new(factors, x.dims()), &x.device());
-    let low = (x.clone() * factors)
-        .matmul(a.transpose())
-        .mul_scalar(scale);
-    linear(x, w) + low.matmul(b.transpose())
+    x * factors
 }

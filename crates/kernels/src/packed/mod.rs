@@ -146,6 +146,44 @@ impl PackedWeight {
         }
     }
 
+    /// Reads a row's integers from column `from` on: LLM.int8()'s codes, and of other formats the values.
+    ///
+    /// # Panics
+    /// If the row does not have so many columns.
+    pub(crate) fn read_codes(&self, row: usize, from: usize, to: &mut [f32]) {
+        match &self.inner.rows {
+            PackedRows::Int8 { rows, .. } => rows.read_codes(level(), row, from, to),
+            PackedRows::FourBit(_) | PackedRows::Blocks(_) => self.read(row, from, to),
+        }
+    }
+
+    /// Reads a row's values in some columns, as f32.
+    ///
+    /// # Panics
+    /// If there are not as many places as columns, or a column is not there.
+    pub(crate) fn read_columns(&self, row: usize, columns: &[usize], to: &mut [f32]) {
+        assert_eq!(columns.len(), to.len(), "a place for each column");
+        if let PackedRows::Int8 { rows, .. } = &self.inner.rows {
+            rows.gather(row, columns, to);
+            return read::round(level(), self.inner.compute, to);
+        }
+        for (to, column) in to.iter_mut().zip(columns) {
+            self.read(row, *column, std::slice::from_mut(to));
+        }
+    }
+
+    /// The sum of each row's squares.
+    pub fn row_squares(&self) -> Vec<f32> {
+        let [rows, width] = self.dims();
+        let square = |x: &f32| f64::from(*x) * f64::from(*x);
+        let of_row = |row: usize| {
+            let mut values = vec![0.0; width];
+            self.read(row, 0, &mut values);
+            values.iter().map(square).sum::<f64>() as f32
+        };
+        (0..rows).into_par_iter().map(of_row).collect()
+    }
+
     /// All values, row-major: for merging and for what cannot read it packed.
     pub fn values(&self) -> Vec<f32> {
         let [rows, width] = self.dims();

@@ -47,6 +47,15 @@ simd_fn! {
 }
 
 simd_fn! {
+    /// 8-bit codes as numbers.
+    pub(crate) fn widen<L>(codes: &[i8], out: &mut [f32]) {
+        for (value, code) in out.iter_mut().zip(codes) {
+            *value = f32::from(*code);
+        }
+    }
+}
+
+simd_fn! {
     /// Rounds all values as [`FloatKind::round`] does.
     pub(crate) fn round<L>(kind: FloatKind, values: &mut [f32]) {
         nearest(kind, values);

@@ -62,6 +62,7 @@ fn run(weight: BaseWeight, rows: usize) -> Vec<Vec<f32>> {
         a: a.clone(),
         b: b.clone(),
         scale: 0.5,
+        dropout: None,
     };
     let projection = Projection {
         weight: weight.matrix().clone(),
@@ -75,11 +76,12 @@ fn run(weight: BaseWeight, rows: usize) -> Vec<Vec<f32>> {
     all
 }
 
-/// The same numbers go through the same loops.
+/// The same numbers go through the same loops. LLM.int8() rounds the input too, which `packed_linear` tests.
 #[test]
 fn a_packed_weight_is_multiplied_as_its_dequantised_values_are() {
     for (rows, shape) in [(1, [5, 96]), (3, [70, 33]), (40, [70, 96])] {
-        for packed in formats(shape, &flex()) {
+        let all = formats(shape, &flex()).into_iter();
+        for packed in all.filter(|w| !matches!(w.rows(), PackedRows::Int8 { .. })) {
             let name = packed.rows().name();
             let dense = BaseWeight::new(packed.dense(), Compute::F32);
             let packed = BaseWeight::new(Held::Packed(packed), Compute::F32);

@@ -138,6 +138,20 @@ impl Int8Rows {
         let codes = &self.codes[row * self.shape[1] + from..];
         read::int8(level, codes, self.absmax[row], out);
     }
+
+    /// Codes of a row from column `from` on; they must be there.
+    pub(crate) fn read_codes(&self, level: Level, row: usize, from: usize, out: &mut [f32]) {
+        let codes = &self.codes[row * self.shape[1] + from..][..out.len()];
+        read::widen(level, codes, out);
+    }
+
+    /// Values of a row in some columns; they must be there.
+    pub(crate) fn gather(&self, row: usize, columns: &[usize], out: &mut [f32]) {
+        let codes = &self.codes[row * self.shape[1]..][..self.shape[1]];
+        for (value, column) in out.iter_mut().zip(columns) {
+            *value = f32::from(codes[*column]) * self.absmax[row] * PER_STEP;
+        }
+    }
 }
 
 /// The columns of `values`, `[rows, columns]`, that have an entry of `threshold` or more in magnitude,

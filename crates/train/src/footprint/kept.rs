@@ -6,6 +6,8 @@
 //! adapter. Elsewhere the normalised rows and the gated ones are kept too, where an adapter's gradient reads
 //! them, and what the method's own operations keep.
 
+use enamel_model::Format;
+
 use super::describe::{Block, Part};
 use super::{FLOAT, Kind, Method, Model, Settings};
 
@@ -34,7 +36,7 @@ struct Own {
     fuses: bool,
 }
 
-fn own(part: &Part, is_down: bool, method: Method, rows: usize) -> Own {
+fn own(part: &Part, is_down: bool, method: Method, rows: usize, kind: Kind) -> Own {
     let plain = Own {
         fuses: true,
         ..Own::default()
@@ -64,8 +66,14 @@ fn own(part: &Part, is_down: bool, method: Method, rows: usize) -> Own {
         input: true,
         fuses,
     };
+    // The kernels make masks anew in the backward pass, so that what is left of the input is not kept.
+    let kept = kind != Kind::Kernels;
     match method {
-        Method::Lora { dropout: true, .. } => dropped(2 * r, 0),
+        Method::Lora {
+            dropout: true,
+            origin,
+            ..
+        } if kept || origin => dropped(2 * r, 0),
         Method::Lora { origin: true, .. } => Own {
             row: 2 * r,
             ..lora(2 * factors, !part.whole)
@@ -101,9 +109,9 @@ fn own(part: &Part, is_down: bool, method: Method, rows: usize) -> Own {
             row: 0,
             ..lora(0, false)
         },
-        Method::AdaLora { dropout: true } => dropped(3 * r, 0),
+        Method::AdaLora { dropout: true } if kept => dropped(3 * r, 0),
         Method::AdaLora { .. } => lora(r * input, false),
-        Method::Vera { dropout: true } => dropped(r, factors),
+        Method::Vera { dropout: true } if kept => dropped(r, factors),
         Method::Vera { .. } => lora(factors, false),
         Method::Ia3 if is_down => Own {
             row: 0,
@@ -131,7 +139,12 @@ fn of_block(block: &Block, model: &Model, settings: &Settings) -> (usize, usize)
     let rows = settings.rows();
     let [q, k, v, o, ..] = block.parts;
     // The last of the seven is down.
-    let all: [Own; 7] = std::array::from_fn(|i| own(&block.parts[i], i == 6, model.method, rows));
+    let mut all: [Own; 7] =
+        std::array::from_fn(|i| own(&block.parts[i], i == 6, model.method, rows, settings.kind));
+    if matches!(settings.quantization.format, Some(Format::Int8 { .. })) {
+        // It rounds the input for the base and not for the adapter, which takes two operations.
+        all.iter_mut().for_each(|own| own.fuses = false);
+    }
     let [oq, ok, ov, _, ogate, oup, odown] = all;
     let fixed = all.iter().map(|own| own.fixed).sum();
     let extra: usize = all.iter().map(|own| own.row).sum();

@@ -89,6 +89,43 @@ fn checkpointing_keeps_inputs_and_one_segment() {
     assert_eq!(kept(Some(2)), 2 * input + 2 * block);
 }
 
+/// A mask is made again in the backward pass; without the kernels it is kept, with what it left of the input.
+#[test]
+fn dropout_costs_nothing_where_the_kernels_run() {
+    let of = |set: &[&str], kind| {
+        let model = model(&config(json!({})), set);
+        let settings = Settings {
+            kind,
+            ..settings(3, 5)
+        };
+        estimate(&model, &settings).activations
+    };
+    let plain = ["adapter.r=2", ALL];
+    let drops = ["adapter.r=2", ALL, "adapter.lora_dropout=0.1"];
+    assert_eq!(of(&plain, Kind::Kernels), of(&drops, Kind::Kernels));
+    assert!(of(&plain, Kind::Reference) < of(&drops, Kind::Reference));
+}
+
+/// LLM.int8() is not fused: the adapters keep the normalised rows and the gated ones.
+#[test]
+fn int8_keeps_the_inputs_of_its_adapters() {
+    let model = model(&config(json!({})), &["adapter.r=2", ALL]);
+    let of = |format| {
+        let quantization = Quantization {
+            format,
+            ..Quantization::default()
+        };
+        let settings = Settings {
+            quantization,
+            ..settings(3, 5)
+        };
+        estimate(&model, &settings).activations
+    };
+    let int8 = of(Some(Format::Int8 { threshold: 6.0 }));
+    // Two blocks of two norms and a gated product, for 15 tokens.
+    assert_eq!(int8 - of(None), 4 * 15 * 2 * (2 * 8 + 12));
+}
+
 #[test]
 fn head_embedding_and_skipped_modules_stay_dense() {
     let model = model(

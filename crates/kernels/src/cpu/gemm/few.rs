@@ -62,7 +62,7 @@ pub(super) fn times_t(
     rows: usize,
     terms: &[(&[f32], Weight<'_>)],
 ) {
-    let Some(out) = terms.first().map(|(_, w)| w.out()) else {
+    let Some(out) = terms.first().map(|(_, w)| w.out()).filter(|_| rows > 0) else {
         return;
     };
     let width: usize = terms.iter().map(|(_, w)| w.width()).sum();

@@ -67,7 +67,19 @@ pub(crate) enum Weight<'a> {
         data: &'a PackedWeight,
         first: usize,
         out: usize,
+        reading: Reading<'a>,
     },
+}
+
+/// What is read of a packed row.
+#[derive(Clone, Copy)]
+pub(crate) enum Reading<'a> {
+    /// The values that it stands for.
+    Values,
+    /// Its integers, without the scale: of LLM.int8()'s rows.
+    Codes,
+    /// Its values in some columns.
+    Columns(&'a [usize]),
 }
 
 impl<'a> Weight<'a> {
@@ -75,11 +87,18 @@ impl<'a> Weight<'a> {
     pub(crate) fn held(w: &'a Held<FlexTensor>) -> Self {
         match w {
             Held::Dense(tensor) => Self::of(tensor),
-            Held::Packed(packed) => Self::Packed {
-                data: packed,
-                first: 0,
-                out: packed.dims()[0],
-            },
+            Held::Packed(packed) => Self::packed(packed, Reading::Values),
+        }
+    }
+
+    /// All rows of a packed matrix.
+    pub(crate) fn packed(data: &'a PackedWeight, reading: Reading<'a>) -> Self {
+        let [out, _] = data.dims();
+        Self::Packed {
+            data,
+            first: 0,
+            out,
+            reading,
         }
     }
 
@@ -107,7 +126,10 @@ impl<'a> Weight<'a> {
         match self {
             Self::F32(w) => w.cols(),
             Self::Bf16 { width, .. } => *width,
-            Self::Packed { data, .. } => data.dims()[1],
+            Self::Packed { data, reading, .. } => match reading {
+                Reading::Values | Reading::Codes => data.dims()[1],
+                Reading::Columns(columns) => columns.len(),
+            },
         }
     }
 
@@ -134,7 +156,18 @@ impl<'a> Weight<'a> {
             Self::Bf16 { data, width, .. } => {
                 half::widen(level(), &data[row * width + from..][..to.len()], to);
             }
-            Self::Packed { data, first, .. } => data.read(first + row, from, to),
+            Self::Packed {
+                data,
+                first,
+                reading,
+                ..
+            } => match reading {
+                Reading::Values => data.read(first + row, from, to),
+                Reading::Codes => data.read_codes(first + row, from, to),
+                Reading::Columns(columns) => {
+                    data.read_columns(first + row, &columns[from..from + to.len()], to);
+                }
+            },
         }
     }
 }
