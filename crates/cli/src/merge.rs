@@ -163,6 +163,12 @@ impl Args {
 
 /// What the quantised base was, and how far each choice is from it with the adapter on top.
 fn say_drift(out: &mut impl Write, report: &MergeReport) -> std::io::Result<()> {
+    for note in &report.notes {
+        writeln!(
+            out,
+            "note        how the base was held in training is not known: {note}"
+        )?;
+    }
     let Some((format, known_from)) = &report.trained_on else {
         return Ok(());
     };

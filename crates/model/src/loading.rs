@@ -278,7 +278,7 @@ impl Format {
                 double,
                 compute,
             } => {
-                if values.len() % block != 0 {
+                if !values.len().is_multiple_of(block) {
                     return Err(LoadError::Blocks {
                         name: name.to_owned(),
                         shape: [out, width],

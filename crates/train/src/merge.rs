@@ -127,6 +127,8 @@ pub struct MergeReport {
     pub choice: Choice,
     /// The format that the base was quantised to while the adapter was trained, and how that is known.
     pub trained_on: Option<(String, String)>,
+    /// Lock files beside adapters that could not be read, and why.
+    pub notes: Vec<String>,
     /// How far each choice is from what was trained, if the base was quantised and logits were to be compared.
     pub drift: Option<DriftReport>,
     /// Its element type.
@@ -223,6 +225,7 @@ pub fn merge(
             let format = trained.loading.quantization.format?;
             Some((format.to_string(), trained.known_from))
         }),
+        notes: unreadable,
         drift,
         dtype,
         modules: merging
