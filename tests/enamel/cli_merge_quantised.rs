@@ -4,7 +4,7 @@ use std::fs;
 
 use crate::cli_adapter::{fixture, path};
 use crate::enamel_process::Workshop;
-use crate::goldens::{Tensors, assert_close, json, largest_difference};
+use crate::goldens::{Generation, Tensors, assert_close, json, largest_difference, stage_into};
 
 /// The numbers of NF4 (table in appendix E of the QLoRA paper).
 #[allow(clippy::excessive_precision)]
@@ -149,6 +149,34 @@ fn a_run_on_a_quantised_base_merges_with_the_drift_of_every_choice() {
     let bytes = |output: &str| fs::read(workshop.path(output).join("model.safetensors"));
     let (merged, later) = (bytes("merged"), bytes("later"));
     assert_eq!(merged.expect("a file"), later.expect("a file"));
+}
+
+#[test]
+fn a_tied_head_int8_rows_and_bf16_results_keep_near_to_what_was_trained() {
+    let workshop = Workshop::new();
+    stage_into("tied", Generation::Five, &workshop.path("model"));
+    let format = "load_in_8bit = true\nskip_modules = [\"down_proj\"]";
+    let recipe = workshop.recipe(
+        "recipe.toml",
+        &format!("r = 4\nmodules_to_save = [\"embed_tokens\"]\n[model.quantization]\n{format}"),
+        "train = \"train.jsonl\"\nvalid = \"valid.jsonl\"\nmax_length = 128",
+        "max_steps = 6\nbatch_size = 4\nlearning_rate = 5e-3",
+    );
+    workshop.run(&["train", path(&recipe), "--no-tui"]);
+    let more = ["--adapter", "run/adapter", "--into", "dequantized"];
+    let (_, said) = merge(
+        &workshop,
+        "out",
+        &[&more[..], &["--dtype", "bf16"]].concat(),
+    );
+    assert!(said.contains("trained on  int8 rows"), "{said}");
+    let config = json(&workshop.path("out/config.json"));
+    assert_eq!(config["tie_word_embeddings"], false);
+    let report = json(&workshop.path("out/merge_report.json"));
+    let choices = &report["logit_drift"]["choices"];
+    let worst = |i: usize| choices[i]["mean_abs_logit_diff"].as_f64().expect("it");
+    assert_eq!(choices[2]["base"], "dequantized");
+    assert!(worst(2) < worst(0), "dequantized is nearer than dense");
 }
 
 #[test]

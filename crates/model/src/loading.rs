@@ -420,6 +420,36 @@ mod tests {
     }
 
     #[test]
+    fn values_that_were_quantised_stay_as_they_are_when_they_are_again() {
+        let (source, device) = (source(), Device::flex());
+        let (module, shape) = ("model.layers.0.mlp.up_proj", [32, 16]);
+        let four_bit = Format::FourBit {
+            kind: FourBit::Nf4,
+            block: 32,
+            double: false,
+            compute: FloatKind::F32,
+        };
+        let mut loading = Loading::default();
+        let values = loading.dequantised(&source, module, &device).unwrap();
+        assert_eq!(values, None, "nothing is to be packed");
+        loading.quantization.format = Some(four_bit);
+        let once = loading.dequantised(&source, module, &device).unwrap();
+        let once = once.unwrap();
+        assert_ne!(once, source.read_f32(&format!("{module}.weight")).unwrap());
+        let again = |loading: &Loading| {
+            let quantization = &loading.quantization;
+            quantization.requantised(module, &shape, once.clone(), FloatKind::F32, &device)
+        };
+        // Every block has its largest magnitude and sixteen of its numbers already.
+        assert_eq!(again(&loading).unwrap(), once);
+        let odd = vec![0.3; 512];
+        loading.quantization.skip_modules.push("up_proj".to_owned());
+        let quantization = &loading.quantization;
+        let kept = quantization.requantised(module, &shape, odd.clone(), FloatKind::F32, &device);
+        assert_eq!(kept.unwrap(), odd, "a skipped layer");
+    }
+
+    #[test]
     fn names_that_no_layer_has_are_refused_with_the_nearest() {
         let error = load(
             &source(),

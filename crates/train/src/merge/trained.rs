@@ -137,7 +137,9 @@ pub(super) fn trained(
         return Ok(found);
     }
     problems.extend(unreadable.iter().cloned());
-    if problems.is_empty() {
+    if options.quantization.is_some() {
+        problems.push("--dequantize says that it was not quantised".to_owned());
+    } else if problems.is_empty() {
         problems.push(match runs.iter().flatten().next() {
             Some(run) => format!("{} has no [model.quantization]", run.lock.display()),
             None => format!("there is no {LOCK} beside the adapter"),
