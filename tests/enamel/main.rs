@@ -10,6 +10,7 @@ mod cli_adapter;
 mod cli_adapter_refusals;
 mod cli_export;
 mod cli_merge;
+mod cli_merge_quantised;
 mod cli_methods;
 mod cli_train;
 mod cli_use;

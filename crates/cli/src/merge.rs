@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use enamel_model::save::SaveDtype;
 use enamel_train::device;
-use enamel_train::merge::{MergeOptions, merge};
+use enamel_train::merge::{MergeBase, MergeOptions, MergeReport, merge};
 
 use crate::Outcome;
 use crate::pull_progress::Bars;
+use crate::quantization_args::QuantizationArgs;
 
 /// Arguments of `enamel merge`.
 #[derive(clap::Args)]
@@ -28,8 +29,25 @@ pub struct Args {
     )]
     weights: Vec<f64>,
     /// Directory to write
-    #[arg(long, value_name = "DIR")]
-    output: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "compare_bases")]
+    output: Option<PathBuf>,
+    /// For an adapter trained on a quantised base: the weights to merge into, those in the base's files or the
+    /// quantised and dequantised ones that it was trained on
+    #[arg(long, value_name = "BASE", default_value = "dense")]
+    into: Onto,
+    /// Quantise the merged weights again, as the base was for training; written are the dequantised values
+    #[arg(long)]
+    requantize: bool,
+    /// Write nothing: compare the logits of all choices with those of the quantised base and the adapter
+    #[arg(long, conflicts_with_all = ["output", "no_check"])]
+    compare_bases: bool,
+    /// The most validation rows to compare logits on
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    rows: usize,
+    /// How the base was held in training, if no recipe.lock.toml beside the adapter says so
+    #[command(flatten)]
+    quantization: QuantizationArgs,
     /// Element type of the weights; auto is the base's (f32 for a quantised one)
     #[arg(long, value_name = "TYPE", default_value = "auto")]
     dtype: Choice,
@@ -39,6 +57,12 @@ pub struct Args {
     /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Onto {
+    Dense,
+    Dequantized,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -66,6 +90,16 @@ impl Args {
             adapters: self.adapter,
             weights: self.weights,
             output: self.output,
+            into: match self.into {
+                Onto::Dense => MergeBase::Dense,
+                Onto::Dequantized => MergeBase::Dequantized,
+            },
+            requantize: self.requantize,
+            quantization: self
+                .quantization
+                .is_given()
+                .then(|| self.quantization.quantization()),
+            rows: self.rows,
             dtype: match self.dtype {
                 Choice::Auto => None,
                 Choice::F32 => Some(SaveDtype::F32),
@@ -76,15 +110,22 @@ impl Args {
         };
         let report = merge(&options, &device, &mut Bars::default())?;
         let mut out = std::io::stdout().lock();
+        let Some(output) = &report.output else {
+            say_drift(&mut out, &report)?;
+            return Ok(Outcome::Done);
+        };
         let of = match adapters {
             1 => String::new(),
             many => format!(" of {many} adapters"),
         };
         writeln!(out, "merged      {} modules{of}", report.modules)?;
+        if report.trained_on.is_some() {
+            writeln!(out, "into        {}", report.choice)?;
+        }
         writeln!(
             out,
             "written     {} ({})",
-            report.output.display(),
+            output.display(),
             name(report.dtype)
         )?;
         if report.untied {
@@ -93,6 +134,7 @@ impl Args {
                 "head        lm_head has weights of its own now (tie_word_embeddings = false)"
             )?;
         }
+        say_drift(&mut out, &report)?;
         let Some(check) = report.check else {
             writeln!(out, "difference  not checked (--no-check)")?;
             return Ok(Outcome::Done);
@@ -117,4 +159,31 @@ impl Args {
         )?;
         Ok(Outcome::Done)
     }
+}
+
+/// What the quantised base was, and how far each choice is from it with the adapter on top.
+fn say_drift(out: &mut impl Write, report: &MergeReport) -> std::io::Result<()> {
+    for note in &report.notes {
+        writeln!(
+            out,
+            "note        how the base was held in training is not known: {note}"
+        )?;
+    }
+    let Some((format, known_from)) = &report.trained_on else {
+        return Ok(());
+    };
+    writeln!(out, "trained on  {format} (from {known_from})")?;
+    let Some(drift) = &report.drift else {
+        return writeln!(
+            out,
+            "drift       logits of the choices of --into and --requantize are not compared"
+        );
+    };
+    writeln!(
+        out,
+        "drift       logits beside those of the quantised base with the adapter, over {} positions of {}:\n{}",
+        drift.positions,
+        drift.rows_from,
+        drift.table(report.output.as_ref().map(|_| report.choice))
+    )
 }

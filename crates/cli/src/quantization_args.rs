@@ -25,6 +25,11 @@ pub struct QuantizationArgs {
 }
 
 impl QuantizationArgs {
+    /// Whether any of them is given.
+    pub fn is_given(&self) -> bool {
+        self.load_in_4bit || self.load_in_8bit || self.dequantize
+    }
+
     /// What is to become of the linear layers.
     pub fn quantization(&self) -> Quantization {
         Quantization::from(&QuantizationSettings {

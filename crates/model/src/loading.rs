@@ -23,6 +23,25 @@ pub struct Loading {
     pub quantization: Quantization,
 }
 
+impl Loading {
+    /// The values of a linear layer's weight, row-major in f32, as its products read them once it is packed:
+    /// quantised and dequantised. `None` where it is not packed.
+    ///
+    /// # Errors
+    /// Values that the file does not give, or that the format cannot hold.
+    pub fn dequantised(
+        &self,
+        source: &dyn TensorSource,
+        module: &str,
+        device: &Device,
+    ) -> Result<Option<Vec<f32>>, LoadError> {
+        let packed = self
+            .quantization
+            .pack(source, module, self.compute, device)?;
+        Ok(packed.map(|weight| weight.values()))
+    }
+}
+
 impl From<Compute> for Loading {
     fn from(compute: Compute) -> Self {
         Self {
@@ -202,50 +221,87 @@ impl Quantization {
         let Some(info) = info else {
             return Ok(None);
         };
-        let &[out, width] = info.shape.as_slice() else {
-            return Err(wrong(QuantError::NotMatrix(info.shape.clone())));
-        };
         let dtype = match (compute, info.dtype) {
             (Compute::Bf16, _) | (_, SourceDtype::BF16) => FloatKind::Bf16,
             (_, SourceDtype::F16) => FloatKind::F16,
             (_, SourceDtype::F32 | SourceDtype::Quantised) => FloatKind::F32,
         };
-        let mut values = source.read_f32(&name)?;
-        let (rows, read_as) = match format {
-            Format::FourBit {
+        format
+            .pack(&name, &info.shape, source.read_f32(&name)?, dtype, device)
+            .map(Some)
+    }
+
+    /// What becomes of new values of the linear layer `module`, row-major of `shape` and stored as `dtype`,
+    /// when they are quantised again and dequantised. They stay as they are where the layer is left dense.
+    ///
+    /// # Errors
+    /// Values that the format cannot hold.
+    pub fn requantised(
+        &self,
+        module: &str,
+        shape: &[usize],
+        values: Vec<f32>,
+        dtype: FloatKind,
+        device: &Device,
+    ) -> Result<Vec<f32>, LoadError> {
+        let Some(format) = self.format.filter(|_| !self.skips(module)) else {
+            return Ok(values);
+        };
+        let name = format!("{module}.weight");
+        Ok(format.pack(&name, shape, values, dtype, device)?.values())
+    }
+}
+
+impl Format {
+    /// Quantises the values of the tensor `name`, row-major, after rounding them to the dtype that the weight
+    /// has before.
+    fn pack(
+        self,
+        name: &str,
+        shape: &[usize],
+        mut values: Vec<f32>,
+        dtype: FloatKind,
+        device: &Device,
+    ) -> Result<PackedWeight, LoadError> {
+        let wrong = |source| LoadError::Quantise {
+            name: name.to_owned(),
+            source,
+        };
+        let &[out, width] = shape else {
+            return Err(wrong(QuantError::NotMatrix(shape.to_vec())));
+        };
+        round(&mut values, dtype);
+        let (rows, read_as) = match self {
+            Self::FourBit {
                 kind,
                 block,
                 double,
                 compute,
             } => {
-                if values.len() % block != 0 {
+                if !values.len().is_multiple_of(block) {
                     return Err(LoadError::Blocks {
-                        name,
+                        name: name.to_owned(),
                         shape: [out, width],
                         block,
                     });
                 }
-                round(&mut values, dtype);
                 let options = FourBitOptions {
                     kind,
                     block,
                     double,
                     dtype,
                 };
-                let tensor = FourBitTensor::quantise(&values, &info.shape, options);
+                let tensor = FourBitTensor::quantise(&values, shape, options);
                 (PackedRows::FourBit(tensor.map_err(wrong)?), compute)
             }
-            Format::Int8 { threshold } => {
-                round(&mut values, dtype);
+            Self::Int8 { threshold } => {
                 // bitsandbytes casts to half precision before it takes a row's largest magnitude.
                 round(&mut values, FloatKind::F16);
                 let rows = Int8Rows::quantise(&values, [out, width]).map_err(wrong)?;
                 (PackedRows::Int8 { rows, threshold }, FloatKind::F32)
             }
         };
-        PackedWeight::new(rows, read_as, device)
-            .map(Some)
-            .map_err(wrong)
+        PackedWeight::new(rows, read_as, device).map_err(wrong)
     }
 }
 
@@ -361,6 +417,36 @@ mod tests {
             let gap = distance(&logits(&packed), &logits(&dense));
             assert!(gap < 1e-5, "{gap}");
         }
+    }
+
+    #[test]
+    fn values_that_were_quantised_stay_as_they_are_when_they_are_again() {
+        let (source, device) = (source(), Device::flex());
+        let (module, shape) = ("model.layers.0.mlp.up_proj", [32, 16]);
+        let four_bit = Format::FourBit {
+            kind: FourBit::Nf4,
+            block: 32,
+            double: false,
+            compute: FloatKind::F32,
+        };
+        let mut loading = Loading::default();
+        let values = loading.dequantised(&source, module, &device).unwrap();
+        assert_eq!(values, None, "nothing is to be packed");
+        loading.quantization.format = Some(four_bit);
+        let once = loading.dequantised(&source, module, &device).unwrap();
+        let once = once.unwrap();
+        assert_ne!(once, source.read_f32(&format!("{module}.weight")).unwrap());
+        let again = |loading: &Loading| {
+            let quantization = &loading.quantization;
+            quantization.requantised(module, &shape, once.clone(), FloatKind::F32, &device)
+        };
+        // Every block has its largest magnitude and sixteen of its numbers already.
+        assert_eq!(again(&loading).unwrap(), once);
+        let odd = vec![0.3; 512];
+        loading.quantization.skip_modules.push("up_proj".to_owned());
+        let quantization = &loading.quantization;
+        let kept = quantization.requantised(module, &shape, odd.clone(), FloatKind::F32, &device);
+        assert_eq!(kept.unwrap(), odd, "a skipped layer");
     }
 
     #[test]

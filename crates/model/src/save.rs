@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use enamel_kernels::quant::FloatKind;
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
@@ -42,6 +43,15 @@ impl SaveDtype {
             .into_iter()
             .find_map(|key| Self::parse(config.get(key)?.as_str()?))
             .unwrap_or(Self::F32)
+    }
+
+    /// The same type as kernels name it, which rounds to it.
+    pub fn kind(self) -> FloatKind {
+        match self {
+            Self::F32 => FloatKind::F32,
+            Self::F16 => FloatKind::F16,
+            Self::BF16 => FloatKind::Bf16,
+        }
     }
 
     fn torch_name(self) -> &'static str {

@@ -7,13 +7,13 @@ use burn::tensor::Device;
 use enamel_adapter::AdapterConfig;
 use enamel_adapter::host::{Delta, HostAdapter};
 use enamel_model::checkpoint::TensorSource;
-use enamel_model::save::{GgufLora, GgufOptions, OutType, SavedGguf, write_gguf, write_gguf_lora};
+use enamel_model::save::{SaveDtype, GgufLora, GgufOptions, OutType, SavedGguf, write_gguf, write_gguf_lora};
 use enamel_model::source::PullProgress;
 use enamel_model::{CausalLm, LlamaConfig};
 
 use crate::error::TrainError;
 use crate::loaded::{OpenBase, base_of};
-use crate::merge::{Merging, plainly, stored};
+use crate::merge::{Choice, Merging, plainly, stored, trained_quantised};
 
 /// What to export, and where to.
 #[derive(Clone, Debug)]
@@ -206,15 +206,24 @@ fn write_model(
 ) -> Result<(Exported, SavedGguf), TrainError> {
     let adapters: Vec<PathBuf> = adapter.into_iter().collect();
     let weights = vec![1.0; adapters.len()];
-    let merging = Merging::open(base, &adapters, weights, device)?;
-    let file = write_gguf(
+    let merging = Merging::open(base, &adapters, weights, SaveDtype::F32, device)?;
+    // The weights in the base's files, whatever training had made of them.
+    let choice = Choice::default();
+    let mut file = write_gguf(
         output,
         &merging.tensors(),
-        &mut |name| merging.values(name).map_err(Into::into),
+        &mut |name| merging.values(name, choice).map_err(Into::into),
         &merging.base.checkpoint,
         to,
     )
     .map_err(plainly)?;
+    if adapters.iter().any(|dir| trained_quantised(dir)) {
+        file.notes.push(
+            "the adapter was trained on a quantised base and is merged into the one in the files; `enamel merge \
+             --into dequantized` writes the other, which exports in turn"
+                .to_owned(),
+        );
+    }
     let exported = match adapters.is_empty() {
         true => Exported::Model,
         false => Exported::Merged {

@@ -73,7 +73,8 @@ impl Inputs {
             Some(_) => enamel_adapter::plan_for_load(&base.config.modules(), &adapter)?,
             None => enamel_adapter::plan(&base.config.modules(), &adapter)?,
         };
-        let quantization = quantization(recipe, &base, &adapter, &plan)?;
+        let asked = Quantization::from(&recipe.model.quantization);
+        let quantization = quantization(asked, &base, &adapter, &plan)?;
         // Hashing a model takes about as long as reading it, and shares nothing with the rows.
         let (data, model_hashes) =
             rayon::join(|| Data::load(recipe, &base), || base.checkpoint.hashes());
@@ -179,13 +180,12 @@ impl Inputs {
 /// # Errors
 /// Names in `skip_modules` that are not there; an adapter that cannot have what the recipe asks for, with all
 /// that speaks against it.
-fn quantization(
-    recipe: &Recipe,
+pub(crate) fn quantization(
+    mut quantization: Quantization,
     base: &OpenBase,
     adapter: &AdapterConfig,
     plan: &AdapterPlan,
 ) -> Result<Quantization, TrainError> {
-    let mut quantization = Quantization::from(&recipe.model.quantization);
     let modules = base.config.modules();
     quantization.check(&modules)?;
     let mut against = Vec::new();
@@ -244,6 +244,24 @@ impl Data {
             valid,
             files,
         })
+    }
+}
+
+/// The validation rows of a recipe and nothing else of a run.
+///
+/// # Errors
+/// As for loading them for the run.
+pub(crate) fn validation_rows(
+    recipe: &Recipe,
+    base: &OpenBase,
+) -> Result<Vec<Example>, TrainError> {
+    match recipe.data.valid_spec() {
+        Some(spec) => Ok(load_examples(&spec, &base.tokenizer)?.rows),
+        None if recipe.data.valid_fraction <= 0.0 => Ok(Vec::new()),
+        None => {
+            let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
+            Ok(hold_back(&mut train, recipe))
+        }
     }
 }
 
