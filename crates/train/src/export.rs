@@ -7,7 +7,9 @@ use burn::tensor::Device;
 use enamel_adapter::AdapterConfig;
 use enamel_adapter::host::{Delta, HostAdapter};
 use enamel_model::checkpoint::TensorSource;
-use enamel_model::save::{SaveDtype, GgufLora, GgufOptions, OutType, SavedGguf, write_gguf, write_gguf_lora};
+use enamel_model::save::{
+    GgufLora, GgufOptions, OutType, SaveDtype, SavedGguf, write_gguf, write_gguf_lora,
+};
 use enamel_model::source::PullProgress;
 use enamel_model::{CausalLm, LlamaConfig};
 

@@ -11,7 +11,7 @@ use crate::error::TrainError;
 
 /// Which values.
 #[derive(Clone, Copy)]
-pub(super) enum Values {
+pub(crate) enum Values {
     /// Those that are merged into.
     Base(MergeBase),
     /// Those that are written, rounded to the written element type.
