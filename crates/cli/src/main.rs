@@ -84,6 +84,8 @@ verbs! {
     score => Score;
     /// Fold an adapter into its base and write a model of its own
     merge => Merge;
+    /// Write a model in 4 or 8 bits, as bitsandbytes does
+    quantize => Quantize;
     /// Train the variants of a recipe one after the other and put their figures side by side
     compare => Compare;
     /// List, inspect, combine, compare and convert adapters

@@ -211,41 +211,64 @@ impl Quantization {
             (_, SourceDtype::F32 | SourceDtype::Quantised) => FloatKind::F32,
         };
         let mut values = source.read_f32(&name)?;
-        let (rows, read_as) = match format {
-            Format::FourBit {
+        let read_as = match format {
+            Format::FourBit { compute, .. } => compute,
+            Format::Int8 { .. } => FloatKind::F32,
+        };
+        let rows = format.quantise(&name, &mut values, [out, width], dtype)?;
+        PackedWeight::new(rows, read_as, device)
+            .map(Some)
+            .map_err(wrong)
+    }
+}
+
+impl Format {
+    /// Quantises the values of the tensor `name`, after rounding them to `dtype`, the type that the weight has.
+    ///
+    /// # Errors
+    /// A matrix that is no whole number of blocks; values that are not finite.
+    pub(crate) fn quantise(
+        self,
+        name: &str,
+        values: &mut [f32],
+        shape: [usize; 2],
+        dtype: FloatKind,
+    ) -> Result<PackedRows, LoadError> {
+        let wrong = |source| LoadError::Quantise {
+            name: name.to_owned(),
+            source,
+        };
+        round(values, dtype);
+        match self {
+            Self::FourBit {
                 kind,
                 block,
                 double,
-                compute,
+                ..
             } => {
-                if values.len() % block != 0 {
+                if !values.len().is_multiple_of(block) {
                     return Err(LoadError::Blocks {
-                        name,
-                        shape: [out, width],
+                        name: name.to_owned(),
+                        shape,
                         block,
                     });
                 }
-                round(&mut values, dtype);
                 let options = FourBitOptions {
                     kind,
                     block,
                     double,
                     dtype,
                 };
-                let tensor = FourBitTensor::quantise(&values, &info.shape, options);
-                (PackedRows::FourBit(tensor.map_err(wrong)?), compute)
+                let tensor = FourBitTensor::quantise(values, &shape, options);
+                Ok(PackedRows::FourBit(tensor.map_err(wrong)?))
             }
-            Format::Int8 { threshold } => {
-                round(&mut values, dtype);
+            Self::Int8 { threshold } => {
                 // bitsandbytes casts to half precision before it takes a row's largest magnitude.
-                round(&mut values, FloatKind::F16);
-                let rows = Int8Rows::quantise(&values, [out, width]).map_err(wrong)?;
-                (PackedRows::Int8 { rows, threshold }, FloatKind::F32)
+                round(values, FloatKind::F16);
+                let rows = Int8Rows::quantise(values, shape).map_err(wrong)?;
+                Ok(PackedRows::Int8 { rows, threshold })
             }
-        };
-        PackedWeight::new(rows, read_as, device)
-            .map(Some)
-            .map_err(wrong)
+        }
     }
 }
 

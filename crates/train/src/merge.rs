@@ -7,7 +7,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::host::{HostAdapter, HostModule};
 use enamel_adapter::infer::kind_of;
 use enamel_adapter::{Linear, ModuleKind, ModuleShape, Slot};
-use enamel_model::checkpoint::{Checkpoint, CheckpointError, SourceDtype, TensorSource};
+use enamel_model::checkpoint::{Checkpoint, CheckpointError, TensorSource};
 use enamel_model::save::{self, SaveDtype, SaveOptions};
 use enamel_model::source::PullProgress;
 use enamel_model::{CausalLm, LlamaConfig, Loading, ModelInput, Quantization};
@@ -89,7 +89,7 @@ pub fn merge(
     let merging = Merging::open(base, &options.adapters, weights, device)?;
     let dtype = options
         .dtype
-        .unwrap_or_else(|| native_dtype(&merging.base.checkpoint));
+        .unwrap_or_else(|| SaveDtype::native(&merging.base.checkpoint));
     save::write_hf(
         &options.output,
         &merging.tensors(),
@@ -514,25 +514,8 @@ fn finite(tensor: &str, values: &[f32]) -> Result<(), TrainError> {
     )))
 }
 
-/// The element type that most of the base has; f32, which loses nothing, for a quantised one.
-fn native_dtype(checkpoint: &Checkpoint) -> SaveDtype {
-    let count = |dtype| {
-        let same = checkpoint.tensors().iter().filter(|t| t.dtype == dtype);
-        same.map(|t| t.shape.iter().product::<usize>())
-            .sum::<usize>()
-    };
-    let kinds = [
-        (SourceDtype::F32, SaveDtype::F32),
-        (SourceDtype::F16, SaveDtype::F16),
-        (SourceDtype::BF16, SaveDtype::BF16),
-        (SourceDtype::Quantised, SaveDtype::F32),
-    ];
-    let most = kinds.into_iter().max_by_key(|(dtype, _)| count(*dtype));
-    most.map_or(SaveDtype::F32, |(_, dtype)| dtype)
-}
-
 /// Found before the work, not after it.
-fn refuse_occupied(output: &Path) -> Result<(), TrainError> {
+pub(crate) fn refuse_occupied(output: &Path) -> Result<(), TrainError> {
     let occupied = output.is_file()
         || std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
     if occupied {
