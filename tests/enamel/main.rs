@@ -31,6 +31,7 @@ mod parity_lora;
 mod parity_methods;
 mod parity_trainer;
 mod peft_files;
+mod quantize;
 mod schedules;
 mod several;
 mod smollm2;
