@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 SKIP = ["down_proj", "model.layers.1"]
 FOUR = ["nf4", "fp4"]
-# 4-bit weights are read alike and summed in another order. bitsandbytes' int8 on a CPU rounds each row of inputs, so
+# 4-bit weights are read alike and summed in another order; 2.5e-4 was measured for f32, and the bound set after it. bitsandbytes' int8 on a CPU rounds each row of inputs, so
 # there only the weights are compared.
 BOUND = 5e-4
 failures = []
