@@ -35,6 +35,7 @@ mod parity_methods;
 mod parity_trainer;
 mod peft_files;
 mod quantised;
+mod quantize;
 mod schedules;
 mod several;
 mod smollm2;

@@ -86,6 +86,8 @@ verbs! {
     merge => Merge;
     /// Write a model, an adapter merged into its base, or an adapter alone as GGUF for llama.cpp
     export => Export;
+    /// Write a model in 4 or 8 bits, as bitsandbytes does
+    quantize => Quantize;
     /// Train the variants of a recipe one after the other and put their figures side by side
     compare => Compare;
     /// List, inspect, combine, compare and convert adapters

@@ -253,8 +253,7 @@ impl Quantization {
 }
 
 impl Format {
-    /// Quantises the values of the tensor `name`, row-major, after rounding them to the dtype that the weight
-    /// has before.
+    /// The values of the tensor `name`, row-major, packed for a device; see [`Self::quantise`].
     fn pack(
         self,
         name: &str,
@@ -270,18 +269,41 @@ impl Format {
         let &[out, width] = shape else {
             return Err(wrong(QuantError::NotMatrix(shape.to_vec())));
         };
-        round(&mut values, dtype);
-        let (rows, read_as) = match self {
+        let read_as = match self {
+            Self::FourBit { compute, .. } => compute,
+            Self::Int8 { .. } => FloatKind::F32,
+        };
+        let rows = self.quantise(name, &mut values, [out, width], dtype)?;
+        PackedWeight::new(rows, read_as, device).map_err(wrong)
+    }
+
+    /// Quantises the values of the tensor `name`, after rounding them to `dtype`, the type that the weight has.
+    ///
+    /// # Errors
+    /// A matrix that is no whole number of blocks; values that are not finite.
+    pub(crate) fn quantise(
+        self,
+        name: &str,
+        values: &mut [f32],
+        shape: [usize; 2],
+        dtype: FloatKind,
+    ) -> Result<PackedRows, LoadError> {
+        let wrong = |source| LoadError::Quantise {
+            name: name.to_owned(),
+            source,
+        };
+        round(values, dtype);
+        match self {
             Self::FourBit {
                 kind,
                 block,
                 double,
-                compute,
+                ..
             } => {
                 if !values.len().is_multiple_of(block) {
                     return Err(LoadError::Blocks {
                         name: name.to_owned(),
-                        shape: [out, width],
+                        shape,
                         block,
                     });
                 }
@@ -291,17 +313,16 @@ impl Format {
                     double,
                     dtype,
                 };
-                let tensor = FourBitTensor::quantise(&values, shape, options);
-                (PackedRows::FourBit(tensor.map_err(wrong)?), compute)
+                let tensor = FourBitTensor::quantise(values, &shape, options);
+                Ok(PackedRows::FourBit(tensor.map_err(wrong)?))
             }
             Self::Int8 { threshold } => {
                 // bitsandbytes casts to half precision before it takes a row's largest magnitude.
-                round(&mut values, FloatKind::F16);
-                let rows = Int8Rows::quantise(&values, [out, width]).map_err(wrong)?;
-                (PackedRows::Int8 { rows, threshold }, FloatKind::F32)
+                round(values, FloatKind::F16);
+                let rows = Int8Rows::quantise(values, shape).map_err(wrong)?;
+                Ok(PackedRows::Int8 { rows, threshold })
             }
-        };
-        PackedWeight::new(rows, read_as, device).map_err(wrong)
+        }
     }
 }
 

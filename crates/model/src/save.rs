@@ -1,14 +1,18 @@
 //! Writing a model as a directory in Hugging Face layout, tensor by tensor; as GGUF: [`write_gguf`].
 
+pub mod bitsandbytes;
+mod shard;
+
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use enamel_kernels::quant::FloatKind;
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use self::shard::{Group, PartType, Shard};
+use crate::checkpoint::{Checkpoint, CheckpointError, SourceDtype, TensorSource};
 use crate::config::ConfigError;
 
 mod gguf;
@@ -62,19 +66,29 @@ impl SaveDtype {
         }
     }
 
-    fn safetensors_name(self) -> &'static str {
+    fn part(self) -> PartType {
         match self {
-            Self::F32 => "F32",
-            Self::F16 => "F16",
-            Self::BF16 => "BF16",
+            Self::F32 => PartType::F32,
+            Self::F16 => PartType::F16,
+            Self::BF16 => PartType::BF16,
         }
     }
 
-    fn bytes(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
-        }
+    /// The element type that most of a checkpoint has; f32, which loses nothing, for a quantised one.
+    pub fn native(checkpoint: &Checkpoint) -> Self {
+        let count = |dtype| {
+            let same = checkpoint.tensors().iter().filter(|t| t.dtype == dtype);
+            same.map(|t| t.shape.iter().product::<usize>())
+                .sum::<usize>()
+        };
+        let kinds = [
+            (SourceDtype::F32, Self::F32),
+            (SourceDtype::F16, Self::F16),
+            (SourceDtype::BF16, Self::BF16),
+            (SourceDtype::Quantised, Self::F32),
+        ];
+        let most = kinds.into_iter().max_by_key(|(dtype, _)| count(*dtype));
+        most.map_or(Self::F32, |(_, dtype)| dtype)
     }
 }
 
@@ -155,6 +169,12 @@ pub enum SaveError {
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A model that the asked-for format cannot hold.
+    #[error("the model cannot be quantised: {}", .0.join("\n  - "))]
+    Quantise(Vec<String>),
+    /// The base's weights do not fit its configuration, or cannot be quantised.
+    #[error(transparent)]
+    Load(#[from] crate::causal_lm::LoadError),
     /// The base model's tokenizer or configuration cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -188,6 +208,33 @@ pub fn write_hf(
     source: &Checkpoint,
     options: &SaveOptions,
 ) -> Result<SavedModel, SaveError> {
+    let groups: Vec<Group> = tensors
+        .iter()
+        .map(|(name, shape)| Group::dense(name, shape, options.dtype.part()))
+        .collect();
+    let config = saved_config(source.config_json(), tensors, options.dtype);
+    let mut fill = |group: &Group, shard: &mut Shard| {
+        let values = read(&group.name).map_err(|source| SaveError::Read {
+            name: group.name.clone(),
+            source,
+        })?;
+        write_values(shard, &group.name, &values, options.dtype)
+    };
+    write_directory(dir, &groups, &mut fill, &config, source, options)
+}
+
+/// Writes the tensors of one group into a shard.
+type Fill<'a> = &'a mut dyn FnMut(&Group, &mut Shard) -> Result<(), SaveError>;
+
+/// Writes shards, index, configuration and side files under a temporary name, and renames them.
+fn write_directory(
+    dir: &Path,
+    groups: &[Group],
+    fill: Fill<'_>,
+    config: &Value,
+    source: &Checkpoint,
+    options: &SaveOptions,
+) -> Result<SavedModel, SaveError> {
     let occupied = is_occupied(dir)?;
     if occupied && !options.overwrite {
         return Err(SaveError::Exists(dir.to_owned()));
@@ -204,31 +251,31 @@ pub fn write_hf(
     let at = temporary.path();
 
     let mut files = Vec::new();
-    let shards = shards(tensors, options);
+    let shards = shards(groups, options.shard_bytes);
     let count = shards.len();
-    let mut weight_map = Map::new();
-    for (number, shard) in shards.iter().enumerate() {
+    let (mut weight_map, mut tensor_bytes) = (Map::new(), 0);
+    for (number, groups) in shards.into_iter().enumerate() {
         let name = match count {
             1 => "model.safetensors".to_owned(),
             _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
         };
-        write_shard(&at.join(&name), shard, read, options.dtype)?;
-        for (tensor, _) in *shard {
-            weight_map.insert(tensor.clone(), name.clone().into());
+        let mut shard = Shard::create(&at.join(&name), groups)?;
+        for group in groups {
+            fill(group, &mut shard)?;
+            for part in &group.parts {
+                weight_map.insert(part.name.clone(), name.clone().into());
+            }
         }
+        tensor_bytes += shard.finish()?;
         files.push(name);
     }
-    let tensor_bytes = tensors.iter().map(|(_, shape)| size(shape, options)).sum();
     if count > 1 {
         let index = json!({"metadata": {"total_size": tensor_bytes}, "weight_map": weight_map});
         let name = "model.safetensors.index.json";
         write_json(&at.join(name), &index)?;
         files.push(name.to_owned());
     }
-    write_json(
-        &at.join("config.json"),
-        &saved_config(source.config_json(), tensors, options.dtype),
-    )?;
+    write_json(&at.join("config.json"), config)?;
     files.push("config.json".to_owned());
     files.extend(write_side_files(at, source)?);
 
@@ -265,88 +312,40 @@ fn move_into_place(
     fs::remove_dir_all(&old).map_err(io(&old))
 }
 
-fn size(shape: &[usize], options: &SaveOptions) -> u64 {
-    shape.iter().map(|&dim| dim as u64).product::<u64>() * options.dtype.bytes()
-}
-
-/// Cuts the list so that no part is above the limit, but for single tensors that are.
-fn shards<'a>(
-    tensors: &'a [(String, Vec<usize>)],
-    options: &SaveOptions,
-) -> Vec<&'a [(String, Vec<usize>)]> {
+/// Cuts the list so that no part is above the limit, but for single groups that are.
+fn shards(groups: &[Group], limit: u64) -> Vec<&[Group]> {
     let mut shards = Vec::new();
     let (mut start, mut bytes) = (0, 0);
-    for (i, (_, shape)) in tensors.iter().enumerate() {
-        let more = size(shape, options);
-        if i > start && bytes + more > options.shard_bytes {
-            shards.extend(tensors.get(start..i));
+    for (i, group) in groups.iter().enumerate() {
+        let more = group.bytes();
+        if i > start && bytes + more > limit {
+            shards.extend(groups.get(start..i));
             (start, bytes) = (i, 0);
         }
         bytes += more;
     }
-    shards.extend(tensors.get(start..));
+    shards.extend(groups.get(start..));
     shards
-}
-
-fn write_shard(
-    path: &Path,
-    tensors: &[(String, Vec<usize>)],
-    read: ReadTensor<'_>,
-    dtype: SaveDtype,
-) -> Result<(), SaveError> {
-    let mut header = Map::new();
-    header.insert("__metadata__".into(), json!({"format": "pt"}));
-    let mut offset = 0u64;
-    for (name, shape) in tensors {
-        let count: u64 = shape.iter().map(|&dim| dim as u64).product();
-        let end = offset + count * dtype.bytes();
-        header.insert(
-            name.clone(),
-            json!({
-                "dtype": dtype.safetensors_name(),
-                "shape": shape,
-                "data_offsets": [offset, end],
-            }),
-        );
-        offset = end;
-    }
-    let mut text = Value::Object(header).to_string().into_bytes();
-    // Spaces up to a multiple of eight align the data.
-    text.resize(text.len().next_multiple_of(8), b' ');
-
-    let file = File::create(path).map_err(io(path))?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    out.write_all(&(text.len() as u64).to_le_bytes())
-        .and_then(|()| out.write_all(&text))
-        .map_err(io(path))?;
-    for (name, shape) in tensors {
-        let values = read(name).map_err(|source| SaveError::Read {
-            name: name.clone(),
-            source,
-        })?;
-        if values.len() != shape.iter().product::<usize>() {
-            return Err(SaveError::WrongLength {
-                name: name.clone(),
-                shape: shape.clone(),
-                found: values.len(),
-            });
-        }
-        write_values(&mut out, name, &values, dtype, path)?;
-    }
-    let file = out.into_inner().map_err(|e| io(path)(e.into_error()))?;
-    file.sync_all().map_err(io(path))
 }
 
 /// Values converted at a time.
 const CHUNK: usize = 1 << 16;
 
 fn write_values(
-    out: &mut impl Write,
+    shard: &mut Shard,
     name: &str,
     values: &[f32],
     dtype: SaveDtype,
-    path: &Path,
 ) -> Result<(), SaveError> {
+    let shape = shard.shape(name);
+    if values.len() != shape.iter().product::<usize>() {
+        return Err(SaveError::WrongLength {
+            name: name.to_owned(),
+            shape,
+            found: values.len(),
+        });
+    }
+    shard.begin(name)?;
     let mut buffer: Vec<u8> = Vec::with_capacity(CHUNK * 4);
     for chunk in values.chunks(CHUNK) {
         buffer.clear();
@@ -367,7 +366,7 @@ fn write_values(
                 buffer.extend(chunk.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()));
             }
         }
-        out.write_all(&buffer).map_err(io(path))?;
+        shard.write(&buffer)?;
     }
     Ok(())
 }

@@ -38,6 +38,8 @@ pub struct Inputs {
     pub adapter: AdapterConfig,
     /// What it matches.
     pub plan: AdapterPlan,
+    /// Why a base that its files have quantised is held dense though the recipe does not say so.
+    pub dense_for: Vec<String>,
     /// Hashes and versions.
     pub lock: LockInfo,
 }
@@ -74,7 +76,7 @@ impl Inputs {
             None => enamel_adapter::plan(&base.config.modules(), &adapter)?,
         };
         let asked = Quantization::from(&recipe.model.quantization);
-        let quantization = quantization(asked, &base, &adapter, &plan)?;
+        let (quantization, dense_for) = quantization(asked, &base, &adapter, &plan)?;
         // Hashing a model takes about as long as reading it, and shares nothing with the rows.
         let (data, model_hashes) =
             rayon::join(|| Data::load(recipe, &base), || base.checkpoint.hashes());
@@ -125,6 +127,7 @@ impl Inputs {
             valid,
             adapter,
             plan,
+            dense_for,
             lock,
         })
     }
@@ -134,7 +137,16 @@ impl Inputs {
         let words = self.base.computing(self.compute, &self.device);
         let base = match self.quantization.format {
             Some(format) => format!("; base: {format}"),
-            None => String::new(),
+            None if self.dense_for.is_empty() => String::new(),
+            None => {
+                let mut why: Vec<_> = self.dense_for.iter().take(2).cloned().collect();
+                let more = self.dense_for.len() - why.len();
+                if more > 0 {
+                    why.push(format!("and {more} more"));
+                }
+                let why = why.join("; ");
+                format!("; base: dense, though its files have it quantised ({why})")
+            }
         };
         format!("{}: {words}{base}", self.compute.name())
     }
@@ -175,7 +187,7 @@ impl Inputs {
 }
 
 /// The recipe's quantisation, checked against the model and the adapter. An adapter that changes the base, or
-/// trains a linear layer of it, has a base dense that only the file quantises.
+/// trains a linear layer of it, has a base dense that only the file quantises: then also why.
 ///
 /// # Errors
 /// Names in `skip_modules` that are not there; an adapter that cannot have what the recipe asks for, with all
@@ -185,7 +197,7 @@ pub(crate) fn quantization(
     base: &OpenBase,
     adapter: &AdapterConfig,
     plan: &AdapterPlan,
-) -> Result<Quantization, TrainError> {
+) -> Result<(Quantization, Vec<String>), TrainError> {
     let modules = base.config.modules();
     quantization.check(&modules)?;
     let mut against = Vec::new();
@@ -214,8 +226,12 @@ pub(crate) fn quantization(
             against.join("; ")
         ))),
         _ => {
+            let packed = base.checkpoint.packed();
+            if quantization.dequantize || packed.is_empty() {
+                against.clear();
+            }
             quantization.dequantize |= !against.is_empty();
-            Ok(quantization)
+            Ok((quantization, against))
         }
     }
 }

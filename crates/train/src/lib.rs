@@ -25,6 +25,7 @@ pub mod memory;
 pub mod merge;
 pub mod optimizer;
 pub mod plan;
+pub mod quantize;
 pub mod recipe;
 mod renderer;
 mod report;

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_model::Quantization;
-use enamel_model::checkpoint::{Checkpoint, SourceDtype, TensorSource};
 use enamel_model::save::{self, SaveDtype, SaveOptions};
 use enamel_model::source::PullProgress;
 use serde::Serialize;
@@ -185,7 +184,7 @@ pub fn merge(
     let base = OpenBase::open(&reference, template.as_deref(), progress)?;
     let dtype = options
         .dtype
-        .unwrap_or_else(|| native_dtype(&base.checkpoint));
+        .unwrap_or_else(|| SaveDtype::native(&base.checkpoint));
     let mut merging = Merging::open(base, &options.adapters, weights, dtype, device)?;
     let trained = trained::trained(options, &merging, &runs, &unreadable)?;
     merging.trained = trained.as_ref().map(|trained| trained.loading.clone());
@@ -292,25 +291,8 @@ fn weights(options: &MergeOptions) -> Result<Vec<f64>, TrainError> {
     }
 }
 
-/// The element type that most of the base has; f32, which loses nothing, for a quantised one.
-fn native_dtype(checkpoint: &Checkpoint) -> SaveDtype {
-    let count = |dtype| {
-        let same = checkpoint.tensors().iter().filter(|t| t.dtype == dtype);
-        same.map(|t| t.shape.iter().product::<usize>())
-            .sum::<usize>()
-    };
-    let kinds = [
-        (SourceDtype::F32, SaveDtype::F32),
-        (SourceDtype::F16, SaveDtype::F16),
-        (SourceDtype::BF16, SaveDtype::BF16),
-        (SourceDtype::Quantised, SaveDtype::F32),
-    ];
-    let most = kinds.into_iter().max_by_key(|(dtype, _)| count(*dtype));
-    most.map_or(SaveDtype::F32, |(_, dtype)| dtype)
-}
-
 /// Found before the work, not after it.
-fn refuse_occupied(output: &Path) -> Result<(), TrainError> {
+pub(crate) fn refuse_occupied(output: &Path) -> Result<(), TrainError> {
     let occupied = output.is_file()
         || std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
     if occupied {

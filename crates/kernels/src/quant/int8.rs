@@ -41,7 +41,8 @@ impl Int8Rows {
                 .into_par_iter()
                 .for_each(|(values, codes, scale)| {
                     *scale = absmax(values);
-                    let factor = 127.0 / *scale;
+                    // PyTorch divides a number by a tensor so, rounding twice.
+                    let factor = scale.recip() * 127.0;
                     if factor.is_finite() {
                         for (code, v) in codes.iter_mut().zip(values) {
                             *code = (v * factor).round_ties_even() as i8;

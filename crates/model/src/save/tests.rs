@@ -10,14 +10,10 @@ fn base(dir: &Path, config: Value) -> Checkpoint {
     fs::write(dir.join("config.json"), config.to_string()).unwrap();
     fs::write(dir.join("tokenizer.json"), "{\"kept\": true}").unwrap();
     fs::write(dir.join("chat_template.jinja"), "{{ x }}").unwrap();
-    let mut read = |_: &str| Ok(vec![1.0f32]);
-    write_shard(
-        &dir.join("model.safetensors"),
-        &[("w".to_owned(), vec![1])],
-        &mut read,
-        SaveDtype::F32,
-    )
-    .unwrap();
+    let group = Group::dense("w", &[1], PartType::F32);
+    let mut shard = Shard::create(&dir.join("model.safetensors"), &[group]).unwrap();
+    write_values(&mut shard, "w", &[1.0], SaveDtype::F32).unwrap();
+    shard.finish().unwrap();
     Checkpoint::open(dir).unwrap()
 }
 

@@ -119,7 +119,7 @@ pub(super) fn trained(
     let found = match found {
         Some((mut loading, known_from)) if loading.quantization.format.is_some() => {
             for (adapter, _) in &merging.adapters {
-                loading.quantization = inputs::quantization(
+                (loading.quantization, _) = inputs::quantization(
                     loading.quantization,
                     &merging.base,
                     adapter.config(),
