@@ -206,7 +206,7 @@ impl Quantization {
             if made_by_bitsandbytes || self.format.is_none() {
                 let read_as = match (&rows, self.format) {
                     (PackedRows::FourBit(_), Some(Format::FourBit { compute, .. })) => compute,
-                    (PackedRows::FourBit(tensor), _) => tensor.dtype(),
+                    (PackedRows::FourBit(_), None) => source.packed_compute(),
                     _ => FloatKind::F32,
                 };
                 return PackedWeight::new(rows, read_as, device)

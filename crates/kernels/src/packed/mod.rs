@@ -85,7 +85,9 @@ impl PackedRows {
 
 impl PackedWeight {
     /// Wraps quantised rows for a device. Their values are rounded to `compute` when they are read
-    /// (`bnb_4bit_compute_dtype`), after the dtype that the weight had before it was quantised.
+    /// (`bnb_4bit_compute_dtype`), as in bitsandbytes' forward product: the dtype that the weight had before it
+    /// was quantised plays no part. Its backward product goes through that dtype; here both read the same values,
+    /// so that gradients are those of the forward pass.
     ///
     /// # Errors
     /// If it is not a matrix.
@@ -136,7 +138,7 @@ impl PackedWeight {
         match &self.inner.rows {
             PackedRows::FourBit(tensor) => {
                 let start = row * width + from;
-                return read::four_bit(level, tensor, start, tensor.dtype(), compute, to);
+                return read::four_bit(level, tensor, start, compute, compute, to);
             }
             PackedRows::Int8 { rows, .. } => rows.read(level, row, from, to),
             PackedRows::Blocks(rows) => rows.read(level, row, from, to),

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use enamel_kernels::quant::FloatKind;
 use enamel_kernels::{HostValues, PackedRows};
 use rayon::prelude::*;
 use serde_json::Value;
@@ -56,6 +57,11 @@ pub trait TensorSource {
     /// The same in bf16 where the file has them so, else in f32.
     fn read(&self, name: &str) -> Result<HostValues, CheckpointError> {
         Ok(HostValues::F32(self.read_f32(name)?))
+    }
+    /// What 4-bit weights of [`Self::read_packed`] are rounded to when they are read
+    /// (`bnb_4bit_compute_dtype`).
+    fn packed_compute(&self) -> FloatKind {
+        FloatKind::F32
     }
     /// A matrix in the quantised form that the file has it in, if it is one that products read as it lies.
     fn read_packed(&self, _name: &str) -> Result<Option<PackedRows>, CheckpointError> {
@@ -236,6 +242,13 @@ impl TensorSource for Checkpoint {
             }
             _ => Ok(HostValues::F32(self.read_f32(name)?)),
         }
+    }
+
+    fn packed_compute(&self) -> FloatKind {
+        let settings = self.config.get("quantization_config");
+        let named = settings.and_then(|s| s.get("bnb_4bit_compute_dtype")?.as_str());
+        let kind = named.and_then(|name| FloatKind::from_name(name).ok());
+        kind.unwrap_or(FloatKind::F32)
     }
 
     fn read_packed(&self, name: &str) -> Result<Option<PackedRows>, CheckpointError> {
