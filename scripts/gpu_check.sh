@@ -1,54 +1,82 @@
 #!/usr/bin/env bash
-# Builds Enamel with CUDA, trains a few steps on the GPU and on Flex, with every adapter method,
-# compares the losses to 1e-3 and times both. Run it on any machine with an NVIDIA driver; building needs LLVM (ARCHITECTURE.md,
-# "Building with CUDA"). ENAMEL_BIN skips the build.
+# Builds Enamel for a graphics processor, runs the kernels' tests on it, trains a few steps there and on Flex (with
+# every adapter method, on every kind of quantised base, with blocks computed again), compares the losses to
+# 1e-3 and times both. Run it on any machine with an NVIDIA driver; building with CUDA needs LLVM
+# (ARCHITECTURE.md, "Building with CUDA").
 #
 #   scripts/gpu_check.sh [RECIPE] > docs/measurements/cuda.md
+#   DEVICE=wgpu scripts/gpu_check.sh > docs/measurements/wgpu.md
+#
+# ENAMEL_BIN, a binary with that device, skips the build and the kernels' tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 recipe=${1:-datasets/handbook/lora.toml}
+device=${DEVICE:-cuda}
 steps=${STEPS:-20}
+few=${FEW:-5}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 if [ -z "${ENAMEL_BIN:-}" ]; then
-  cargo build --release --locked --features cuda >&2
+  cargo build --release --locked -p enamel-cli --features "$device" >&2
+  ENAMEL_NEEDS_GPU=1 cargo test --release --locked -p enamel-kernels -p enamel-cli --features "enamel-cli/$device" --lib -- cube >&2
   ENAMEL_BIN=${CARGO_TARGET_DIR:-target}/release/enamel
 fi
 
-for device in flex cuda; do
-  "$ENAMEL_BIN" train "$recipe" --no-tui --device "$device" --output "$work/$device" \
-    --set train.max_steps="$steps" --set train.samples=0 --set train.logging_steps=1 >&2
-  for method in dora loha lokr adalora vera ia3 full; do
-    "$ENAMEL_BIN" train "$recipe" --no-tui --device "$device" --output "$work/$device-$method" \
-      --set adapter.method="$method" --set train.max_steps=5 --set train.samples=0 --set train.logging_steps=1 \
-      --set train.eval_strategy=no --set train.save_strategy=no --set train.load_best_model_at_end=false >&2
+# train DEVICE NAME STEPS SETTING...
+train() {
+  local on=$1 name=$2 count=$3
+  shift 3
+  "$ENAMEL_BIN" train "$recipe" --no-tui --device "$on" --output "$work/$on-$name" --set train.max_steps="$count" \
+    --set train.samples=0 --set train.logging_steps=1 --set train.eval_strategy=no --set train.save_strategy=no \
+    --set train.load_best_model_at_end=false "${@/#/--set=}" >&2
+}
+
+four=(model.quantization.load_in_4bit=true model.quantization.bnb_4bit_use_double_quant=true)
+for on in flex "$device"; do
+  train "$on" lora "$steps"
+  train "$on" dense "$steps" model.quantization.dequantize=true
+  train "$on" nf4 "$steps" "${four[@]}"
+  train "$on" fp4 "$few" model.quantization.load_in_4bit=true model.quantization.bnb_4bit_quant_type=fp4
+  train "$on" int8 "$few" model.quantization.load_in_8bit=true
+  train "$on" nf4-checkpointed "$few" "${four[@]}" train.gradient_checkpointing=true
+  train "$on" adamw_8bit "$few" "${four[@]}" train.optim=adamw_8bit
+  for method in dora loha lokr adalora vera ia3; do
+    train "$on" "$method" "$few" adapter.method="$method"
   done
+  train "$on" full "$few" adapter.method=full model.quantization.dequantize=true
 done
 
-python3 - "$work" "$steps" <<'PY'
-import json, platform, statistics, subprocess, sys
+python3 - "$work" "$device" <<'PY'
+import json, os, platform, statistics, subprocess, sys
 
-def rows(device):
-    with open(f"{sys.argv[1]}/{device}/metrics.jsonl") as f:
+work, device = sys.argv[1:]
+names = sorted({d.split("-", 1)[1] for d in os.listdir(work)}, key=lambda n: os.path.getctime(f"{work}/flex-{n}"))
+
+def rows(on, name):
+    with open(f"{work}/{on}-{name}/metrics.jsonl") as f:
         return [r for r in map(json.loads, f) if r["kind"] == "train"]
 
-flex, cuda = rows("flex"), rows("cuda")
-assert len(flex) == len(cuda) == int(sys.argv[2]), (len(flex), len(cuda))
-worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(flex, cuda))
-name = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"],
-                      capture_output=True, text=True).stdout.strip() or "unknown GPU"
-print("# CUDA against Flex\n")
-print(f"GPU: {name}. CPU: {platform.processor() or platform.machine()}. Steps: {len(flex)}.\n")
-print("| device | tokens/s (median step, first three left out) |\n|---|---|")
-for label, r in (("flex", flex), ("cuda", cuda)):
-    print(f"| {label} | {statistics.median(x['tokens_per_second'] for x in r[3:] or r):.0f} |")
-print(f"\nLargest difference of a step's loss: {worst:.2e} (bound: 1e-3).")
-print("\n| method, five steps | largest difference of a loss | cuda, tokens/s (median) |\n|---|---|---|")
-for method in ["dora", "loha", "lokr", "adalora", "vera", "ia3", "full"]:
-    flex, cuda = rows(f"flex-{method}"), rows(f"cuda-{method}")
-    off = max(abs(a["loss"] - b["loss"]) for a, b in zip(flex, cuda, strict=True))
+def card():
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except FileNotFoundError:
+        return os.environ.get("GPU_NAME", "unknown")
+
+def speed(rs):
+    return statistics.median(r["tokens_per_second"] for r in rs[3:] or rs)
+
+print(f"# {device} against Flex\n")
+print("By `scripts/gpu_check.sh`: the same recipe on both, losses of each step compared; the bound is 1e-3. Speeds are medians")
+print("without the first three steps.\n")
+print(f"GPU: {card()}. CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} threads.\n")
+print(f"| run | steps | largest difference of a loss | flex, tokens/s | {device}, tokens/s |\n|---|---|---|---|---|")
+worst = 0.0
+for name in names:
+    a, b = rows("flex", name), rows(device, name)
+    off = max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True))
     worst = max(worst, off)
-    print(f"| {method} | {off:.2e} | {statistics.median(x['tokens_per_second'] for x in cuda):.0f} |")
+    print(f"| {name} | {len(a)} | {off:.2e} | {speed(a):.0f} | {speed(b):.0f} |")
 sys.exit(0 if worst <= 1e-3 else 1)
 PY

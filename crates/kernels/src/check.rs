@@ -14,6 +14,31 @@ pub(crate) fn ndarray() -> Device {
     Device::ndarray().autodiff()
 }
 
+/// A device of CubeCL's, if this machine has one. Tests that need one pass without, unless the variable
+/// `ENAMEL_NEEDS_GPU` is set.
+#[cfg(feature = "cube")]
+#[allow(clippy::panic, clippy::print_stderr)]
+pub(crate) fn gpu() -> Option<Device> {
+    use burn::tensor::DeviceType;
+    let kinds = [
+        #[cfg(feature = "cuda")]
+        DeviceType::Cuda,
+        #[cfg(feature = "wgpu")]
+        DeviceType::Wgpu,
+    ];
+    let found = kinds
+        .into_iter()
+        .find_map(|kind| Device::enumerate(kind).into_iter().next());
+    if found.is_none() {
+        assert!(
+            std::env::var_os("ENAMEL_NEEDS_GPU").is_none(),
+            "ENAMEL_NEEDS_GPU is set and there is no GPU"
+        );
+        eprintln!("no GPU: nothing was tested");
+    }
+    found.map(Device::autodiff)
+}
+
 /// Uniform in `[-1, 1)`, from SplitMix64.
 pub(crate) fn noise(seed: u64, n: usize) -> Vec<f32> {
     draws(seed)

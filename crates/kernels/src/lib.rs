@@ -33,6 +33,7 @@ pub mod silu_mul;
 
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
+pub use cpu::storage::on_host;
 
 pub use adamw::{
     AdamW, AdamWInput, Codes, HostCodes, HostMoments, MOMENT_BLOCK, Moments, Paging, adamw,

@@ -19,6 +19,8 @@ use ops::{Again, Mailbox};
 pub fn can_checkpoint(device: &Device) -> bool {
     match device.as_dispatch() {
         DispatchDevice::Flex(_) | DispatchDevice::NdArray(_) => true,
+        #[cfg(feature = "cube")]
+        DispatchDevice::Cube(_) => true,
         DispatchDevice::Autodiff(_) => can_checkpoint(&device.clone().without_autodiff()),
         #[allow(unreachable_patterns)] // with these two backends alone there is nothing else
         _ => false,

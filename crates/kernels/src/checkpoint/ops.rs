@@ -79,7 +79,7 @@ impl fmt::Debug for Again {
 }
 
 /// The nodes as a backend extension. Without autodiff they hand on what they are given.
-#[backend_extension(Flex, NdArray, Autodiff)]
+#[backend_extension(Flex, NdArray, Cube: cfg(feature = "cube"), Autodiff)]
 pub trait CheckpointOps: Backend {
     /// The token, with `parameter` tied to it.
     fn enamel_checkpoint_join(
@@ -174,6 +174,8 @@ macro_rules! handed_on {
 
 handed_on!(Flex);
 handed_on!(NdArray);
+#[cfg(feature = "cube")]
+handed_on!(burn::backend::Cube);
 
 /// A backend's tensor as any backend's.
 fn lifted<B: Backend>(tensor: FloatTensor<B>) -> DispatchTensor

@@ -99,6 +99,30 @@ fn gradients_are_those_of_the_plain_graph_bit_for_bit() {
     }
 }
 
+/// Which kernel multiplies is chosen by timing there, and operations are fused as they come: bits may differ.
+#[cfg(feature = "cube")]
+#[test]
+fn gradients_on_a_cube_device_are_those_of_the_plain_graph() {
+    let Some(device) = crate::check::gpu() else {
+        return;
+    };
+    assert!(can_checkpoint(&device));
+    let blocks: Vec<_> = (0..4).map(|i| Block::new(100 * i, 3, &device)).collect();
+    let x = || leaf::<2>(7, [5, WIDTH], true, &device);
+    let numbers =
+        |bits: &Vec<u32>| -> Vec<f32> { bits.iter().map(|x| f32::from_bits(*x)).collect() };
+    let all = |(y, x, parameters): Outcome| -> Vec<Option<Vec<f32>>> {
+        let gradients = std::iter::once(x).chain(parameters);
+        let gradients = gradients.map(|g| g.as_ref().map(numbers));
+        std::iter::once(Some(numbers(&y)))
+            .chain(gradients)
+            .collect()
+    };
+    let (got, want) = (run(&blocks, x(), again), run(&blocks, x(), plain));
+    // Sums of a dozen products, a dozen layers deep.
+    crate::check::close_grads("checkpointed", &all(got), &all(want), 1e-5);
+}
+
 #[test]
 fn a_block_may_have_more_parameters_than_any_table_of_sizes_foresees() {
     let blocks = [Block::new(3, 300, &flex())];

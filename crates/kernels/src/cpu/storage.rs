@@ -77,6 +77,16 @@ pub(crate) fn is_flex(device: &Device) -> bool {
     }
 }
 
+/// Whether the device computes on the processor, in its memory.
+pub fn on_host(device: &Device) -> bool {
+    match device.as_dispatch() {
+        DispatchDevice::Flex(_) | DispatchDevice::NdArray(_) => true,
+        DispatchDevice::Autodiff(_) => on_host(&device.clone().without_autodiff()),
+        #[allow(unreachable_patterns)] // with these two backends alone there is nothing else
+        _ => false,
+    }
+}
+
 /// The tensor itself when its elements lie in order, else an ordered copy.
 pub(crate) fn dense(t: FlexTensor) -> FlexTensor {
     if t.layout().is_contiguous() {

@@ -19,7 +19,7 @@ const LARGE: usize = 256;
 const CHUNK: usize = 1 << 14;
 
 /// A block type of GGUF.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum GgufKind {
     /// Four bits and a scale.
     Q4_0,

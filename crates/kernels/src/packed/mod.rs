@@ -29,6 +29,8 @@ struct Inner {
     rows: PackedRows,
     dims: [usize; 2],
     compute: FloatKind,
+    #[cfg(feature = "cube")]
+    on_device: crate::packed_linear::cube::OnDevice,
 }
 
 /// The formats.
@@ -97,6 +99,8 @@ impl PackedWeight {
             rows,
             dims,
             compute,
+            #[cfg(feature = "cube")]
+            on_device: Default::default(),
         });
         let device = device.clone();
         Ok(Self { inner, device })
@@ -125,6 +129,12 @@ impl PackedWeight {
     /// Bytes in memory.
     pub fn bytes(&self) -> usize {
         self.inner.rows.bytes()
+    }
+
+    /// Its copy on a CubeCL device.
+    #[cfg(feature = "cube")]
+    pub(crate) fn on_device(&self) -> &crate::packed_linear::cube::OnDevice {
+        &self.inner.on_device
     }
 
     /// Reads a row from column `from` on, as f32.

@@ -9,7 +9,7 @@ use crate::packed::{PackedRows, PackedWeight, read};
 use crate::quant::{FloatKind, Int8Rows};
 
 /// bitsandbytes' 1/127².
-const PER_PRODUCT: f32 = 6.200_124e-5;
+pub(super) const PER_PRODUCT: f32 = 6.200_124e-5;
 /// Rows that one task looks at.
 const TASK: usize = 16;
 

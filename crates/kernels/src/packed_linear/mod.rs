@@ -5,6 +5,8 @@
 //! that are too large for it (Dettmers et al. 2022, arXiv:2208.07339, and bitsandbytes' `MatMul8bitLt`).
 
 mod cpu;
+#[cfg(feature = "cube")]
+pub(crate) mod cube;
 mod int8;
 mod node;
 mod reference;
@@ -30,9 +32,10 @@ use crate::packed::PackedWeight;
 ///
 /// The gradient of x is `g · w` in either case, as if nothing had been rounded.
 ///
-/// On Flex the products read the packed rows themselves. On NdArray, and on Flex without this crate's kernels, 256
-/// rows of the weight are a tensor at a time, forward and backward. On other backends they are too, but the
-/// graph keeps them where x is tracked.
+/// On Flex the products read the packed rows themselves, and on CubeCL's devices (features `cuda` and `wgpu`) kernels
+/// decode a tile of them at a time, in f32. On NdArray, and on Flex without this crate's kernels, 256 rows of the
+/// weight are a tensor at a time, forward and backward. On other backends they are too, but the graph keeps them where x
+/// is tracked.
 ///
 /// # Shapes
 /// - x: `[rows, in]`, w: `[out, in]`, result: `[rows, out]`

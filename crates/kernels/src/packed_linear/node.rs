@@ -16,7 +16,7 @@ use crate::cpu::path::CpuPath;
 use crate::packed::PackedWeight;
 
 /// The operation as a backend extension.
-#[backend_extension(Flex, NdArray, Autodiff)]
+#[backend_extension(Flex, NdArray, Cube: cfg(feature = "cube"), Autodiff)]
 pub trait PackedLinearOps: Backend {
     /// `x · wᵀ`; `rounds` says whether x is rounded where the format does that.
     fn enamel_packed_linear(

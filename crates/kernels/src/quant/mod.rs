@@ -188,7 +188,7 @@ impl FourBit {
 }
 
 /// The dtype a quantised weight had and is dequantised to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FloatKind {
     /// 32 bits.
     F32,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig, ModuleShape};
-use enamel_kernels::{can_checkpoint, holds_bf16};
+use enamel_kernels::{holds_bf16, on_host};
 use enamel_model::LlamaConfig;
 use enamel_model::checkpoint::StoredPacked;
 
@@ -22,7 +22,7 @@ pub enum Kind {
 impl Kind {
     /// Of a device.
     pub fn of(device: &Device) -> Self {
-        match (holds_bf16(device), can_checkpoint(device)) {
+        match (holds_bf16(device), on_host(device)) {
             (true, _) => Self::Kernels,
             (false, true) => Self::Reference,
             (false, false) => Self::Gpu,

@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use enamel_kernels::quant::{FloatKind, FourBit};
 use enamel_model::{Format, Quantization};
 
-use super::{Footprint, Kind, Model, Settings, estimate};
+use super::{Footprint, Model, Settings, estimate};
 use crate::optimizer::Optim;
 
 /// Shortest `max_length` that is proposed.
@@ -58,7 +58,7 @@ impl Proposal {
 pub fn fit(model: &Model, settings: &Settings, room: usize) -> Proposal {
     let fits = |settings: &Settings| estimate(model, settings).peak() <= room;
     let mut now = settings.clone();
-    if !fits(&now) && now.every.is_none() && now.kind != Kind::Gpu {
+    if !fits(&now) && now.every.is_none() {
         now.every = Some(NonZeroUsize::MIN);
     }
     let rows_a_step = settings.batch * settings.accumulation;
