@@ -15,6 +15,7 @@ use crate::device;
 use crate::error::TrainError;
 use crate::eva;
 use crate::loaded::OpenBase;
+use crate::loftq;
 use crate::plan::step_counts;
 use crate::recipe::{AdapterSettings, FileHash, LockInfo, Recipe};
 
@@ -173,16 +174,35 @@ impl Inputs {
     ) -> Result<(CausalLm, AdapterConfig), TrainError> {
         let mut model = self.base.weights(&self.device, &self.loading())?;
         let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
-            Some(dir) => enamel_adapter::load_pretrained(&mut model, dir, true)?.config,
-            None => match eva::config(&self.adapter) {
-                Some(config) => eva::attach(&mut model, config.clone(), self, recipe, say)?,
-                None => {
-                    enamel_adapter::attach(&mut model, &self.adapter, recipe.seed)?;
-                    self.adapter.clone()
+            Some(dir) => {
+                let config = enamel_adapter::load_pretrained(&mut model, dir, true)?.config;
+                if let Some(note) = loftq::beside_dense(&config, &self.quantization) {
+                    say(&format!("note     {note}"));
                 }
-            },
+                config
+            }
+            None => self.first(&mut model, recipe, say)?,
         };
         Ok((model, config))
+    }
+
+    /// Attaches the adapter with its first values.
+    fn first(
+        &self,
+        model: &mut CausalLm,
+        recipe: &Recipe,
+        say: &dyn Fn(&str),
+    ) -> Result<AdapterConfig, TrainError> {
+        if let Some(config) = eva::config(&self.adapter) {
+            return eva::attach(model, config.clone(), self, recipe, say);
+        }
+        if let Some(config) = loftq::config(&self.adapter) {
+            let files = &self.base.checkpoint;
+            let how = (self.quantization.format, recipe.seed);
+            return loftq::attach(model, config.clone(), files, how, say);
+        }
+        enamel_adapter::attach(model, &self.adapter, recipe.seed)?;
+        Ok(self.adapter.clone())
     }
 }
 
@@ -200,6 +220,23 @@ pub(crate) fn quantization(
 ) -> Result<(Quantization, Vec<String>), TrainError> {
     let modules = base.config.modules();
     quantization.check(&modules)?;
+    let packed = base.checkpoint.packed();
+    if let Some(config) = loftq::config(adapter) {
+        let mut targets = plan.targets.iter().map(|target| target.name.as_str());
+        let stored = |module: &str| {
+            let stored = packed.get(&format!("{module}.weight"));
+            stored.is_some_and(|stored| stored.bitsandbytes && !quantization.skips(module))
+        };
+        let problems = loftq::problems(config, &quantization, &mut targets, &stored);
+        if !problems.is_empty() {
+            return Err(TrainError::Mismatch(format!(
+                "adapter.init_lora_weights = \"loftq\" cannot start on this base: {}\n  \
+                 help: LoftQ is for a model that is not quantised yet and load_in_4bit or load_in_8bit to quantise \
+                 it; or choose another start",
+                problems.join("; ")
+            )));
+        }
+    }
     let mut against = Vec::new();
     match adapter {
         AdapterConfig::Full(_) => against.push("full fine-tuning trains them".to_owned()),
@@ -226,7 +263,6 @@ pub(crate) fn quantization(
             against.join("; ")
         ))),
         _ => {
-            let packed = base.checkpoint.packed();
             if quantization.dequantize || packed.is_empty() {
                 against.clear();
             }

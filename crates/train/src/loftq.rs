@@ -1,0 +1,103 @@
+//! LoftQ's start (`init_lora_weights = "loftq"`): reads the weights as they were before they were quantised,
+//! layer by layer, while the adapter is attached; and what is to be known of an adapter that began so.
+
+use std::time::Instant;
+
+use enamel_adapter::loftq::start;
+use enamel_adapter::{AdapterConfig, AdapterError, DEFAULT, InitLora, LoraConfig, attach_given};
+use enamel_model::checkpoint::{Checkpoint, TensorSource};
+use enamel_model::{CausalLm, Format, Quantization};
+
+use crate::error::TrainError;
+
+/// The LoRA configuration that starts as LoftQ, if this is one.
+pub fn config(adapter: &AdapterConfig) -> Option<&LoraConfig> {
+    match adapter {
+        AdapterConfig::Lora(config) if config.init_lora_weights == InitLora::Loftq => Some(config),
+        _ => None,
+    }
+}
+
+/// Attaches the adapter with factors that make up for what quantising `files` to `model` lost. Returns the
+/// configuration to save: plain LoRA on the quantised base, as PEFT's `replace_lora_weights_loftq` leaves it,
+/// with `loftq_config` to remember it by.
+///
+/// # Errors
+/// Layers that are not quantised; weights that cannot be read.
+pub fn attach(
+    model: &mut CausalLm,
+    mut config: LoraConfig,
+    files: &Checkpoint,
+    (format, seed): (Option<Format>, u64),
+    say: &dyn Fn(&str),
+) -> Result<AdapterConfig, TrainError> {
+    say("loftq    decomposing what quantising the adapted layers lost");
+    let started = Instant::now();
+    let start = start(model, &config, &|module| {
+        let values = files.read_f32(&format!("{module}.weight"));
+        values.map_err(|error| AdapterError::Start {
+            module: module.to_owned(),
+            reason: format!("its weight before it was quantised cannot be read: {error}"),
+        })
+    })?;
+    attach_given(model, DEFAULT, &config, seed, Some(&start.given()))?;
+    say(&format!(
+        "loftq    {start} ({:.1} s)",
+        started.elapsed().as_secs_f64()
+    ));
+    config.init_lora_weights = InitLora::Default;
+    config.set_loftq(format.map_or(4, Format::bits));
+    Ok(config.into())
+}
+
+/// What speaks against LoftQ on weights that are to be held so; `stored` says whether the files have a module's
+/// weight in one of bitsandbytes' formats. One line each.
+pub(crate) fn problems(
+    config: &LoraConfig,
+    quantization: &Quantization,
+    targets: &mut dyn Iterator<Item = &str>,
+    stored: &dyn Fn(&str) -> bool,
+) -> Vec<String> {
+    let Some(format) = quantization.format else {
+        return vec![NOT_QUANTISED.to_owned()];
+    };
+    let mut problems = Vec::new();
+    if let Some(bits) = config.loftq().and_then(|loftq| loftq.bits)
+        && bits != format.bits()
+    {
+        problems.push(format!("loftq_bits is {bits}, and the base is {format}"));
+    }
+    let mut there: Vec<&str> = targets.filter(|module| stored(module)).collect();
+    let count = there.len();
+    if count > 0 {
+        there.truncate(2);
+        let more = count - there.len();
+        let more = match more {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        problems.push(format!(
+            "the base's files have {}{more} quantised by bitsandbytes already, so that what was lost by it is not \
+             known; start from the model before it was quantised",
+            there.join(", ")
+        ));
+    }
+    problems
+}
+
+/// Why LoftQ needs a recipe that quantises.
+pub(crate) const NOT_QUANTISED: &str = "it makes up for what quantising the base loses, and nothing is quantised \
+     while this base is loaded (weights that the model's files have quantised have nothing to be compared with)";
+
+/// Whether the adapter's base is the quantised model: it began as LoftQ.
+pub fn began_so(adapter: &AdapterConfig) -> bool {
+    matches!(adapter, AdapterConfig::Lora(config) if config.loftq().is_some())
+}
+
+/// What to say where an adapter that began as LoftQ is put on a base that is not quantised.
+pub fn beside_dense(adapter: &AdapterConfig, quantization: &Quantization) -> Option<&'static str> {
+    (began_so(adapter) && quantization.format.is_none()).then_some(
+        "the adapter began as LoftQ: it makes up for what its quantised base lost, and on a dense one that comes on \
+         top. Load the base as in training (load_in_4bit or load_in_8bit)",
+    )
+}
