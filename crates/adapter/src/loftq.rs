@@ -24,7 +24,21 @@ use crate::plan::{TargetPlan, plan};
 use crate::slot::{Adaptable, SlotRef};
 
 /// Layers that are decomposed at a time, at most: each takes memory for a few dense copies of its weight.
-const AT_ONCE: usize = 4;
+const AT_ONCE: usize = 2;
+
+/// Bytes that [`start`] works in at its largest: a layer's residual in f32 and f64, and nine squares of its
+/// smaller side in f64 (measured: what the decomposition keeps and forms), for the largest two layers.
+pub fn working_bytes(targets: &[TargetPlan]) -> usize {
+    let linear = targets.iter().filter(|target| !target.embedding);
+    let mut sizes: Vec<usize> = linear
+        .map(|target| {
+            let (out, width) = (target.out_features, target.in_features);
+            12 * out * width + 72 * out.min(width).pow(2)
+        })
+        .collect();
+    sizes.sort_unstable_by(|a, b| b.cmp(a));
+    sizes.into_iter().take(AT_ONCE).sum()
+}
 
 /// The values of a module's weight `[out, in]` as they were before it was quantised, row-major.
 pub type Original<'a> = dyn Fn(&str) -> Result<Vec<f32>> + Sync + 'a;
