@@ -221,21 +221,19 @@ pub(crate) fn quantization(
     let modules = base.config.modules();
     quantization.check(&modules)?;
     let packed = base.checkpoint.packed();
+    let linear = |name: &str| {
+        let module = modules.iter().find(|module| module.name == name);
+        module.is_some_and(|module| module.kind == ModuleKind::Linear)
+    };
     if let Some(config) = loftq::config(adapter) {
-        let mut targets = plan.targets.iter().map(|target| target.name.as_str());
+        let targets = plan.targets.iter().map(|target| target.name.as_str());
+        let quantised = |name: &&str| linear(name) && !quantization.skips(name);
         let stored = |module: &str| {
             let stored = packed.get(&format!("{module}.weight"));
-            stored.is_some_and(|stored| stored.bitsandbytes && !quantization.skips(module))
+            stored.is_some_and(|stored| stored.bitsandbytes)
         };
-        let problems = loftq::problems(config, &quantization, &mut targets, &stored);
-        if !problems.is_empty() {
-            return Err(TrainError::Mismatch(format!(
-                "adapter.init_lora_weights = \"loftq\" cannot start on this base: {}\n  \
-                 help: LoftQ is for a model that is not quantised yet and load_in_4bit or load_in_8bit to quantise \
-                 it; or choose another start",
-                problems.join("; ")
-            )));
-        }
+        let targets: Vec<&str> = targets.filter(quantised).collect();
+        loftq::check(config, quantization.format, &targets, &stored)?;
     }
     let mut against = Vec::new();
     match adapter {
@@ -245,10 +243,6 @@ pub(crate) fn quantization(
         }
         _ => {}
     }
-    let linear = |name: &str| {
-        let module = modules.iter().find(|module| module.name == name);
-        module.is_some_and(|module| module.kind == ModuleKind::Linear)
-    };
     for saved in &plan.saved {
         if linear(&saved.name) && !quantization.skips(&saved.name) {
             against.push(format!("modules_to_save trains {}", saved.name));

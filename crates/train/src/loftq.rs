@@ -50,15 +50,37 @@ pub fn attach(
     Ok(config.into())
 }
 
-/// What speaks against LoftQ on weights that are to be held so; `stored` says whether the files have a module's
-/// weight in one of bitsandbytes' formats. One line each.
-pub(crate) fn problems(
+/// Refuses LoftQ on a base that it cannot start from. The base is quantised to `format` while it is loaded,
+/// `targets` are the adapted layers that are to be, and `stored` says whether the files have a module's weight in
+/// one of bitsandbytes' formats.
+///
+/// # Errors
+/// All that speaks against it.
+pub(crate) fn check(
     config: &LoraConfig,
-    quantization: &Quantization,
-    targets: &mut dyn Iterator<Item = &str>,
+    format: Option<Format>,
+    targets: &[&str],
+    stored: &dyn Fn(&str) -> bool,
+) -> Result<(), TrainError> {
+    let problems = problems(config, format, targets, stored);
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(TrainError::Mismatch(format!(
+        "adapter.init_lora_weights = \"loftq\" cannot start on this base: {}\n  help: LoftQ is for a model that is \
+         not quantised yet and load_in_4bit or load_in_8bit to quantise it; or choose another start",
+        problems.join("; ")
+    )))
+}
+
+/// One line each.
+fn problems(
+    config: &LoraConfig,
+    format: Option<Format>,
+    targets: &[&str],
     stored: &dyn Fn(&str) -> bool,
 ) -> Vec<String> {
-    let Some(format) = quantization.format else {
+    let Some(format) = format else {
         return vec![NOT_QUANTISED.to_owned()];
     };
     let mut problems = Vec::new();
@@ -67,19 +89,18 @@ pub(crate) fn problems(
     {
         problems.push(format!("loftq_bits is {bits}, and the base is {format}"));
     }
-    let mut there: Vec<&str> = targets.filter(|module| stored(module)).collect();
-    let count = there.len();
-    if count > 0 {
-        there.truncate(2);
-        let more = count - there.len();
-        let more = match more {
+    if targets.is_empty() {
+        problems.push("no layer that is adapted is quantised".to_owned());
+    }
+    let there: Vec<&str> = targets.iter().copied().filter(|m| stored(m)).collect();
+    if let [first, rest @ ..] = there.as_slice() {
+        let more = match rest.len() {
             0 => String::new(),
             more => format!(" and {more} more"),
         };
         problems.push(format!(
-            "the base's files have {}{more} quantised by bitsandbytes already, so that what was lost by it is not \
-             known; start from the model before it was quantised",
-            there.join(", ")
+            "bitsandbytes has quantised {first}{more} already in the base's files, so that what was lost by it is \
+             not known; start from the model before it was quantised"
         ));
     }
     problems

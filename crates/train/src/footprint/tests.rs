@@ -54,7 +54,11 @@ fn loftqs_start_is_counted_where_it_is_the_most() {
     assert_eq!(f.tensors() - f.base - f.adapter - f.optimizer, f.workspace);
     assert!(plain.peak() < f.peak());
     let long = |set: &[&str]| estimate(&model(&wide, set), &settings(64, 512)).peak();
-    assert_eq!(long(&[ALL, four]), long(&[ALL, four, start]), "a step is more");
+    assert_eq!(
+        long(&[ALL, four]),
+        long(&[ALL, four, start]),
+        "a step is more"
+    );
 }
 
 #[test]

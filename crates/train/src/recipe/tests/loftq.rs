@@ -21,7 +21,11 @@ fn loftq_goes_with_a_quantised_base_and_has_its_bits() {
     assert_eq!(other.adapter.loftq_config, None);
     refuses(
         "data.train = 'x.jsonl'\n[adapter]\ninit_lora_weights = 'loftq'\n",
-        &["3: ", "nothing is quantised", "load_in_4bit or load_in_8bit"],
+        &[
+            "3: ",
+            "nothing is quantised",
+            "load_in_4bit or load_in_8bit",
+        ],
     );
     refuses(
         &format!("{start}loftq_config = {{ loftq_bits = 8 }}\n"),
@@ -29,7 +33,11 @@ fn loftq_goes_with_a_quantised_base_and_has_its_bits() {
     );
     refuses(
         &format!("{start}loftq_config = {{ loftq_iter = 5 }}\n"),
-        &["6: ", "loftq_iter = 5", "use 1, where the base is the quantised model"],
+        &[
+            "6: ",
+            "loftq_iter = 5",
+            "use 1, where the base is the quantised model",
+        ],
     );
     refuses(
         &format!("{start}loftq_config = {{ loftq_iters = 1 }}\n"),
