@@ -260,6 +260,12 @@ fn what_began_as_loftq_is_merged_and_used_on_the_quantised_base() {
     };
     assert!(generate(&[]).contains("note: the adapter began as LoftQ"));
     assert!(!generate(&["--load-in-4bit"]).contains("note:"));
+    let eval = |more: &[&str]| {
+        let arguments = ["eval", path(&recipe), "--adapter", "alone"];
+        workshop.run(&[&arguments[..], more].concat())
+    };
+    assert!(eval(&[]).contains("note        the adapter began as LoftQ"));
+    assert!(!eval(&LOFTQ[..2]).contains("note  "));
 }
 
 #[test]
