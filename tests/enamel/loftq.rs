@@ -266,6 +266,26 @@ fn what_began_as_loftq_is_merged_and_used_on_the_quantised_base() {
     };
     assert!(eval(&[]).contains("note        the adapter began as LoftQ"));
     assert!(!eval(&LOFTQ[..2]).contains("note  "));
+
+    // A base that is quantised in its files is the one that it is for.
+    workshop.run(&["quantize", "model", "--output", "nf4"]);
+    let stored = ["--model", "nf4", "--adapter", "alone"];
+    let words = workshop.run(&merge("of-stored", &stored));
+    assert!(!words.contains("note  "), "{words}");
+    let values = |output: &str, name: &str| {
+        let written = Tensors::open(workshop.path(output).join("model.safetensors"));
+        written.floats(name).values
+    };
+    let name = "model.layers.1.mlp.up_proj.weight";
+    assert_close(
+        name,
+        &values("of-stored", name),
+        &values("merged", name),
+        1e-6,
+    );
+    let common = ["generate", "--prompt", "2+2?", "--max-new-tokens", "2"];
+    let output = workshop.output(&[&common[..], &stored].concat());
+    assert!(output.status.success() && !text(&output.stderr).contains("note:"));
 }
 
 #[test]

@@ -46,7 +46,7 @@ impl ModelArgs {
         let mut base = base.load(&device, &loading)?;
         if let Some(adapter) = &self.adapter {
             let loaded = enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
-            if let Some(note) = loftq::beside_dense(&loaded.config, &loading.quantization) {
+            if let Some(note) = loftq::beside_dense(&loaded.config, &base.model) {
                 eprintln!("note: {note}");
             }
         }

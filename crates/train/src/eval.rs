@@ -55,7 +55,7 @@ pub fn evaluate(
     let mut note = None;
     if let Some(dir) = adapter {
         let loaded = enamel_adapter::load_pretrained(&mut model, dir, false)?;
-        note = loftq::beside_dense(&loaded.config, &inputs.quantization);
+        note = loftq::beside_dense(&loaded.config, &model);
     }
     let trainee = Trainee { model };
     let pad = inputs.base.tokenizer.padding_id();

@@ -176,7 +176,7 @@ impl Inputs {
         let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
             Some(dir) => {
                 let config = enamel_adapter::load_pretrained(&mut model, dir, true)?.config;
-                if let Some(note) = loftq::beside_dense(&config, &self.quantization) {
+                if let Some(note) = loftq::beside_dense(&config, &model) {
                     say(&format!("note     {note}"));
                 }
                 config

@@ -4,9 +4,12 @@
 use std::time::Instant;
 
 use enamel_adapter::loftq::start;
-use enamel_adapter::{AdapterConfig, AdapterError, DEFAULT, InitLora, LoraConfig, attach_given};
+use enamel_adapter::{
+    Adaptable, AdapterConfig, AdapterError, DEFAULT, InitLora, LoraConfig, SlotRef, attach_given,
+};
+use enamel_kernels::PackedRows;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::{CausalLm, Format, Quantization};
+use enamel_model::{CausalLm, Format};
 
 use crate::error::TrainError;
 
@@ -115,9 +118,21 @@ pub fn began_so(adapter: &AdapterConfig) -> bool {
     matches!(adapter, AdapterConfig::Lora(config) if config.loftq().is_some())
 }
 
-/// What to say where an adapter that began as LoftQ is put on a base that is not quantised.
-pub fn beside_dense(adapter: &AdapterConfig, quantization: &Quantization) -> Option<&'static str> {
-    (began_so(adapter) && quantization.format.is_none()).then_some(
+/// What to say where an adapter that began as LoftQ is on a model of which nothing is in 4 or 8 bits of
+/// bitsandbytes'.
+pub fn beside_dense(adapter: &AdapterConfig, model: &CausalLm) -> Option<&'static str> {
+    if !began_so(adapter) {
+        return None;
+    }
+    let mut quantised = false;
+    model.for_each_slot_ref(&mut |_, slot| {
+        if let SlotRef::Linear(linear) = slot
+            && let Some(packed) = linear.weight.packed()
+        {
+            quantised |= !matches!(packed.rows(), PackedRows::Blocks(_));
+        }
+    });
+    (!quantised).then_some(
         "the adapter began as LoftQ: it makes up for what its quantised base lost, and on a dense one that comes on \
          top. Load the base as in training (load_in_4bit or load_in_8bit)",
     )

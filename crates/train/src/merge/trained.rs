@@ -148,7 +148,7 @@ pub(super) fn trained(
     let verb = if wants.len() == 1 { "needs" } else { "need" };
     Err(TrainError::Mismatch(format!(
         "{} {verb} the format that the base was quantised to while the adapter was trained, and it is not known: \
-         {}\n  help: give it with --load-in-4bit (--bnb-4bit-quant-type, --bnb-4bit-use-double-quant) or \
+         {}\n  help: give it to `enamel merge` with --load-in-4bit (--bnb-4bit-quant-type, --bnb-4bit-use-double-quant) or \
          --load-in-8bit, or merge into the dense base",
         wants.join(" and "),
         problems.join("; ")
