@@ -55,7 +55,7 @@ fn scale(config: &LoraConfig) -> f64 {
 }
 
 /// `s·B·A` of every module, in order of names; the signs of the vectors do not matter to it.
-fn deltas(tensors: &[HostTensor], scale: f64) -> Vec<(String, Matrix)> {
+pub fn deltas(tensors: &[HostTensor], scale: f64) -> Vec<(String, Matrix)> {
     let part = |module: &str, part: &str| {
         let key = format!("{module}.{part}.weight");
         let (_, shape, values) = tensors.iter().find(|(k, ..)| *k == key).expect("a factor");
@@ -78,7 +78,7 @@ fn deltas(tensors: &[HostTensor], scale: f64) -> Vec<(String, Matrix)> {
 }
 
 /// Tensors of a golden whose names begin with `prefix`, without it.
-fn host(golden: &Tensors, prefix: &str) -> Vec<HostTensor> {
+pub fn host(golden: &Tensors, prefix: &str) -> Vec<HostTensor> {
     let names = golden.names().into_iter().filter(|n| n.starts_with(prefix));
     names
         .map(|name| {
@@ -88,7 +88,7 @@ fn host(golden: &Tensors, prefix: &str) -> Vec<HostTensor> {
         .collect()
 }
 
-fn compare_deltas(what: &str, ours: &[(String, Matrix)], theirs: &[(String, Matrix)]) {
+pub fn compare_deltas(what: &str, ours: &[(String, Matrix)], theirs: &[(String, Matrix)]) {
     assert_eq!(ours.len(), theirs.len(), "{what}");
     for ((name, a), (other, b)) in ours.iter().zip(theirs) {
         assert_eq!(name, other, "{what}");

@@ -25,6 +25,7 @@ mod gguf;
 mod goldens;
 mod gradient_checkpointing;
 mod inits;
+mod loftq;
 mod matching;
 mod memory;
 mod optim;

@@ -44,7 +44,8 @@ pub fn attach_as<M: Adaptable, C: MethodConfig>(
     attach_given(model, name, cfg, seed, None)
 }
 
-/// The same, with first values of A from elsewhere where `given` has some for a module (EVA).
+/// The same, with first values of the factors from elsewhere where `given` has some for a module (EVA,
+/// LoftQ).
 pub fn attach_given<M: Adaptable, C: MethodConfig>(
     model: &mut M,
     name: &str,

@@ -18,6 +18,7 @@ use burn::tensor::Tensor;
 
 use crate::config::{LoraConfig, Targets};
 use crate::error::{AdapterError, Result};
+use crate::methods::GivenFactors;
 use crate::plan::{AdapterPlan, TargetPlan};
 use crate::slot::{Adaptable, Slot};
 use pca::Pca;
@@ -61,8 +62,11 @@ pub struct EvaStart {
 
 impl EvaStart {
     /// A's first values for [`attach_given`](crate::attach_given).
-    pub fn given(&self) -> impl Fn(&str) -> Option<Vec<f32>> + '_ {
-        |module| self.factors.get(module).cloned()
+    pub fn given(&self) -> impl Fn(&str) -> Option<GivenFactors> + '_ {
+        |module| {
+            let a = self.factors.get(module)?.clone();
+            Some(GivenFactors { a, b: None })
+        }
     }
 }
 

@@ -101,6 +101,14 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
             count => format!(" and {count} saved whole"),
         }
     ));
+    if let AdapterConfig::Lora(lora) = config
+        && let Some(bits) = lora.loftq().and_then(|loftq| loftq.bits)
+    {
+        line(format!(
+            "It began as LoftQ: it makes up for what its base lost when it was quantised to {bits} bits. Use it on the \
+             base quantised so, not on the dense one.\n"
+        ));
+    }
     let json_config = config.to_json();
     for key in WORTH_A_LINE {
         let value = &json_config[key];

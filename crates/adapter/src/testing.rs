@@ -7,7 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 
-use enamel_kernels::BaseWeight;
+use enamel_kernels::quant::{FloatKind, FourBitOptions, FourBitTensor};
+use enamel_kernels::{BaseWeight, PackedRows, PackedWeight};
 
 use crate::slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
 use crate::{Embedding, Frozen, Linear};
@@ -36,6 +37,19 @@ pub struct Tiny {
     pub layers: Vec<Block>,
     norm: Frozen<1>,
     pub head: Option<Linear>,
+}
+
+/// A matrix in NF4, in blocks of 64.
+pub fn nf4(values: Tensor<2>) -> PackedWeight {
+    let (shape, device) = (values.dims(), values.device());
+    let values = values.into_data().try_into_vec::<f32>().unwrap();
+    let rows = FourBitTensor::quantise(&values, &shape, FourBitOptions::default()).unwrap();
+    PackedWeight::new(PackedRows::FourBit(rows), FloatKind::F32, &device).unwrap()
+}
+
+/// [`Tiny::new`] with the blocks' layers in NF4.
+pub fn packed(device: &Device) -> Tiny {
+    Tiny::holding(device, true, &|values| nf4(values).into())
 }
 
 const LAYERS: [(&str, usize, usize); 7] = [

@@ -42,6 +42,9 @@ impl Args {
             report.device,
             report.compute_dtype
         )?;
+        if let Some(note) = report.note {
+            writeln!(out, "note        {note}")?;
+        }
         Ok(Outcome::Done)
     }
 }

@@ -32,9 +32,9 @@ pub struct Args {
     #[arg(long, value_name = "DIR", required_unless_present = "compare_bases")]
     output: Option<PathBuf>,
     /// For an adapter trained on a quantised base: the weights to merge into, those in the base's files or the
-    /// quantised and dequantised ones that it was trained on
-    #[arg(long, value_name = "BASE", default_value = "dense")]
-    into: Onto,
+    /// quantised and dequantised ones that it was trained on [default: dense; dequantized after LoftQ's start]
+    #[arg(long, value_name = "BASE")]
+    into: Option<Onto>,
     /// Quantise the merged weights again, as the base was for training; written are the dequantised values
     #[arg(long)]
     requantize: bool,
@@ -90,10 +90,10 @@ impl Args {
             adapters: self.adapter,
             weights: self.weights,
             output: self.output,
-            into: match self.into {
+            into: self.into.map(|into| match into {
                 Onto::Dense => MergeBase::Dense,
                 Onto::Dequantized => MergeBase::Dequantized,
-            },
+            }),
             requantize: self.requantize,
             quantization: self
                 .quantization
@@ -164,10 +164,7 @@ impl Args {
 /// What the quantised base was, and how far each choice is from it with the adapter on top.
 fn say_drift(out: &mut impl Write, report: &MergeReport) -> std::io::Result<()> {
     for note in &report.notes {
-        writeln!(
-            out,
-            "note        how the base was held in training is not known: {note}"
-        )?;
+        writeln!(out, "note        {note}")?;
     }
     let Some((format, known_from)) = &report.trained_on else {
         return Ok(());

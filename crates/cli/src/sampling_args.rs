@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use enamel_model::{Loading, Sampling};
 use enamel_train::loaded::{LoadedBase, OpenBase, base_of};
-use enamel_train::{Compute, device};
+use enamel_train::{Compute, device, loftq};
 
 use crate::pull_progress::Bars;
 use crate::quantization_args::QuantizationArgs;
@@ -45,7 +45,10 @@ impl ModelArgs {
         };
         let mut base = base.load(&device, &loading)?;
         if let Some(adapter) = &self.adapter {
-            enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
+            let loaded = enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
+            if let Some(note) = loftq::beside_dense(&loaded.config, &base.model) {
+                eprintln!("note: {note}");
+            }
         }
         Ok(base)
     }

@@ -93,6 +93,14 @@ impl Format {
         }
     }
 
+    /// Bits of a code.
+    pub fn bits(self) -> u64 {
+        match self {
+            Self::FourBit { .. } => 4,
+            Self::Int8 { .. } => 8,
+        }
+    }
+
     /// Bytes that a matrix of so many rows and columns takes in it.
     pub fn bytes(self, [rows, columns]: [usize; 2]) -> usize {
         let values = rows * columns;

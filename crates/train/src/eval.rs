@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::error::TrainError;
 use crate::inputs::Inputs;
+use crate::loftq;
 use crate::recipe::Recipe;
 use crate::steps::EvalLoader;
 use crate::trainee::Trainee;
@@ -29,6 +30,9 @@ pub struct EvalReport {
     pub device: String,
     /// What products with the base multiplied: `f32` or `bf16`.
     pub compute_dtype: &'static str,
+    /// What is to be known of the adapter on this base.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub note: Option<&'static str>,
 }
 
 /// Evaluates the recipe's base, with `adapter` if one is given, on the validation rows.
@@ -48,8 +52,10 @@ pub fn evaluate(
         ));
     }
     let mut model = inputs.base.weights(&inputs.device, &inputs.loading())?;
+    let mut note = None;
     if let Some(dir) = adapter {
-        enamel_adapter::load_pretrained(&mut model, dir, false)?;
+        let loaded = enamel_adapter::load_pretrained(&mut model, dir, false)?;
+        note = loftq::beside_dense(&loaded.config, &model);
     }
     let trainee = Trainee { model };
     let pad = inputs.base.tokenizer.padding_id();
@@ -70,5 +76,6 @@ pub fn evaluate(
         seconds: started.elapsed().as_secs_f64(),
         device: inputs.device_name,
         compute_dtype: inputs.compute.name(),
+        note,
     })
 }

@@ -15,7 +15,8 @@ use enamel_model::{CausalLm, LlamaConfig};
 
 use crate::error::TrainError;
 use crate::loaded::{OpenBase, base_of};
-use crate::merge::{Choice, Merging, plainly, stored, trained_quantised};
+use crate::loftq;
+use crate::merge::{MergeBase, Merging, for_export, plainly, stored, trained_quantised};
 
 /// What to export, and where to.
 #[derive(Clone, Debug)]
@@ -208,9 +209,9 @@ fn write_model(
 ) -> Result<(Exported, SavedGguf), TrainError> {
     let adapters: Vec<PathBuf> = adapter.into_iter().collect();
     let weights = vec![1.0; adapters.len()];
-    let merging = Merging::open(base, &adapters, weights, SaveDtype::F32, device)?;
-    // The weights in the base's files, whatever training had made of them.
-    let choice = Choice::default();
+    let mut merging = Merging::open(base, &adapters, weights, SaveDtype::F32, device)?;
+    // The weights in the base's files, whatever training had made of them, unless that is what the adapter is for.
+    let choice = for_export(&mut merging, &adapters)?;
     let mut file = write_gguf(
         output,
         &merging.tensors(),
@@ -219,7 +220,13 @@ fn write_model(
         to,
     )
     .map_err(plainly)?;
-    if adapters.iter().any(|dir| trained_quantised(dir)) {
+    if choice.base == MergeBase::Dequantized {
+        file.notes.push(
+            "the adapter began as LoftQ and is merged into the base as it was quantised in training, for which it \
+             makes up"
+                .to_owned(),
+        );
+    } else if adapters.iter().any(|dir| trained_quantised(dir)) {
         file.notes.push(
             "the adapter was trained on a quantised base and is merged into the one in the files; `enamel merge \
              --into dequantized` writes the other, which exports in turn"
@@ -281,7 +288,14 @@ fn write_lora(
         });
     }
     let (alpha, folded) = one_alpha(&mut modules, &alphas);
-    let file = write_gguf_lora(output, &modules, alpha, &config, to).map_err(plainly)?;
+    let mut file = write_gguf_lora(output, &modules, alpha, &config, to).map_err(plainly)?;
+    if loftq::began_so(&method) {
+        file.notes.push(
+            "the adapter began as LoftQ: its base is the model as it was quantised in training (`enamel quantize` \
+             writes that, and it exports in turn), not the dense one"
+                .to_owned(),
+        );
+    }
     let exported = Exported::Lora {
         modules: modules.len(),
         alpha,

@@ -15,6 +15,7 @@ use crate::device;
 use crate::error::TrainError;
 use crate::eva;
 use crate::loaded::OpenBase;
+use crate::loftq;
 use crate::plan::step_counts;
 use crate::recipe::{AdapterSettings, FileHash, LockInfo, Recipe};
 
@@ -173,16 +174,35 @@ impl Inputs {
     ) -> Result<(CausalLm, AdapterConfig), TrainError> {
         let mut model = self.base.weights(&self.device, &self.loading())?;
         let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
-            Some(dir) => enamel_adapter::load_pretrained(&mut model, dir, true)?.config,
-            None => match eva::config(&self.adapter) {
-                Some(config) => eva::attach(&mut model, config.clone(), self, recipe, say)?,
-                None => {
-                    enamel_adapter::attach(&mut model, &self.adapter, recipe.seed)?;
-                    self.adapter.clone()
+            Some(dir) => {
+                let config = enamel_adapter::load_pretrained(&mut model, dir, true)?.config;
+                if let Some(note) = loftq::beside_dense(&config, &model) {
+                    say(&format!("note     {note}"));
                 }
-            },
+                config
+            }
+            None => self.first(&mut model, recipe, say)?,
         };
         Ok((model, config))
+    }
+
+    /// Attaches the adapter with its first values.
+    fn first(
+        &self,
+        model: &mut CausalLm,
+        recipe: &Recipe,
+        say: &dyn Fn(&str),
+    ) -> Result<AdapterConfig, TrainError> {
+        if let Some(config) = eva::config(&self.adapter) {
+            return eva::attach(model, config.clone(), self, recipe, say);
+        }
+        if let Some(config) = loftq::config(&self.adapter) {
+            let files = &self.base.checkpoint;
+            let how = (self.quantization.format, recipe.seed);
+            return loftq::attach(model, config.clone(), files, how, say);
+        }
+        enamel_adapter::attach(model, &self.adapter, recipe.seed)?;
+        Ok(self.adapter.clone())
     }
 }
 
@@ -200,6 +220,21 @@ pub(crate) fn quantization(
 ) -> Result<(Quantization, Vec<String>), TrainError> {
     let modules = base.config.modules();
     quantization.check(&modules)?;
+    let packed = base.checkpoint.packed();
+    let linear = |name: &str| {
+        let module = modules.iter().find(|module| module.name == name);
+        module.is_some_and(|module| module.kind == ModuleKind::Linear)
+    };
+    if let Some(config) = loftq::config(adapter) {
+        let targets = plan.targets.iter().map(|target| target.name.as_str());
+        let quantised = |name: &&str| linear(name) && !quantization.skips(name);
+        let stored = |module: &str| {
+            let stored = packed.get(&format!("{module}.weight"));
+            stored.is_some_and(|stored| stored.bitsandbytes)
+        };
+        let targets: Vec<&str> = targets.filter(quantised).collect();
+        loftq::check(config, quantization.format, &targets, &stored)?;
+    }
     let mut against = Vec::new();
     match adapter {
         AdapterConfig::Full(_) => against.push("full fine-tuning trains them".to_owned()),
@@ -208,10 +243,6 @@ pub(crate) fn quantization(
         }
         _ => {}
     }
-    let linear = |name: &str| {
-        let module = modules.iter().find(|module| module.name == name);
-        module.is_some_and(|module| module.kind == ModuleKind::Linear)
-    };
     for saved in &plan.saved {
         if linear(&saved.name) && !quantization.skips(&saved.name) {
             against.push(format!("modules_to_save trains {}", saved.name));
@@ -226,7 +257,6 @@ pub(crate) fn quantization(
             against.join("; ")
         ))),
         _ => {
-            let packed = base.checkpoint.packed();
             if quantization.dequantize || packed.is_empty() {
                 against.clear();
             }

@@ -19,6 +19,7 @@ pub mod inputs;
 pub mod inspect;
 pub mod journal;
 pub mod loaded;
+pub mod loftq;
 mod lora_plus;
 pub mod measures;
 pub mod memory;

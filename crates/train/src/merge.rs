@@ -102,8 +102,9 @@ pub struct MergeOptions {
     pub weights: Vec<f64>,
     /// The directory to write; it must not hold a model yet. `None` to compare the choices and write nothing.
     pub output: Option<PathBuf>,
-    /// What to merge into.
-    pub into: MergeBase,
+    /// What to merge into; `None` for the dense base, or the dequantised one that an adapter belongs to which
+    /// began as LoftQ.
+    pub into: Option<MergeBase>,
     /// Whether to quantise the merged weights again, in the format that training had; written are the
     /// dequantised values.
     pub requantize: bool,
@@ -126,7 +127,7 @@ pub struct MergeReport {
     pub choice: Choice,
     /// The format that the base was quantised to while the adapter was trained, and how that is known.
     pub trained_on: Option<(String, String)>,
-    /// Lock files beside adapters that could not be read, and why.
+    /// What is to be known: lock files beside adapters that could not be read, LoftQ on a base that it is not for.
     pub notes: Vec<String>,
     /// How far each choice is from what was trained, if the base was quantised and logits were to be compared.
     pub drift: Option<DriftReport>,
@@ -186,12 +187,44 @@ pub fn merge(
         .dtype
         .unwrap_or_else(|| SaveDtype::native(&base.checkpoint));
     let mut merging = Merging::open(base, &options.adapters, weights, dtype, device)?;
-    let trained = trained::trained(options, &merging, &runs, &unreadable)?;
-    merging.trained = trained.as_ref().map(|trained| trained.loading.clone());
+    let belongs = merging.belongs_to();
     let choice = Choice {
-        base: options.into,
+        base: options.into.unwrap_or(belongs),
         requantized: options.requantize,
     };
+    let mut wants = Vec::new();
+    if choice.base == MergeBase::Dequantized {
+        wants.push(match options.into {
+            Some(_) => "--into dequantized",
+            None => LOFTQ,
+        });
+    }
+    if options.requantize {
+        wants.push("--requantize");
+    }
+    if options.output.is_none() {
+        wants.push("--compare-bases");
+    }
+    let given = options.quantization.as_ref();
+    let trained = trained::trained(wants, given, &merging, &runs, &unreadable)?;
+    merging.trained = trained.as_ref().map(|trained| trained.loading.clone());
+    let unknown =
+        |reason: String| format!("how the base was held in training is not known: {reason}");
+    let mut notes: Vec<String> = unreadable.into_iter().map(unknown).collect();
+    if choice.base != belongs && belongs == MergeBase::Dequantized {
+        notes.push(format!(
+            "{LOFTQ} makes up for what its quantised base lost, which the dense one has not lost"
+        ));
+    }
+    let began = merging.adapters.iter();
+    let began = began.filter(|(adapter, _)| crate::loftq::began_so(adapter.config()));
+    if began.clone().count() > 1 {
+        let sum: f64 = began.map(|(_, weight)| weight).sum();
+        notes.push(format!(
+            "each adapter that began as LoftQ makes up for what the base lost, here {sum} times; --weights that add \
+             up to 1 do it once"
+        ));
+    }
     let drift = match &trained {
         Some(trained) if options.check || options.output.is_none() => drift::drift(
             &merging,
@@ -214,7 +247,7 @@ pub fn merge(
             write_report(output, choice, drift)?;
         }
         if options.check {
-            check = Some(merging.check(output, options.into)?);
+            check = Some(merging.check(output, choice.base)?);
         }
     }
     Ok(MergeReport {
@@ -224,7 +257,7 @@ pub fn merge(
             let format = trained.loading.quantization.format?;
             Some((format.to_string(), trained.known_from))
         }),
-        notes: unreadable,
+        notes,
         drift,
         dtype,
         modules: merging.changed(),
@@ -246,6 +279,29 @@ fn write_report(output: &Path, chosen: Choice, drift: &DriftReport) -> Result<()
     let json = serde_json::to_vec_pretty(&report)
         .map_err(|e| TrainError::Framework(format!("writing the report: {e}")))?;
     write_atomic(&output.join(REPORT), &json)
+}
+
+/// What an adapter is called that began as LoftQ.
+const LOFTQ: &str = "an adapter that began as LoftQ";
+
+/// How an adapter is to be merged that is to be exported: into the base that it belongs to.
+///
+/// # Errors
+/// LoftQ on a base of which it is not known how it was quantised.
+pub(crate) fn for_export(
+    merging: &mut Merging<'_>,
+    adapters: &[PathBuf],
+) -> Result<Choice, TrainError> {
+    let base = merging.belongs_to();
+    if base == MergeBase::Dequantized {
+        let (runs, unreadable) = trained::runs(adapters);
+        let trained = trained::trained(vec![LOFTQ], None, merging, &runs, &unreadable)?;
+        merging.trained = trained.map(|trained| trained.loading);
+    }
+    Ok(Choice {
+        base,
+        requantized: false,
+    })
 }
 
 /// Whether the run that trained the adapter had its base quantised.

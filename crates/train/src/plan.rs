@@ -18,6 +18,7 @@ use crate::eva;
 use crate::footprint::{Estimate, Packed};
 use crate::inputs::Inputs;
 use crate::loaded::OpenBase;
+use crate::loftq;
 use crate::recipe::{Cadence, GradientCheckpointing, Length, Recipe};
 use crate::run_notes;
 use crate::steps::steps_per_epoch;
@@ -289,6 +290,9 @@ fn method(config: &AdapterConfig) -> String {
         if on(key) {
             text.push_str(&format!(", {word}"));
         }
+    }
+    if loftq::config(config).is_some() {
+        text.push_str(", LoftQ's start");
     }
     if eva::config(config).is_some_and(|lora| lora.eva_rho() > 1.0) {
         text.push_str(", ranks as written (EVA moves them once it has seen the data)");

@@ -120,6 +120,9 @@ pub fn card(recipe: &Recipe, inputs: &Inputs, outcome: &RunOutcome) -> String {
         let _ = writeln!(card, "| {name} | {value} |");
     };
     row("compute dtype", inputs.compute.name().to_owned());
+    if let Some(format) = inputs.quantization.format {
+        row("base held as", format.to_string());
+    }
     row("rows", inputs.train.rows.len().to_string());
     row("optimizer steps", outcome.step.to_string());
     row(

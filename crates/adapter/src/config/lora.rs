@@ -29,6 +29,8 @@ pub enum InitLora {
     Olora,
     /// `"eva"`: A from the leading directions of the layer's inputs over the training data, B zero.
     Eva,
+    /// `"loftq"`: B·A from what quantising the weight lost.
+    Loftq,
     /// Another of PEFT's names. Such an adapter may be read, but not started here.
     Other(String),
 }
@@ -39,6 +41,19 @@ impl InitLora {
     pub fn takes_from_base(&self) -> bool {
         matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
     }
+}
+
+/// Why there is one iteration of LoftQ and no more.
+pub const ONE_LOFTQ_ITERATION: &str = "from the second iteration on LoftQ changes the quantised base too, which no \
+     adapter's file can hold; use 1, where the base is the quantised model";
+
+/// LoftQ's settings; `None` for one that is no whole number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loftq {
+    /// Bits that the base is quantised to (`loftq_bits`).
+    pub bits: Option<u64>,
+    /// Turns of quantising and decomposing (`loftq_iter`).
+    pub iterations: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -61,6 +76,7 @@ impl From<InitForm> for InitLora {
             "pissa" => Self::Pissa,
             "olora" => Self::Olora,
             "eva" => Self::Eva,
+            "loftq" => Self::Loftq,
             lower => match lower.strip_prefix("pissa_niter_").map(str::parse) {
                 Some(Ok(steps)) => Self::PissaNiter(steps),
                 _ => Self::Other(name),
@@ -80,6 +96,7 @@ impl From<InitLora> for InitForm {
             InitLora::PissaNiter(steps) => Self::Name(format!("pissa_niter_{steps}")),
             InitLora::Olora => Self::Name("olora".into()),
             InitLora::Eva => Self::Name("eva".into()),
+            InitLora::Loftq => Self::Name("loftq".into()),
             InitLora::Other(s) => Self::Name(s),
         }
     }
@@ -234,6 +251,39 @@ impl LoraConfig {
         rho.and_then(Value::as_f64).unwrap_or(2.0)
     }
 
+    /// LoftQ's settings (`loftq_config`), PEFT's defaults for what is left out. An adapter that began as LoftQ
+    /// keeps them: its base is the quantised one.
+    pub fn loftq(&self) -> Option<Loftq> {
+        let config = self.other.get("loftq_config")?.as_object()?;
+        let number = |key: &str, default| match config.get(key) {
+            None => Some(default),
+            Some(value) => value.as_u64(),
+        };
+        (!config.is_empty()).then(|| Loftq {
+            bits: number("loftq_bits", 4),
+            iterations: number("loftq_iter", 1),
+        })
+    }
+
+    /// Notes in `loftq_config` that the adapter began, or is to begin, as LoftQ on a base of so many bits.
+    pub fn set_loftq(&mut self, bits: u64) {
+        let config = json!({ "loftq_bits": bits, "loftq_iter": 1 });
+        self.other.insert("loftq_config".to_owned(), config);
+    }
+
+    fn loftq_problem(&self) -> Option<String> {
+        let Loftq { bits, iterations } = self.loftq()?;
+        if iterations != Some(1) {
+            let asked = &self.other["loftq_config"]["loftq_iter"];
+            return Some(format!("loftq_iter = {asked}: {ONE_LOFTQ_ITERATION}"));
+        }
+        if !matches!(bits, Some(4 | 8)) {
+            let asked = &self.other["loftq_config"]["loftq_bits"];
+            return Some(format!("loftq_bits = {asked}: LoftQ is for 4 or 8 bits"));
+        }
+        None
+    }
+
     fn init_problem(&self, purpose: Purpose) -> Option<String> {
         let name = self.init_lora_weights.write();
         if purpose == Purpose::Initialise
@@ -255,8 +305,15 @@ impl LoraConfig {
             }
             (InitLora::Other(_), Purpose::Initialise) => Some(format!(
                 "init_lora_weights = {name} is not supported; use true, false, \"gaussian\", \
-                 \"orthogonal\", \"pissa\", \"pissa_niter_N\", \"olora\" or \"eva\""
+                 \"orthogonal\", \"pissa\", \"pissa_niter_N\", \"olora\", \"eva\" or \"loftq\""
             )),
+            (InitLora::Loftq, Purpose::Initialise) => self.loftq_problem(),
+            (InitLora::Loftq, Purpose::Load) => Some(
+                "init_lora_weights = \"loftq\": PEFT took the base weights apart as it made this adapter, and its \
+                 file does not hold what was left of them; where loftq_iter was 1 they are the quantised model's: \
+                 set init_lora_weights to true and use the adapter on a base with load_in_4bit"
+                    .to_owned(),
+            ),
             (InitLora::Other(_), Purpose::Load) => Some(format!(
                 "init_lora_weights = {name} may have changed the base weights, which the adapter's file does not \
                  hold; write it from PEFT with save_pretrained(.., path_initial_model_for_weight_conversion=..)"

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{AdapterError, Result};
 
 pub use fields::Pattern;
-pub use lora::{Bias, InitLora, LoraConfig, TokenIndices};
+pub use lora::{Bias, InitLora, Loftq, LoraConfig, ONE_LOFTQ_ITERATION, TokenIndices};
 pub use targets::Targets;
 
 /// What a configuration is about to be used for.

@@ -1,29 +1,17 @@
 //! Every method beside a base that is packed: it computes and trains as beside the base's dense values.
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
-use enamel_kernels::quant::{FloatKind, FourBitOptions, FourBitTensor};
-use enamel_kernels::{BaseWeight, PackedRows, PackedWeight};
+use burn::tensor::Device;
+use enamel_kernels::BaseWeight;
 
 use super::dropout::pairs;
 use super::{apart, cases};
 use crate::slot::{Adaptable, SlotRef};
-use crate::testing::{Tiny, generator, ids, perturb};
+use crate::testing::{Tiny, generator, ids, nf4, packed, perturb};
 use crate::{AdapterConfig, AdapterError, attach, export_gradients};
 
 /// Products of the same numbers in another order, through two blocks and back.
 const TOLERANCE: f32 = 1e-5;
-
-fn nf4(values: Tensor<2>) -> PackedWeight {
-    let (shape, device) = (values.dims(), values.device());
-    let values = values.into_data().try_into_vec::<f32>().unwrap();
-    let rows = FourBitTensor::quantise(&values, &shape, FourBitOptions::default()).unwrap();
-    PackedWeight::new(PackedRows::FourBit(rows), FloatKind::F32, &device).unwrap()
-}
-
-fn packed(device: &Device) -> Tiny {
-    Tiny::holding(device, true, &|values| nf4(values).into())
-}
 
 fn dequantised(device: &Device) -> Tiny {
     Tiny::holding(device, true, &|values| {

@@ -329,7 +329,10 @@ fn a_start_without_its_data_is_refused_and_nothing_is_attached() {
     let error = attach(&mut model, &eva, 1).unwrap_err();
     assert!(error.to_string().contains("EVA"), "{error}");
     assert!(adapters(&model).is_empty());
-    let given = |_: &str| Some(vec![0.5; 4 * 96]);
+    let given = |_: &str| {
+        let a = vec![0.5; 4 * 96];
+        Some(crate::GivenFactors { a, b: None })
+    };
     let only_wide = LoraConfig {
         target_modules: list(&["down_proj"]),
         ..eva

@@ -1,8 +1,9 @@
 //! First values of LoRA's factors: the schemes of `init_lora_weights`.
 //!
 //! PiSSA: Meng et al. 2024 (arXiv:2404.02948). OLoRA: Büyükakyüz 2024 (arXiv:2406.01775). EVA: Paischer et
-//! al. 2024 (arXiv:2410.07170), whose directions come from a pass over the data elsewhere. All as in
-//! PEFT's `tuners/lora/layer.py`.
+//! al. 2024 (arXiv:2410.07170), whose directions come from a pass over the data elsewhere, as LoftQ's factors
+//! ([`crate::loftq`]) come from the weights before they were quantised. All as in PEFT's
+//! `tuners/lora/layer.py`.
 
 use super::lora::{A, B};
 use super::{MethodConfig, Start, lora_embedding};
@@ -62,11 +63,26 @@ fn factors(
         InitLora::PissaNiter(steps) => pissa(target, start, Some(*steps))?,
         InitLora::Olora => olora(target, start)?,
         InitLora::Eva => match start.given.and_then(|given| given(&target.name)) {
-            Some(a) => (a, zero()),
+            Some(given) => (given.a, given.b.unwrap_or_else(zero)),
             None => {
                 return Err(AdapterError::Start {
                     module: target.name.clone(),
                     reason: "EVA starts from the inputs of the layer, and no data were shown to it"
+                        .into(),
+                });
+            }
+        },
+        InitLora::Loftq => match start.given {
+            Some(given) => match given(&target.name) {
+                Some(given) => (given.a, given.b.unwrap_or_else(zero)),
+                // What is not quantised has nothing to make up for.
+                None => (kaiming(&mut rng_a, r, width), zero()),
+            },
+            None => {
+                return Err(AdapterError::Start {
+                    module: target.name.clone(),
+                    reason: "LoftQ starts from what quantising the layer lost, and the weight as it was before \
+                             is not there; attach with attach_given and what loftq::start gives"
                         .into(),
                 });
             }
@@ -145,7 +161,13 @@ fn pissa(
             svd_randomized(&weight, target.r, steps, seed)
         }
     };
-    let Svd { u, s, vt } = svd.map_err(|e| failed(target, e))?;
+    Ok(shared(&svd.map_err(|e| failed(target, e))?, target))
+}
+
+/// A and B of which `s·B·A` is what a decomposition stands for, each with the root of the singular values over
+/// the scale `s`.
+pub(crate) fn shared(svd: &Svd, target: &TargetPlan) -> (Vec<f32>, Vec<f32>) {
+    let Svd { u, s, vt } = svd;
     let (r, width, out) = (target.r, target.in_features, target.out_features);
     let roots: Vec<f64> = s.iter().map(|s| (s / target.scale).sqrt()).collect();
     let mut a = Vec::with_capacity(r * width);
@@ -161,7 +183,7 @@ fn pissa(
                 .map(|(u, root)| (f64::from(*u) * root) as f32),
         );
     }
-    Ok((a, b))
+    (a, b)
 }
 
 /// The leading columns of Q and rows of R. As in PEFT, the scale is left to the residual.
@@ -207,7 +229,7 @@ fn weight(target: &TargetPlan, start: &Start<'_>) -> Result<Matrix> {
     Matrix::new(target.out_features, target.in_features, values).map_err(|e| failed(target, e))
 }
 
-fn failed(target: &TargetPlan, error: LinalgError) -> AdapterError {
+pub(crate) fn failed(target: &TargetPlan, error: LinalgError) -> AdapterError {
     AdapterError::Start {
         module: target.name.clone(),
         reason: format!("its first values cannot be computed: {error}"),

@@ -143,8 +143,17 @@ pub trait MethodConfig {
     }
 }
 
-/// First values of A, row-major `[r, in]`, by module.
-pub type Given<'a> = dyn Fn(&str) -> Option<Vec<f32>> + 'a;
+/// First values of a linear layer's factors from elsewhere.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GivenFactors {
+    /// A, row-major `[r, in]`.
+    pub a: Vec<f32>,
+    /// B, row-major `[out, r]`; zero where it is not given.
+    pub b: Option<Vec<f32>>,
+}
+
+/// First values of the factors (EVA, LoftQ), by module.
+pub type Given<'a> = dyn Fn(&str) -> Option<GivenFactors> + 'a;
 
 /// What first values may depend on.
 pub struct Start<'a> {
@@ -153,7 +162,7 @@ pub struct Start<'a> {
     /// The base's weight `[out, in]` (`[vocabulary, hidden]` for an embedding), row-major, when asked
     /// for.
     pub weight: &'a dyn Fn() -> Result<Vec<f32>>,
-    /// First values from elsewhere (EVA).
+    /// First values from elsewhere (EVA, LoftQ).
     pub given: Option<&'a Given<'a>>,
 }
 

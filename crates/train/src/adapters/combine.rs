@@ -102,6 +102,10 @@ pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
     // Scale 1, which the rank-stabilised one would not be.
     config.use_rslora = false;
     config.init_lora_weights = InitLora::Default;
+    // What one of them has for its base's loss is in the combination too.
+    if let Some(bits) = configs.iter().find_map(|c| c.loftq()?.bits) {
+        config.set_loftq(bits);
+    }
     let targets: Vec<_> = names
         .iter()
         .zip(&configs)

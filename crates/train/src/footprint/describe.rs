@@ -8,6 +8,8 @@ use enamel_kernels::{holds_bf16, on_host};
 use enamel_model::LlamaConfig;
 use enamel_model::checkpoint::StoredPacked;
 
+use crate::loftq;
+
 /// What computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -166,6 +168,8 @@ pub struct Model {
     pub trained: Vec<usize>,
     /// Numbers of frozen tensors that come with the adapter.
     pub shared: usize,
+    /// Bytes that the adapter's first values are made in, where they are made of the weights (LoftQ).
+    pub start: usize,
 }
 
 /// The names of a block's linear layers, in the order of [`Block::parts`].
@@ -238,6 +242,10 @@ impl Model {
             method,
             packed: Packed::new(),
             trained: trained(&modules, adapter, plan),
+            start: match loftq::config(adapter) {
+                Some(_) => enamel_adapter::loftq::working_bytes(&plan.targets),
+                None => 0,
+            },
             shared: plan
                 .shared
                 .iter()

@@ -51,7 +51,7 @@ pub struct Footprint {
     pub activations: usize,
     /// The buffers of the loss.
     pub logits: usize,
-    /// What the largest operation of the backward pass works in.
+    /// What the largest operation of the backward pass works in, or the making of first values (LoftQ).
     pub workspace: usize,
     /// The program, the tokenizer, and memory that the allocator cannot fill.
     pub runtime: usize,
@@ -123,18 +123,20 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
     let optimizer = state_bytes(settings.optim, model.trained.iter().copied()).resident;
     let kept = kept::activations(model, settings);
     let logits = work::logits(model, settings);
-    let workspace = work::backward(model, settings);
+    let backward = work::backward(model, settings);
 
-    // Three moments may be the largest: the loss, the first block of the backward pass, and its end, when
-    // no activation is left and all gradients are there. Gradients of earlier passes are there throughout.
+    // Four moments may be the largest: the loss, the first block of the backward pass, its end, when no
+    // activation is left and all gradients are there, and the making of first values. Gradients of earlier passes are there throughout.
     let earlier = if summed { FLOAT * trained } else { 0 };
     let moments = [
         kept.between + logits + earlier,
-        kept.most + workspace + model.head_gradient() + earlier,
+        kept.most + backward + model.head_gradient() + earlier,
         gradients,
+        model.start,
     ];
     let step = moments.into_iter().max().unwrap_or(0);
     let activations = kept.most.max(kept.between);
+    let workspace = backward.max(model.start);
     let counted = gradients + activations + logits + workspace;
     Footprint {
         base,

@@ -42,6 +42,25 @@ fn settings(batch: usize, length: usize) -> Settings {
 
 const ALL: &str = "adapter.target_modules=all-linear";
 
+/// A short run on a wide model needs most while LoftQ decomposes two of its widest layers.
+#[test]
+fn loftqs_start_is_counted_where_it_is_the_most() {
+    let wide = config(json!({"hidden_size": 512, "intermediate_size": 1024}));
+    let four = "model.quantization.load_in_4bit=true";
+    let start = "adapter.init_lora_weights=loftq";
+    let plain = estimate(&model(&wide, &[ALL, four]), &settings(1, 4));
+    let f = estimate(&model(&wide, &[ALL, four, start]), &settings(1, 4));
+    assert_eq!(f.workspace, 2 * (12 * 512 * 1024 + 72 * 512 * 512));
+    assert_eq!(f.tensors() - f.base - f.adapter - f.optimizer, f.workspace);
+    assert!(plain.peak() < f.peak());
+    let long = |set: &[&str]| estimate(&model(&wide, set), &settings(64, 512)).peak();
+    assert_eq!(
+        long(&[ALL, four]),
+        long(&[ALL, four, start]),
+        "a step is more"
+    );
+}
+
 #[test]
 fn every_part_of_a_small_lora_is_counted_by_hand() {
     let model = model(&config(json!({})), &["adapter.r=2", ALL]);

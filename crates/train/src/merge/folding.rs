@@ -13,6 +13,7 @@ use enamel_model::{CausalLm, Loading};
 use super::{Choice, MergeBase};
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
+use crate::loftq;
 
 /// A base on disk and the adapters that are folded into it, one after the other: `W ← W + w·(fold(W) − W)`.
 /// That is the weighted sum of what they add, but for methods that multiply what is there ((IA)³, DoRA); with
@@ -74,6 +75,15 @@ impl<'a> Merging<'a> {
             unties,
             device,
         })
+    }
+
+    /// What the adapters belong to: the dequantised base if one of them began as LoftQ, else the dense one.
+    pub fn belongs_to(&self) -> MergeBase {
+        let mut configs = self.adapters.iter().map(|(adapter, _)| adapter.config());
+        match configs.any(loftq::began_so) {
+            true => MergeBase::Dequantized,
+            false => MergeBase::Dense,
+        }
     }
 
     pub fn touched(&self, module: &str) -> bool {

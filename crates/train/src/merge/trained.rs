@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use enamel_model::{Loading, Quantization};
 
+use super::LOFTQ;
 use super::folding::Merging;
-use super::{MergeBase, MergeOptions};
 use crate::error::TrainError;
 use crate::inputs;
 use crate::recipe::Recipe;
@@ -54,30 +54,30 @@ pub(super) struct Trained {
     pub known_from: String,
 }
 
-/// How the base was held, if a format is known that its linear layers were quantised to.
+/// How the base was held, if a format is known that its linear layers were quantised to: as `given`, or as in
+/// the runs. `wants` names what cannot do without.
 ///
 /// # Errors
 /// Everything that speaks against what is asked for: a choice that needs the format where none is known, runs
 /// that had the base differently, lock files that cannot be read where one is needed.
 pub(super) fn trained(
-    options: &MergeOptions,
+    mut wants: Vec<&str>,
+    given: Option<&Quantization>,
     merging: &Merging<'_>,
     runs: &[Option<Run>],
     unreadable: &[String],
 ) -> Result<Option<Trained>, TrainError> {
-    let mut wants = Vec::new();
-    // What the file itself has quantised is the same, dense and dequantised.
-    if options.into == MergeBase::Dequantized && merging.base.packed().is_empty() {
-        wants.push("--into dequantized");
-    }
-    if options.requantize {
-        wants.push("--requantize");
-    }
-    if options.output.is_none() {
-        wants.push("--compare-bases");
-    }
+    // What the file itself has quantised is the same, dense and dequantised; but GGUF's blocks can be quantised
+    // once more, and LoftQ is for what comes of it.
+    let stored = merging.base.packed();
+    let by_bitsandbytes = stored.values().any(|stored| stored.bitsandbytes);
+    wants.retain(|want| match *want {
+        "--into dequantized" => stored.is_empty(),
+        LOFTQ => !by_bitsandbytes,
+        _ => true,
+    });
     let mut problems = Vec::new();
-    let found = match &options.quantization {
+    let found = match given {
         Some(quantization) => {
             let compute = runs.iter().flatten().next();
             let loading = Loading {
@@ -137,7 +137,7 @@ pub(super) fn trained(
         return Ok(found);
     }
     problems.extend(unreadable.iter().cloned());
-    if options.quantization.is_some() {
+    if given.is_some() {
         problems.push("--dequantize says that it was not quantised".to_owned());
     } else if problems.is_empty() {
         problems.push(match runs.iter().flatten().next() {
@@ -148,7 +148,7 @@ pub(super) fn trained(
     let verb = if wants.len() == 1 { "needs" } else { "need" };
     Err(TrainError::Mismatch(format!(
         "{} {verb} the format that the base was quantised to while the adapter was trained, and it is not known: \
-         {}\n  help: give it with --load-in-4bit (--bnb-4bit-quant-type, --bnb-4bit-use-double-quant) or \
+         {}\n  help: give it to `enamel merge` with --load-in-4bit (--bnb-4bit-quant-type, --bnb-4bit-use-double-quant) or \
          --load-in-8bit, or merge into the dense base",
         wants.join(" and "),
         problems.join("; ")

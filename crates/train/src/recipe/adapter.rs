@@ -4,6 +4,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::path::PathBuf;
 
+use enamel_adapter::config::ONE_LOFTQ_ITERATION;
 use enamel_adapter::{Bias, TokenIndices};
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -65,11 +66,15 @@ section! {
         trainable_token_indices: Option<TokenIndices> = None, any;
         /// LoRA, DoRA: first values. `true` for Kaiming-uniform A and zero B, `false` for a B that is not
         /// zero, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"pissa_niter_N"` (N power iterations),
-        /// `"olora"`, or `"eva"` (from the inputs of the layers on the training data).
+        /// `"olora"`, `"eva"` (from the inputs of the layers on the training data), or `"loftq"` (from what
+        /// `load_in_4bit` or `load_in_8bit` loses of the base's weights).
         init_lora_weights: InitWeights = InitWeights::Flag(true), known_start;
         /// With `init_lora_weights = "eva"`: how many times `r` a module's rank may become as ranks
         /// move to where the inputs vary most; 1 leaves them alone.
         eva_rho: f64 = 2.0, at_least_one;
+        /// With `init_lora_weights = "loftq"`: PEFT's `{ loftq_bits = 4, loftq_iter = 1 }`; the bits are those
+        /// of `[model.quantization]`, and there is one iteration, which leaves the base the quantised model.
+        loftq_config: Option<LoftqSettings> = None, given(one_iteration);
         /// LoHa, LoKr, VeRA: `true` for first values that change nothing, `false` for random ones; for
         /// LoKr also `"lycoris"`, where the other factor is the zero one.
         init_weights: InitWeights = InitWeights::Flag(true), flag_or_lycoris;
@@ -169,6 +174,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("trainable_token_indices", LORA),
     ("init_lora_weights", LORA),
     ("eva_rho", LORA),
+    ("loftq_config", LORA),
     ("init_weights", &["loha", "lokr", "vera"]),
     ("decompose_both", &["lokr"]),
     ("decompose_factor", &["lokr"]),
@@ -249,6 +255,16 @@ pub enum InitWeights {
     Flag(bool),
     /// A named scheme.
     Named(String),
+}
+
+/// PEFT's `LoftQConfig`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoftqSettings {
+    /// Bits that the base is quantised to: those of `[model.quantization]`.
+    pub loftq_bits: Option<u64>,
+    /// Turns of quantising and decomposing.
+    pub loftq_iter: Option<u64>,
 }
 
 /// A table whose order counts: of two patterns that match, the first decides.
@@ -340,12 +356,19 @@ fn known_start(value: &InitWeights) -> Verdict {
         return Ok(());
     };
     let steps = name.strip_prefix("pissa_niter_");
-    let known = ["gaussian", "orthogonal", "pissa", "olora", "eva"].contains(&name.as_str())
-        || steps.is_some_and(|n| n.parse::<usize>().is_ok());
+    let known = ["gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"];
+    let known = known.contains(&name.as_str()) || steps.is_some_and(|n| n.parse::<usize>().is_ok());
     verdict(
         known,
-        "must be true, false, \"gaussian\", \"orthogonal\", \"pissa\", \"pissa_niter_N\", \"olora\" or \"eva\"",
+        "must be true, false, \"gaussian\", \"orthogonal\", \"pissa\", \"pissa_niter_N\", \"olora\", \"eva\" or \"loftq\"",
     )
+}
+
+fn one_iteration(loftq: &LoftqSettings) -> Verdict {
+    match loftq.loftq_iter {
+        None | Some(1) => Ok(()),
+        Some(asked) => Err(format!("loftq_iter = {asked}: {ONE_LOFTQ_ITERATION}")),
+    }
 }
 
 fn flag_or_lycoris(value: &InitWeights) -> Verdict {

@@ -176,6 +176,9 @@ impl AdapterSettings {
                     let eva = json!({ "rho": self.eva_rho });
                     config.other.insert("eva_config".to_owned(), eva);
                 }
+                if let Some(bits) = self.loftq_config.and_then(|loftq| loftq.loftq_bits) {
+                    config.set_loftq(bits);
+                }
                 config.into()
             }
         }

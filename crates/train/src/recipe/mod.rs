@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use adapter::{AdapterSettings, InitWeights, Modules, Ordered};
+pub use adapter::{AdapterSettings, InitWeights, LoftqSettings, Modules, Ordered};
 pub use error::{Origin, Problem, Problems, RecipeError};
 pub use lock::{FileHash, LockInfo, write_lock};
 pub use quantization::{FourBitCompute, FourBitType, QuantizationSettings};

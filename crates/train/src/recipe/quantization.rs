@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::resolve::Findings;
 use super::section::{Verdict, any, given, not_negative, section, verdict};
 use super::settings::ModelSettings;
+use crate::loftq::NOT_QUANTISED;
 
 section! {
     /// `[model.quantization]`: the frozen base held in fewer bits.
@@ -203,7 +204,62 @@ pub(super) fn check_method(recipe: &mut super::Recipe, found: &mut Findings<'_>)
                 "adapter.init_lora_weights = \"{name}\" takes a part out of the base's weights, and {format} \
                  weights cannot be changed"
             ),
-            "choose true, \"gaussian\", \"orthogonal\" or \"eva\", or remove [model.quantization]",
+            "choose true, \"gaussian\", \"orthogonal\", \"eva\" or \"loftq\", or remove [model.quantization]",
         );
     }
+}
+
+/// LoftQ makes up for what quantising loses, so there must be some; its bits are those of the base.
+pub(super) fn check_loftq(recipe: &mut super::Recipe, found: &mut Findings<'_>) {
+    const INIT: &str = "adapter.init_lora_weights";
+    const CONFIG: &str = "adapter.loftq_config";
+    let adapter = &mut recipe.adapter;
+    if adapter.init_lora_weights != super::InitWeights::Named("loftq".into()) {
+        if adapter.loftq_config.is_none() {
+            return;
+        }
+        if found.gives_way(CONFIG, INIT) {
+            adapter.loftq_config = None;
+            return;
+        }
+        found.add(
+            CONFIG,
+            &format!("{CONFIG} means nothing without {INIT} = \"loftq\""),
+            "set it, or remove loftq_config",
+        );
+        return;
+    }
+    // Another adapter's values are the start then.
+    if adapter.init_from.is_some() {
+        return;
+    }
+    let set = &recipe.model.quantization;
+    let bits = match (set.load_in_4bit, set.load_in_8bit) {
+        (true, _) => 4,
+        (_, true) => 8,
+        _ => {
+            return found.add(
+                INIT,
+                &format!("{INIT} = \"loftq\": {NOT_QUANTISED}"),
+                "set model.quantization.load_in_4bit or load_in_8bit = true, or choose another start",
+            );
+        }
+    };
+    let loftq = adapter.loftq_config.get_or_insert_default();
+    loftq.loftq_iter = Some(1);
+    let asked = *loftq.loftq_bits.get_or_insert(bits);
+    if asked == bits {
+        return;
+    }
+    if found.gives_way(CONFIG, FOUR) || found.gives_way(CONFIG, EIGHT) {
+        loftq.loftq_bits = Some(bits);
+        return;
+    }
+    found.add(
+        CONFIG,
+        &format!(
+            "{CONFIG}: loftq_bits is {asked}, and [model.quantization] holds the base in {bits} bits"
+        ),
+        "leave loftq_bits out, or quantise to as many bits",
+    );
 }

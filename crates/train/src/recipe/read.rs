@@ -403,11 +403,12 @@ impl SectionReader<'_, '_> {
 
 fn read_value<T: DeserializeOwned>(value: Spanned<DeValue<'_>>) -> Result<T, String> {
     // serde names Rust's types; a recipe's author need not know them.
-    const PLAIN: [(&str, &str); 6] = [
+    const PLAIN: [(&str, &str); 7] = [
         ("expected struct QuantizationSettings", "expected a table"),
         ("expected usize", "expected a whole number, 0 or more"),
         ("expected u64", "expected a whole number, 0 or more"),
         ("expected f64", "expected a number"),
+        ("expected struct LoftqSettings", "expected a table"),
         ("expected a map", "expected a table"),
         ("unknown variant", "there is no"),
     ];

@@ -25,6 +25,7 @@ pub(super) fn resolve(
     };
     quantization::check(&mut recipe.model, &mut found);
     quantization::check_method(&mut recipe, &mut found);
+    quantization::check_loftq(&mut recipe, &mut found);
     check_adapter(&mut recipe, &mut found);
     check_data(&mut recipe, &mut found);
     check_length(&mut recipe, &mut found);

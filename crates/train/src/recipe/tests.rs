@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use super::*;
 use crate::optimizer::Optim;
 
+mod loftq;
+
 const SMALL: &str = "[data]\ntrain = 'rows.jsonl'\n";
 
 fn resolve(text: &str, overrides: &[&str]) -> Result<Recipe, RecipeError> {
