@@ -7,7 +7,8 @@
 #   scripts/gpu_check.sh [RECIPE] > docs/measurements/cuda.md
 #   DEVICE=wgpu scripts/gpu_check.sh > docs/measurements/wgpu.md
 #
-# ENAMEL_BIN, a binary with that device, skips the build and the kernels' tests.
+# ENAMEL_BIN, a binary with that device, skips the build and the kernels' tests. For a slow device: STEPS and FEW say how
+# many steps the longer and the shorter runs have, RUNS names the runs to make, SETTINGS are more settings of the recipe.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 recipe=${1:-datasets/handbook/lora.toml}
@@ -27,9 +28,12 @@ fi
 train() {
   local on=$1 name=$2 count=$3
   shift 3
+  [[ -z "${RUNS:-}" || " $RUNS " == *" $name "* ]] || return 0
+  # shellcheck disable=SC2206 # settings are words
+  local all=("$@" ${SETTINGS:-})
   "$ENAMEL_BIN" train "$recipe" --no-tui --device "$on" --output "$work/$on-$name" --set train.max_steps="$count" \
     --set train.samples=0 --set train.logging_steps=1 --set train.eval_strategy=no --set train.save_strategy=no \
-    --set train.load_best_model_at_end=false "${@/#/--set=}" >&2
+    --set train.load_best_model_at_end=false "${all[@]/#/--set=}" >&2
 }
 
 four=(model.quantization.load_in_4bit=true model.quantization.bnb_4bit_use_double_quant=true)
@@ -71,6 +75,8 @@ print(f"# {device} against Flex\n")
 print("By `scripts/gpu_check.sh`: the same recipe on both, losses of each step compared; the bound is 1e-3. Speeds are medians")
 print("without the first three steps.\n")
 print(f"GPU: {card()}. CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} threads.\n")
+if os.environ.get("SETTINGS"):
+    print(f"Settings beside the recipe's: `{os.environ['SETTINGS']}`.\n")
 print(f"| run | steps | largest difference of a loss | flex, tokens/s | {device}, tokens/s |\n|---|---|---|---|---|")
 worst = 0.0
 for name in names:
