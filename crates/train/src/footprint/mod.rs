@@ -125,12 +125,14 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
     let logits = work::logits(model, settings);
     let workspace = work::backward(model, settings);
 
-    // Three moments may be the largest: the loss, the first block of the backward pass, and its end, when
-    // no activation is left and all gradients are there. Gradients of earlier passes are there throughout.
+    // Four moments may be the largest: the loss, the first block of the backward pass, its last, and its end,
+    // when no activation is left and all gradients are there. Gradients of earlier passes are there throughout.
     let earlier = if summed { FLOAT * trained } else { 0 };
+    let there = gradients.saturating_sub(model.gradients_to_come(settings.every));
     let moments = [
         kept.between + logits + earlier,
         kept.most + workspace + model.head_gradient() + earlier,
+        kept.last + work::late(model, settings) + there,
         gradients,
     ];
     let step = moments.into_iter().max().unwrap_or(0);
@@ -144,7 +146,7 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
         activations,
         logits,
         workspace,
-        runtime: work::runtime(model, settings, step),
+        runtime: work::runtime(model, settings, step, optimizer),
         overlap: counted.saturating_sub(step),
     }
 }

@@ -12,6 +12,9 @@ const TOKENIZER: usize = 1800;
 /// Share of a step's tensors that the allocator cannot fill: it cuts memory into pieces of 32 MiB in which
 /// tensors of many sizes leave gaps, and gives nothing back (see `keep_freed_memory` in the program).
 const UNFILLED: f64 = 0.15;
+/// The same of an optimizer's moments, which stay: they are made once, beside all gradients, in blocks that the
+/// allocator rounds up (one of 3.4 MiB to 3.5 and a bit for its own notes, of which eight go into a piece).
+const UNFILLED_MOMENTS: f64 = 0.08;
 /// A thread makes ready so many columns of so many rows at most, of operands of products (`cpu/gemm/drive.rs`).
 const ROOM: [usize; 2] = [96, 1664];
 /// A CUDA context with this program's kernels.
@@ -34,9 +37,19 @@ pub(super) fn logits(model: &Model, settings: &Settings) -> usize {
 /// Bytes that the backward pass of a block works in: the gradients of the residual stream, of what the MLP's
 /// last product reads, and of what that was made of, where it is not overwritten with it.
 pub(super) fn backward(model: &Model, settings: &Settings) -> usize {
-    let rows = settings.rows();
     let fused = settings.kind == Kind::Kernels && !model.trains_base();
     let inner = if fused { model.inner } else { 3 * model.inner };
+    with_inner(inner, model, settings)
+}
+
+/// The same where `silu_mul`'s gradients are in the place of what was kept for them already: later in a block, when
+/// most of its own gradients are there.
+pub(super) fn late(model: &Model, settings: &Settings) -> usize {
+    with_inner(model.inner, model, settings)
+}
+
+fn with_inner(inner: usize, model: &Model, settings: &Settings) -> usize {
+    let rows = settings.rows();
     let scores = match settings.kind {
         Kind::Kernels => 0,
         _ => 2 * rows * model.heads * settings.length,
@@ -55,9 +68,9 @@ pub(super) fn backward(model: &Model, settings: &Settings) -> usize {
     FLOAT * (rows * (inner + 2 * model.hidden)).max(scores) + threads
 }
 
-/// Bytes of the program, beside `step` bytes of tensors that come and go.
-pub(super) fn runtime(model: &Model, settings: &Settings, step: usize) -> usize {
-    let unfilled = (step as f64 * UNFILLED) as usize;
+/// Bytes of the program, beside `step` bytes of tensors that come and go, and `moments` of them that stay.
+pub(super) fn runtime(model: &Model, settings: &Settings, step: usize, moments: usize) -> usize {
+    let unfilled = (step as f64 * UNFILLED + moments as f64 * UNFILLED_MOMENTS) as usize;
     match settings.kind {
         Kind::Gpu => CONTEXT + unfilled,
         _ => PROGRAM + TOKENIZER * model.vocabulary + unfilled,
