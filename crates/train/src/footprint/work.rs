@@ -6,15 +6,18 @@ use super::{FLOAT, Kind, Model, Settings, Weights};
 
 /// The program's code and tables, and its threads: measured with a model of a few thousand numbers.
 const PROGRAM: usize = 36 << 20;
-/// Bytes a token of the vocabulary that reading and holding a tokenizer takes: measured with SmolLM2's, of
-/// 49,152 tokens.
-const TOKENIZER: usize = 1800;
+/// Bytes a token of the vocabulary that reading and holding a tokenizer takes, less what the weights fill again of
+/// it: measured with SmolLM2's, of 49,152 tokens.
+const TOKENIZER: usize = 1250;
+/// What the allocator rounds dense matrices up by: one of 3.4 MiB to 3.5, and a bit for its own notes.
+const ROUNDED: f64 = 0.03;
+/// Share of the largest matrix's f32 values that stays unfilled once bf16 was made of them (measured).
+const CONVERTED: f64 = 1.0 / 6.0;
 /// Share of a step's tensors that the allocator cannot fill: it cuts memory into pieces of 32 MiB in which
 /// tensors of many sizes leave gaps, and gives nothing back (see `keep_freed_memory` in the program).
 const UNFILLED: f64 = 0.15;
-/// The same of an optimizer's moments, which stay: they are made once, beside all gradients, in blocks that the
-/// allocator rounds up (one of 3.4 MiB to 3.5 and a bit for its own notes, of which eight go into a piece).
-const UNFILLED_MOMENTS: f64 = 0.08;
+/// The same of an optimizer's moments, which stay: they are made once, beside all gradients, and are rounded up.
+const UNFILLED_MOMENTS: f64 = 0.10;
 /// A thread makes ready so many columns of so many rows at most, of operands of products (`cpu/gemm/drive.rs`).
 const ROOM: [usize; 2] = [96, 1664];
 /// A CUDA context with this program's kernels.
@@ -71,8 +74,15 @@ fn with_inner(inner: usize, model: &Model, settings: &Settings) -> usize {
 /// Bytes of the program, beside `step` bytes of tensors that come and go, and `moments` of them that stay.
 pub(super) fn runtime(model: &Model, settings: &Settings, step: usize, moments: usize) -> usize {
     let unfilled = (step as f64 * UNFILLED + moments as f64 * UNFILLED_MOMENTS) as usize;
-    match settings.kind {
-        Kind::Gpu => CONTEXT + unfilled,
-        _ => PROGRAM + TOKENIZER * model.vocabulary + unfilled,
+    if settings.kind == Kind::Gpu {
+        return CONTEXT + unfilled;
     }
+    let largest = model.modules.iter().map(|m| m.shape.iter().product());
+    let largest: usize = FLOAT * largest.max().unwrap_or(0);
+    let converted = match settings.weights {
+        Weights::Bf16 if !model.trains_base() => (largest as f64 * CONVERTED) as usize,
+        _ => 0,
+    };
+    let rounded = (settings.dense_bytes(model) as f64 * ROUNDED) as usize;
+    PROGRAM + TOKENIZER * model.vocabulary + rounded + converted + unfilled
 }
