@@ -138,6 +138,11 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
     let step = moments.into_iter().max().unwrap_or(0);
     let activations = kept.most.max(kept.between);
     let counted = gradients + activations + logits + workspace;
+    let tensors = work::Tensors {
+        step,
+        segment: settings.every.map_or(0, |_| kept.last + workspace),
+        moments: optimizer,
+    };
     Footprint {
         base,
         adapter,
@@ -146,7 +151,7 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
         activations,
         logits,
         workspace,
-        runtime: work::runtime(model, settings, step, optimizer),
+        runtime: work::runtime(model, settings, tensors),
         overlap: counted.saturating_sub(step),
     }
 }

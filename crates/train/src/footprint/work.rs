@@ -11,11 +11,15 @@ const PROGRAM: usize = 36 << 20;
 const TOKENIZER: usize = 1250;
 /// What the allocator rounds dense matrices up by: one of 3.4 MiB to 3.5, and a bit for its own notes.
 const ROUNDED: f64 = 0.03;
-/// Share of the largest matrix's f32 values that stays unfilled once bf16 was made of them (measured).
+/// Share of the largest matrix's f32 values that stays unfilled where they are made of a file's blocks, and bf16 of
+/// them (measured).
 const CONVERTED: f64 = 1.0 / 6.0;
 /// Share of a step's tensors that the allocator cannot fill: it cuts memory into pieces of 32 MiB in which
 /// tensors of many sizes leave gaps, and gives nothing back (see `keep_freed_memory` in the program).
 const UNFILLED: f64 = 0.15;
+/// Twice that once more of what a segment of gradient checkpointing keeps and works in: it comes and goes between
+/// inputs that stay.
+const UNFILLED_SEGMENT: f64 = 0.30;
 /// The same of an optimizer's moments, which stay: they are made once, beside all gradients, and are rounded up.
 const UNFILLED_MOMENTS: f64 = 0.10;
 /// A thread makes ready so many columns of so many rows at most, of operands of products (`cpu/gemm/drive.rs`).
@@ -71,18 +75,33 @@ fn with_inner(inner: usize, model: &Model, settings: &Settings) -> usize {
     FLOAT * (rows * (inner + 2 * model.hidden)).max(scores) + threads
 }
 
-/// Bytes of the program, beside `step` bytes of tensors that come and go, and `moments` of them that stay.
-pub(super) fn runtime(model: &Model, settings: &Settings, step: usize, moments: usize) -> usize {
-    let unfilled = (step as f64 * UNFILLED + moments as f64 * UNFILLED_MOMENTS) as usize;
+/// Bytes of tensors of a step.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tensors {
+    /// Those that come and go.
+    pub(super) step: usize,
+    /// Those of them that come and go with each segment of gradient checkpointing.
+    pub(super) segment: usize,
+    /// The optimizer's moments, which stay.
+    pub(super) moments: usize,
+}
+
+/// Bytes of the program beside such tensors.
+pub(super) fn runtime(model: &Model, settings: &Settings, tensors: Tensors) -> usize {
+    let share = |bytes: usize, share: f64| (bytes as f64 * share) as usize;
+    let unfilled = share(tensors.step, UNFILLED)
+        + share(tensors.segment, UNFILLED_SEGMENT)
+        + share(tensors.moments, UNFILLED_MOMENTS);
     if settings.kind == Kind::Gpu {
         return CONTEXT + unfilled;
     }
     let largest = model.modules.iter().map(|m| m.shape.iter().product());
     let largest: usize = FLOAT * largest.max().unwrap_or(0);
-    let converted = match settings.weights {
-        Weights::Bf16 if !model.trains_base() => (largest as f64 * CONVERTED) as usize,
-        _ => 0,
+    let halved = settings.weights == Weights::Bf16 && !model.trains_base();
+    let converted = match halved && !model.packed.is_empty() {
+        true => share(largest, CONVERTED),
+        false => 0,
     };
-    let rounded = (settings.dense_bytes(model) as f64 * ROUNDED) as usize;
+    let rounded = share(settings.dense_bytes(model), ROUNDED);
     PROGRAM + TOKENIZER * model.vocabulary + rounded + converted + unfilled
 }
