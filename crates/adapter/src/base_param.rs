@@ -2,9 +2,9 @@
 //! f32 once it is trained.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Device, Int, Tensor, module::embedding};
+use burn::tensor::{Device, Int, Tensor};
 use enamel_kernels::base_weight::widened;
-use enamel_kernels::{BaseWeight, Compute, Held, Matrix, PackedWeight};
+use enamel_kernels::{BaseWeight, Compute, Held, Matrix, PackedWeight, embedding};
 
 use crate::frozen::frozen_param;
 

@@ -5,6 +5,7 @@ use std::io::Write;
 use anyhow::anyhow;
 use enamel_train::bench::{BenchOptions, Figure, bench, first_step};
 use enamel_train::loaded::OpenBase;
+use enamel_train::optimizer::Optim;
 use enamel_train::recipe::GradientCheckpointing;
 use enamel_train::{Compute, device};
 
@@ -32,6 +33,10 @@ pub struct Args {
     /// Methods to time, the first of which the others are compared with
     #[arg(long, value_name = "METHOD", value_delimiter = ',', default_value = "lora")]
     methods: Vec<String>,
+    /// How AdamW holds its moments, as train.optim in a recipe: adamw_torch, adamw_8bit, paged_adamw_32bit,
+    /// paged_adamw_8bit
+    #[arg(long, value_name = "NAME", default_value = "adamw_torch")]
+    optim: Optim,
     /// Keep only the input of each block, or of N blocks at a time (every:N), and compute them again in
     /// the backward pass
     #[arg(long, value_name = "every:N", num_args = 0..=1, default_value = "false",
@@ -86,6 +91,9 @@ impl Args {
                 base.computing(self.compute_dtype, &device),
             );
             writeln!(out, "{}: {words}", compute.name())?;
+            if self.optim != Optim::default() {
+                writeln!(out, "{}", self.optim)?;
+            }
             if let Some(format) = quantization.format {
                 writeln!(out, "base: {format}")?;
             }
@@ -95,6 +103,7 @@ impl Args {
             steps: self.steps.max(1),
             r: self.r,
             methods: self.methods,
+            optim: self.optim,
             checkpointing: self.gradient_checkpointing,
             decode: self.decode,
             profile: self.profile,

@@ -17,6 +17,7 @@ pub mod block_linear;
 pub mod checkpoint;
 pub mod cross_entropy;
 pub mod dora_linear;
+pub mod embedding;
 pub mod gelu;
 pub mod khatri_rao;
 pub mod kron_linear;
@@ -48,6 +49,7 @@ pub use cross_entropy::{
     LossSpec, linear_cross_entropy, linear_cross_entropy_with, loss_bytes, token_log_probs,
 };
 pub use dora_linear::dora_linear;
+pub use embedding::embedding;
 pub use gelu::{GeluKind, gelu, gelu_mul};
 pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};
 pub use kron_linear::{kron, kron_linear};

@@ -58,7 +58,7 @@ pub enum LoadError {
     /// A weight that the format cannot hold.
     #[error(
         "tensor '{name}' cannot be quantised: {source}\n  \
-         help: leave its layer dense with model.quantization.skip_modules"
+         help: leave its layer dense with model.quantization.skip_modules (--skip-modules)"
     )]
     Quantise {
         /// The tensor.
@@ -69,7 +69,8 @@ pub enum LoadError {
     /// A weight that is no whole number of blocks.
     #[error(
         "tensor '{name}' of shape {shape:?} is no whole number of blocks of {block} values\n  \
-         help: choose a smaller model.quantization.bnb_4bit_blocksize, or name its layer in skip_modules"
+         help: choose a smaller model.quantization.bnb_4bit_blocksize (--bnb-4bit-blocksize), or name its layer in \
+         skip_modules (--skip-modules)"
     )]
     Blocks {
         /// The tensor.
@@ -80,7 +81,7 @@ pub enum LoadError {
         block: usize,
     },
     /// Names in `skip_modules` that no linear layer has, each with the nearest that one has.
-    #[error("model.quantization.skip_modules names what the model has not:{}", strange(.0))]
+    #[error("model.quantization.skip_modules (--skip-modules) names what the model has not:{}", strange(.0))]
     SkipModules(Vec<(String, Option<String>)>),
 }
 

@@ -101,6 +101,8 @@ pub struct SaveOptions {
     pub overwrite: bool,
     /// The most bytes of tensors in one file; larger models are split into shards.
     pub shard_bytes: u64,
+    /// Further files, by name, which the directory is never seen without.
+    pub extra: Vec<(String, Vec<u8>)>,
 }
 
 impl SaveOptions {
@@ -110,6 +112,7 @@ impl SaveOptions {
             dtype,
             overwrite: false,
             shard_bytes: 5_000_000_000,
+            extra: Vec::new(),
         }
     }
 }
@@ -278,6 +281,10 @@ fn write_directory(
     write_json(&at.join("config.json"), config)?;
     files.push("config.json".to_owned());
     files.extend(write_side_files(at, source)?);
+    for (name, bytes) in &options.extra {
+        write_bytes(&at.join(name), bytes)?;
+        files.push(name.clone());
+    }
 
     move_into_place(temporary, dir, occupied)?;
     Ok(SavedModel {

@@ -39,6 +39,8 @@ pub struct BenchOptions {
     /// The methods, as a recipe names them. Several take turns step by step, so that a machine that
     /// slows down slows all of them down.
     pub methods: Vec<String>,
+    /// How AdamW holds its moments. What it pages lies in a file in the system's folder for such.
+    pub optim: Optim,
     /// Whether blocks are computed again in the backward pass.
     pub checkpointing: GradientCheckpointing,
     /// Tokens to decode after a prompt of 128, with the base alone and with the first method's adapter,
@@ -123,17 +125,20 @@ impl Lane {
         let plan = enamel_adapter::attach(&mut model, &config, 42)?;
         let allocator = RankAllocator::of(&config, &model);
         model.set_recompute(options.checkpointing.0);
+        let trainee = Trainee { model }.fork(&device.clone().autodiff()).train();
+        let settings = AdamW {
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+        };
+        let pages = std::env::temp_dir();
         Ok(Self {
             method: method.to_owned(),
             trainable: plan.trainable,
-            sizes: Model::new(model.config(), &config, &plan),
-            trainee: Trainee { model }.fork(&device.clone().autodiff()).train(),
-            optimizer: Optimizer::new(AdamW {
-                beta1: 0.9,
-                beta2: 0.999,
-                epsilon: 1e-8,
-                weight_decay: 0.0,
-            }),
+            sizes: Model::new(trainee.model.config(), &config, &plan),
+            optimizer: Optimizer::with_optim(settings, options.optim, &pages, &trainee)?,
+            trainee,
             allocator,
             seconds: Vec::new(),
         })
@@ -279,7 +284,7 @@ fn expected(
         accumulation: 1,
         length: tokens,
         every: options.checkpointing.0,
-        optim: Optim::default(),
+        optim: options.optim,
         weights: match held.bf16 && enamel_kernels::holds_bf16(device) {
             true => Weights::Bf16,
             false => Weights::F32,

@@ -17,7 +17,6 @@ use enamel_model::source::PullProgress;
 use serde::Serialize;
 
 pub(crate) use self::folding::{Merging, stored};
-use crate::checkpoints::write_atomic;
 use crate::error::TrainError;
 use crate::loaded::{OpenBase, base_of};
 
@@ -235,17 +234,19 @@ pub fn merge(
     };
     let mut check = None;
     if let Some(output) = &options.output {
+        let mut save = SaveOptions::new(dtype);
+        if let Some(drift) = &drift {
+            // With the model or not at all: a run that ends in between leaves neither.
+            save.extra.push((REPORT.to_owned(), report(choice, drift)?));
+        }
         save::write_hf(
             output,
             &merging.tensors(),
             &mut |name| merging.values(name, choice).map_err(Into::into),
             &merging.base.checkpoint,
-            &SaveOptions::new(dtype),
+            &save,
         )
         .map_err(plainly)?;
-        if let Some(drift) = &drift {
-            write_report(output, choice, drift)?;
-        }
         if options.check {
             check = Some(merging.check(output, choice.base)?);
         }
@@ -266,7 +267,7 @@ pub fn merge(
     })
 }
 
-fn write_report(output: &Path, chosen: Choice, drift: &DriftReport) -> Result<(), TrainError> {
+fn report(chosen: Choice, drift: &DriftReport) -> Result<Vec<u8>, TrainError> {
     #[derive(Serialize)]
     struct Report<'a> {
         chosen: Choice,
@@ -276,9 +277,8 @@ fn write_report(output: &Path, chosen: Choice, drift: &DriftReport) -> Result<()
         chosen,
         logit_drift: drift,
     };
-    let json = serde_json::to_vec_pretty(&report)
-        .map_err(|e| TrainError::Framework(format!("writing the report: {e}")))?;
-    write_atomic(&output.join(REPORT), &json)
+    serde_json::to_vec_pretty(&report)
+        .map_err(|e| TrainError::Framework(format!("writing the report: {e}")))
 }
 
 /// What an adapter is called that began as LoftQ.

@@ -8,6 +8,8 @@
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::simd::code;
 use crate::cpu::simd::{Level, level, simd_fn};
 use crate::quant::{QuantError, count, expect};
 
@@ -180,6 +182,24 @@ impl GgufRows {
 simd_fn! {
     /// Whole blocks: as many as both slices have.
     fn whole<L>(kind: GgufKind, bytes: &[u8], out: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if L == code::AVX512 {
+            match kind {
+                // SAFETY: this code runs only where a `Level` vouches for AVX-512.
+                GgufKind::Q4_0 => {
+                    return each(bytes, out, |block, out| unsafe { x86::q4_0(block, out) });
+                }
+                // SAFETY: as above.
+                GgufKind::Q4_1 => {
+                    return each(bytes, out, |block, out| unsafe { x86::q4_1(block, out) });
+                }
+                // SAFETY: as above.
+                GgufKind::Q4K => {
+                    return each(bytes, out, |block, out| unsafe { x86::q4_k(block, out) });
+                }
+                _ => {}
+            }
+        }
         match kind {
             GgufKind::Q4_0 => each(bytes, out, q4_0),
             GgufKind::Q4_1 => each(bytes, out, q4_1),
@@ -353,6 +373,91 @@ fn q6_k(block: &[u8; 210], out: &mut [f32; LARGE]) {
             let scale = d * f32::from(scales[group * 2 + i / 16] as i8);
             *out = scale * f32::from(q as i8 - 32);
         }
+    }
+}
+
+/// Blocks of four bits: the sixteen numbers that a block has fill a register, and its codes choose among them.
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{LARGE, SMALL, half_at, scale_and_min};
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    pub(super) fn q4_0(block: &[u8; 18], out: &mut [f32; SMALL]) {
+        let eight = _mm512_set1_ps(8.0);
+        let numbers = _mm512_sub_ps(counted(), eight);
+        let numbers = _mm512_mul_ps(_mm512_set1_ps(half_at(block, 0)), numbers);
+        let [_, _, codes @ ..] = block;
+        both(numbers, codes, out);
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    pub(super) fn q4_1(block: &[u8; 20], out: &mut [f32; SMALL]) {
+        let (d, m) = (half_at(block, 0), half_at(block, 2));
+        let scaled = _mm512_mul_ps(_mm512_set1_ps(d), counted());
+        let numbers = _mm512_add_ps(scaled, _mm512_set1_ps(m));
+        let [_, _, _, _, codes @ ..] = block;
+        both(numbers, codes, out);
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    pub(super) fn q4_k(block: &[u8; 144], out: &mut [f32; LARGE]) {
+        let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+        let (scales, codes) = block[4..].split_at(12);
+        let (codes, _) = codes.as_chunks::<16>();
+        let (out, _) = out.as_chunks_mut::<16>();
+        for group in 0..8 {
+            let (scale, min) = scale_and_min(scales, group);
+            let (scale, min) = (d * f32::from(scale), dmin * f32::from(min));
+            let scaled = _mm512_mul_ps(_mm512_set1_ps(scale), counted());
+            let numbers = _mm512_sub_ps(scaled, _mm512_set1_ps(min));
+            for half in 0..2 {
+                let mut codes = widened(&codes[group / 2 * 2 + half]);
+                if group % 2 == 1 {
+                    codes = _mm512_srli_epi32::<4>(codes);
+                }
+                choose(numbers, codes, &mut out[group * 2 + half]);
+            }
+        }
+    }
+
+    /// 0 to 15.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    fn counted() -> __m512 {
+        _mm512_setr_ps(
+            0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
+        )
+    }
+
+    /// What the low nibbles choose, and behind it what the high ones do.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    fn both(numbers: __m512, codes: &[u8; 16], out: &mut [f32; SMALL]) {
+        let codes = widened(codes);
+        let (out, _) = out.as_chunks_mut::<16>();
+        choose(numbers, codes, &mut out[0]);
+        choose(numbers, _mm512_srli_epi32::<4>(codes), &mut out[1]);
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    fn widened(codes: &[u8; 16]) -> __m512i {
+        // SAFETY: sixteen bytes.
+        _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) })
+    }
+
+    /// A permutation looks at the low four bits of an index alone.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+    fn choose(numbers: __m512, codes: __m512i, out: &mut [f32; 16]) {
+        let values = _mm512_permutexvar_ps(codes, numbers);
+        // SAFETY: sixteen places.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), values) };
     }
 }
 

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use enamel_kernels::PackedRows;
 use enamel_kernels::quant::{
-    Absmax, DynamicBlocks, FourBitTensor, Int8Rows, OUTLIER_THRESHOLD, QuantError, QuantState,
+    Absmax, DynamicBlocks, FloatKind, FourBitTensor, Int8Rows, OUTLIER_THRESHOLD, QuantError,
+    QuantState,
 };
 use serde_json::Value;
 
@@ -18,6 +19,8 @@ use super::{CheckpointError, SourceDtype, TensorInfo};
 pub(crate) struct Settings {
     /// `llm_int8_threshold`.
     threshold: f32,
+    /// `bnb_4bit_compute_dtype`, f32 where it is missing.
+    compute: FloatKind,
 }
 
 impl Settings {
@@ -57,8 +60,13 @@ impl Settings {
             None | Some(Value::Null) => Some(OUTLIER_THRESHOLD),
             Some(value) => value.as_f64().map(|t| t as f32),
         };
+        let compute = settings.get("bnb_4bit_compute_dtype");
+        let compute = compute.and_then(|name| FloatKind::from_name(name.as_str()?).ok());
         match threshold.filter(|t| t.is_finite() && *t >= 0.0) {
-            Some(threshold) => Ok(Some(Self { threshold })),
+            Some(threshold) => Ok(Some(Self {
+                threshold,
+                compute: compute.unwrap_or(FloatKind::F32),
+            })),
             None => Err(CheckpointError::malformed(
                 path,
                 "`llm_int8_threshold` must be a number of at least zero",
@@ -140,7 +148,7 @@ impl Companions {
 pub(crate) struct Quantised {
     stored: Vec<TensorInfo>,
     origins: Vec<Origin>,
-    threshold: f32,
+    settings: Settings,
 }
 
 impl Quantised {
@@ -219,7 +227,7 @@ impl Quantised {
         let all = Self {
             stored,
             origins,
-            threshold: settings.threshold,
+            settings,
         };
         Ok((all, infos))
     }
@@ -230,6 +238,11 @@ impl Quantised {
             Origin::Plain(at) => Some((*at, self.stored.get(*at)?)),
             _ => None,
         }
+    }
+
+    /// What 4-bit weights are rounded to when they are read.
+    pub(crate) fn compute(&self) -> FloatKind {
+        self.settings.compute
     }
 
     /// Bytes of the model's tensor number `index` in memory, if it is quantised: codes, scales and what those
@@ -304,7 +317,7 @@ impl Quantised {
                     Int8Rows::from_parts(*shape, values.collect(), Some(parts.floats(*scales)?));
                 PackedRows::Int8 {
                     rows: rows.map_err(|e| parts.broken(*codes, &e))?,
-                    threshold: self.threshold,
+                    threshold: self.settings.threshold,
                 }
             }
         };

@@ -75,7 +75,9 @@ impl Directory {
         info: &TensorInfo,
     ) -> Result<Vec<f32>, CheckpointError> {
         match self.read_packed(index)? {
-            Some(PackedRows::FourBit(tensor)) => Ok(tensor.dequantise(tensor.dtype())),
+            // As products read it, so that a model made dense computes what the packed one does: the dtype that
+            // the weight once had plays no part.
+            Some(PackedRows::FourBit(tensor)) => Ok(tensor.dequantise(self.packed_compute())),
             Some(PackedRows::Int8 { rows, .. }) => Ok(rows.dequantise(FloatKind::F32)),
             Some(PackedRows::Blocks(rows)) => Ok(rows.kind().dequantise(rows.data())),
             None => {
@@ -83,6 +85,12 @@ impl Directory {
                 self.weights.read_f32(index, info)
             }
         }
+    }
+
+    /// What 4-bit weights are rounded to when they are read.
+    pub(crate) fn packed_compute(&self) -> FloatKind {
+        let quantised = self.quantised.as_ref();
+        quantised.map_or(FloatKind::F32, Quantised::compute)
     }
 
     /// A weight in the form bitsandbytes gave it, if it is in one.

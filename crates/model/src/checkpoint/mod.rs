@@ -245,10 +245,10 @@ impl TensorSource for Checkpoint {
     }
 
     fn packed_compute(&self) -> FloatKind {
-        let settings = self.config.get("quantization_config");
-        let named = settings.and_then(|s| s.get("bnb_4bit_compute_dtype")?.as_str());
-        let kind = named.and_then(|name| FloatKind::from_name(name).ok());
-        kind.unwrap_or(FloatKind::F32)
+        match &self.backing {
+            Backing::Directory(directory) => directory.packed_compute(),
+            Backing::Gguf(_) => FloatKind::F32,
+        }
     }
 
     fn read_packed(&self, name: &str) -> Result<Option<PackedRows>, CheckpointError> {

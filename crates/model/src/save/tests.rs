@@ -115,11 +115,30 @@ fn a_failure_leaves_nothing_behind() {
     let error = write_hf(&target, &tensors(), &mut huge, &source, &half).unwrap_err();
     assert!(matches!(error, SaveError::OutOfRange { .. }));
 
+    let mut no_file = SaveOptions::new(SaveDtype::F32);
+    no_file.extra = vec![("no/folder.json".to_owned(), Vec::new())];
+    let error = write_hf(&target, &tensors(), &mut read, &source, &no_file).unwrap_err();
+    assert!(error.to_string().contains("folder.json"), "{error}");
+
     let left: Vec<_> = fs::read_dir(dir.path())
         .unwrap()
         .map(|e| e.unwrap().file_name())
         .collect();
     assert_eq!(left, ["base"]);
+}
+
+#[test]
+fn further_files_come_with_the_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = base(&dir.path().join("base"), json!({}));
+    let target = dir.path().join("out");
+    let options = SaveOptions {
+        extra: vec![("report.json".to_owned(), b"{}".to_vec())],
+        ..SaveOptions::new(SaveDtype::F32)
+    };
+    let saved = write_hf(&target, &tensors(), &mut read, &source, &options).unwrap();
+    assert_eq!(fs::read(target.join("report.json")).unwrap(), b"{}");
+    assert_eq!(saved.files.last().unwrap(), "report.json");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A model with an adapter as memory sees it: widths, ranks, and what each method keeps.
 
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig, ModuleShape};
@@ -258,6 +259,22 @@ impl Model {
     /// Whether nothing of the base is frozen.
     pub fn trains_base(&self) -> bool {
         self.method == Method::Full
+    }
+
+    /// Bytes of the gradients that are not there yet when the backward pass enters its last block, or the last
+    /// segment of `every` blocks: the blocks' own, as if all were alike, and that of an embedding of its own.
+    pub(super) fn gradients_to_come(&self, every: Option<NonZeroUsize>) -> usize {
+        let all = super::FLOAT * self.trained.iter().sum::<usize>();
+        let of_head = self.head_gradient().min(all);
+        let tied = !self.modules.iter().any(|module| module.name == "lm_head");
+        let embedding = match self.trains_base() && !tied {
+            true => of_head,
+            false => 0,
+        };
+        let blocks = all.saturating_sub(of_head + embedding);
+        let count = self.blocks.len().max(1);
+        let last = every.map_or(1, NonZeroUsize::get).min(count);
+        embedding + blocks / count * last
     }
 
     /// Bytes of the head's gradient, which is there from the loss on.

@@ -18,6 +18,8 @@ pub(super) struct Kept {
     pub(super) between: usize,
     /// In the backward pass of the last blocks, when a segment was run again.
     pub(super) most: usize,
+    /// In the backward pass of the first block, or of the first segment, which it ends with.
+    pub(super) last: usize,
 }
 
 /// Rows of input that forming LoHa's dense update is worth (`methods/loha.rs`).
@@ -195,6 +197,7 @@ pub(super) fn activations(model: &Model, settings: &Settings) -> Kept {
         return Kept {
             between: all,
             most: all,
+            last: blocks.first().copied().unwrap_or(0),
         };
     };
     let segments: Vec<usize> = blocks.chunks(every.get()).map(|s| s.iter().sum()).collect();
@@ -205,5 +208,6 @@ pub(super) fn activations(model: &Model, settings: &Settings) -> Kept {
     Kept {
         between: segments.len() * inputs + tail + head,
         most: segments.len().saturating_sub(1) * inputs + again + head,
+        last: segments.first().copied().unwrap_or(0),
     }
 }

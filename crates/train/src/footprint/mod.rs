@@ -125,12 +125,15 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
     let logits = work::logits(model, settings);
     let backward = work::backward(model, settings);
 
-    // Four moments may be the largest: the loss, the first block of the backward pass, its end, when no
-    // activation is left and all gradients are there, and the making of first values. Gradients of earlier passes are there throughout.
+    // Five moments may be the largest: the loss, the first block of the backward pass, its last, its end, when no
+    // activation is left and all gradients are there, and the making of first values. Gradients of earlier
+    // passes are there throughout.
     let earlier = if summed { FLOAT * trained } else { 0 };
+    let there = gradients.saturating_sub(model.gradients_to_come(settings.every));
     let moments = [
         kept.between + logits + earlier,
         kept.most + backward + model.head_gradient() + earlier,
+        kept.last + work::late(model, settings) + there,
         gradients,
         model.start,
     ];
@@ -138,6 +141,11 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
     let activations = kept.most.max(kept.between);
     let workspace = backward.max(model.start);
     let counted = gradients + activations + logits + workspace;
+    let tensors = work::Tensors {
+        step,
+        segment: settings.every.map_or(0, |_| kept.last + backward),
+        moments: optimizer,
+    };
     Footprint {
         base,
         adapter,
@@ -146,7 +154,7 @@ pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
         activations,
         logits,
         workspace,
-        runtime: work::runtime(model, settings, step),
+        runtime: work::runtime(model, settings, tensors),
         overlap: counted.saturating_sub(step),
     }
 }

@@ -69,6 +69,19 @@ impl Settings {
         model.modules.iter().map(bytes).sum()
     }
 
+    /// Bytes of the linear layers that are held dense, trained or not.
+    pub(super) fn dense_bytes(&self, model: &Model) -> usize {
+        let dense = model.modules.iter().filter(|module| {
+            let frozen = !model.trains_base();
+            module.kind == ModuleKind::Linear && !(frozen && self.packed(model, module).is_some())
+        });
+        let numbers: usize = dense.map(|m| m.shape.iter().product::<usize>()).sum();
+        match self.weights {
+            Weights::Bf16 if !model.trains_base() => 2 * numbers,
+            _ => FLOAT * numbers,
+        }
+    }
+
     /// Bytes of a linear layer that is held quantised: as its file has it, or as the recipe asks
     /// (`Quantization::pack` decides so for the weights).
     fn packed(&self, model: &Model, module: &ModuleShape) -> Option<usize> {

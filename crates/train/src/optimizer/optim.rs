@@ -1,6 +1,7 @@
 //! `train.optim`: how many bits a moment takes, and whether moments are paged.
 
 use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -58,6 +59,19 @@ impl Optim {
     }
 }
 
+impl FromStr for Optim {
+    type Err = String;
+
+    /// A name as a recipe has it, those that are understood and never written among them.
+    ///
+    /// # Errors
+    /// The names there are.
+    fn from_str(name: &str) -> Result<Self, String> {
+        let read = serde_json::from_value(serde_json::Value::from(name));
+        read.map_err(|_| format!("it is one of {}", Self::ALL.map(Self::name).join(", ")))
+    }
+}
+
 impl fmt::Display for Optim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
@@ -70,7 +84,7 @@ mod tests {
     use super::Optim;
 
     fn read(name: &str) -> Result<Optim, String> {
-        serde_json::from_value(serde_json::Value::from(name)).map_err(|e| e.to_string())
+        name.parse()
     }
 
     #[test]
