@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds Enamel for a graphics processor, runs the kernels' tests on it, trains a few steps there and on Flex (with
 # every adapter method, on every kind of quantised base, with blocks computed again), compares the losses to
-# 1e-3 and times both. Run it on any machine with an NVIDIA driver; building with CUDA needs LLVM
+# 1e-3 (5e-2 on an int8 base) and times both. Run it on any machine with an NVIDIA driver; building with CUDA needs LLVM
 # (ARCHITECTURE.md, "Building with CUDA").
 #
 #   scripts/gpu_check.sh [RECIPE] > docs/measurements/cuda.md
@@ -72,17 +72,20 @@ def speed(rs):
     return statistics.median(r["tokens_per_second"] for r in rs[3:] or rs)
 
 print(f"# {device} against Flex\n")
-print("By `scripts/gpu_check.sh`: the same recipe on both, losses of each step compared; the bound is 1e-3. Speeds are medians")
+print("By `scripts/gpu_check.sh`: the same recipe on both, losses of each step compared; the bound is 1e-3, on an int8 base 5e-2. Speeds are medians")
 print("without the first three steps.\n")
 print(f"GPU: {card()}. CPU: {platform.processor() or platform.machine()}, {os.cpu_count()} threads.\n")
 if os.environ.get("SETTINGS"):
     print(f"Settings beside the recipe's: `{os.environ['SETTINGS']}`.\n")
 print(f"| run | steps | largest difference of a loss | flex, tokens/s | {device}, tokens/s |\n|---|---|---|---|---|")
-worst = 0.0
+# LLM.int8() rounds inputs in steps, so that last bits move products by a step: Flex's own instruction sets and NdArray
+# differ from each other by up to 1.8e-2 (docs/measurements/wgpu.md).
+bounds = {"int8": 5e-2}
+wrong = False
 for name in names:
     a, b = rows("flex", name), rows(device, name)
     off = max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True))
-    worst = max(worst, off)
+    wrong |= off > bounds.get(name, 1e-3)
     print(f"| {name} | {len(a)} | {off:.2e} | {speed(a):.0f} | {speed(b):.0f} |")
-sys.exit(0 if worst <= 1e-3 else 1)
+sys.exit(1 if wrong else 0)
 PY
