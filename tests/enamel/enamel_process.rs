@@ -83,15 +83,25 @@ impl Workshop {
         command
     }
 
-    /// Runs to the end; panics with all that was said unless it succeeds.
+    /// Runs to the end; panics with all that was said unless it succeeds. What it said on standard output.
     pub fn run(&self, arguments: &[&str]) -> String {
+        text(&self.success(arguments).stdout)
+    }
+
+    /// The same, with what it said on standard error.
+    pub fn told(&self, arguments: &[&str]) -> String {
+        said(&self.success(arguments))
+    }
+
+    /// Runs to the end; panics with all that was said unless it succeeds.
+    pub fn success(&self, arguments: &[&str]) -> Output {
         let output = self.output(arguments);
         assert!(
             output.status.success(),
             "enamel {arguments:?}: {}",
             said(&output)
         );
-        text(&output.stdout)
+        output
     }
 
     /// Runs to the end; panics unless it fails with exit code 1. What it said on standard error.

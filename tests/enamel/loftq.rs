@@ -12,7 +12,7 @@ use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use enamel_model::{Format, LlamaConfig, Loading, Quantization};
 
 use crate::cli_adapter::path;
-use crate::enamel_process::{Workshop, said, signal, text, wait_for};
+use crate::enamel_process::{Workshop, signal, text, wait_for};
 use crate::goldens::{Tensors, assert_close, copy, fixtures, json};
 use crate::inits::{compare_deltas, deltas, host};
 use crate::on_every_device;
@@ -113,36 +113,18 @@ const LOFTQ: [&str; 4] = [
 fn a_run_from_loftq_stopped_and_resumed_ends_at_the_same_bits() {
     let workshop = Workshop::new();
     let recipe = workshop.usual_recipe();
-    let arguments = |output, more: &[&'static str]| {
-        let train = [
-            "train",
-            path(&recipe),
-            "--set",
-            "train.epochs=12",
-            "--output",
-            output,
-        ];
-        [&train[..], &LOFTQ, more]
-            .concat()
-            .into_iter()
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
+    let arguments = |output: &'static str, more: &[&'static str]| -> Vec<&str> {
+        let run = ["--set", "train.epochs=12", "--output", output];
+        [&["train", path(&recipe)][..], &run, &LOFTQ, more].concat()
     };
-    let train = |output, more: &[&'static str]| {
-        let arguments = arguments(output, more);
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let output = workshop.output(&arguments);
-        assert!(output.status.success(), "{}", said(&output));
-        said(&output)
-    };
+    let train = |output, more: &[&'static str]| workshop.told(&arguments(output, more));
     let words = train("whole", &[]);
     assert!(
         words.contains("loftq    14 quantised layers are off by"),
         "{words}"
     );
-    let parts = arguments("parts", &[]);
-    let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
-    let mut child = workshop.command(&parts).spawn().expect("the binary runs");
+    let mut parts = workshop.command(&arguments("parts", &[]));
+    let mut child = parts.spawn().expect("the binary runs");
     let seen = workshop.path("parts/checkpoints/step-000012");
     assert!(wait_for(&seen, &mut child), "it ended before");
     signal(&child, "KILL");
@@ -254,9 +236,11 @@ fn what_began_as_loftq_is_merged_and_used_on_the_quantised_base() {
             "--device",
             "flex",
         ];
-        let output = workshop.output(&[&common[..], &alone, more].concat());
-        assert!(output.status.success(), "{}", said(&output));
-        text(&output.stderr)
+        text(
+            &workshop
+                .success(&[&common[..], &alone, more].concat())
+                .stderr,
+        )
     };
     assert!(generate(&[]).contains("note: the adapter began as LoftQ"));
     assert!(!generate(&["--load-in-4bit"]).contains("note:"));
@@ -284,8 +268,8 @@ fn what_began_as_loftq_is_merged_and_used_on_the_quantised_base() {
         1e-6,
     );
     let common = ["generate", "--prompt", "2+2?", "--max-new-tokens", "2"];
-    let output = workshop.output(&[&common[..], &stored].concat());
-    assert!(output.status.success() && !text(&output.stderr).contains("note:"));
+    let output = workshop.success(&[&common[..], &stored].concat());
+    assert!(!text(&output.stderr).contains("note:"));
 }
 
 #[test]
@@ -345,16 +329,8 @@ fn the_plan_names_the_start_and_dora_and_eight_bits_take_it_too() {
     let workshop = Workshop::new();
     let recipe = workshop.usual_recipe();
     let with = |verb, more: &[&'static str]| {
-        let arguments = [
-            verb,
-            path(&recipe),
-            "--set",
-            "adapter.init_lora_weights=loftq",
-        ];
-        let arguments: Vec<&str> = [&arguments[..], more].concat();
-        let output = workshop.output(&arguments);
-        assert!(output.status.success(), "{}", said(&output));
-        said(&output)
+        let start = ["--set", "adapter.init_lora_weights=loftq"];
+        workshop.told(&[&[verb, path(&recipe)][..], &start, more].concat())
     };
     let eight = ["--set", "model.quantization.load_in_8bit=true"];
     let words = with("plan", &eight);

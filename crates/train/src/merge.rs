@@ -193,10 +193,7 @@ pub fn merge(
     };
     let mut wants = Vec::new();
     if choice.base == MergeBase::Dequantized {
-        wants.push(match options.into {
-            Some(_) => "--into dequantized",
-            None => LOFTQ,
-        });
+        wants.extend(merging.needs_format(options.into.is_some()));
     }
     if options.requantize {
         wants.push("--requantize");
@@ -295,7 +292,8 @@ pub(crate) fn for_export(
     let base = merging.belongs_to();
     if base == MergeBase::Dequantized {
         let (runs, unreadable) = trained::runs(adapters);
-        let trained = trained::trained(vec![LOFTQ], None, merging, &runs, &unreadable)?;
+        let wants = merging.needs_format(false).into_iter().collect();
+        let trained = trained::trained(wants, None, merging, &runs, &unreadable)?;
         merging.trained = trained.map(|trained| trained.loading);
     }
     Ok(Choice {

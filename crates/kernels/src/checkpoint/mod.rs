@@ -13,18 +13,17 @@ use burn::backend::DispatchDevice;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor};
 
+use crate::cpu::storage::of_backend;
 use ops::{Again, Mailbox};
 
 /// Whether [`checkpoint_module`] can run a module again on this device; elsewhere it records all.
 pub fn can_checkpoint(device: &Device) -> bool {
-    match device.as_dispatch() {
+    of_backend(device, |device| match device {
         DispatchDevice::Flex(_) | DispatchDevice::NdArray(_) => true,
         #[cfg(feature = "cube")]
         DispatchDevice::Cube(_) => true,
-        DispatchDevice::Autodiff(_) => can_checkpoint(&device.clone().without_autodiff()),
-        #[allow(unreachable_patterns)] // with these two backends alone there is nothing else
         _ => false,
-    }
+    })
 }
 
 /// `f(block, x)`, of which the graph keeps x and no activation: the backward pass calls `f` again.

@@ -64,26 +64,21 @@ pub(crate) fn matrix_on_flex(w: &Matrix) -> bool {
 
 /// Whether tensors of a device are Flex's, with or without a graph.
 pub(crate) fn is_flex(device: &Device) -> bool {
-    match device.as_dispatch() {
-        DispatchDevice::Flex(_) => true,
-        DispatchDevice::Autodiff(_) => {
-            matches!(
-                device.clone().without_autodiff().as_dispatch(),
-                DispatchDevice::Flex(_)
-            )
-        }
-        #[allow(unreachable_patterns)]
-        _ => false,
-    }
+    of_backend(device, |device| matches!(device, DispatchDevice::Flex(_)))
 }
 
 /// Whether the device computes on the processor, in its memory.
 pub fn on_host(device: &Device) -> bool {
+    of_backend(device, |device| {
+        matches!(device, DispatchDevice::Flex(_) | DispatchDevice::NdArray(_))
+    })
+}
+
+/// What `is` says of a device as it is without a graph.
+pub(crate) fn of_backend(device: &Device, is: impl Fn(&DispatchDevice) -> bool) -> bool {
     match device.as_dispatch() {
-        DispatchDevice::Flex(_) | DispatchDevice::NdArray(_) => true,
-        DispatchDevice::Autodiff(_) => on_host(&device.clone().without_autodiff()),
-        #[allow(unreachable_patterns)] // with these two backends alone there is nothing else
-        _ => false,
+        DispatchDevice::Autodiff(_) => is(device.clone().without_autodiff().as_dispatch()),
+        plain => is(plain),
     }
 }
 

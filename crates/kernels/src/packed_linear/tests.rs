@@ -16,7 +16,7 @@ use crate::{
 /// Sums of up to 300 products in another order.
 const TOLERANCE: f32 = 5e-6;
 
-fn int8(values: &[f32], shape: [usize; 2], threshold: f32) -> PackedWeight {
+pub(super) fn int8(values: &[f32], shape: [usize; 2], threshold: f32) -> PackedWeight {
     let half: Vec<f32> = values.iter().map(|x| FloatKind::F16.round(*x)).collect();
     let rows = Int8Rows::quantise(&half, shape).unwrap();
     of_rows(rows, threshold)

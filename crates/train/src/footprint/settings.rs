@@ -51,10 +51,7 @@ impl Settings {
         if model.trains_base() {
             return 0;
         }
-        let matrix = match self.weights {
-            Weights::F32 => FLOAT,
-            Weights::Bf16 => 2,
-        };
+        let matrix = self.number_bytes(model);
         let bytes = |module: &ModuleShape| {
             let rows = module.shape.first().copied().unwrap_or(0);
             let bias = if module.bias { FLOAT * rows } else { 0 };
@@ -76,9 +73,14 @@ impl Settings {
             module.kind == ModuleKind::Linear && !(frozen && self.packed(model, module).is_some())
         });
         let numbers: usize = dense.map(|m| m.shape.iter().product::<usize>()).sum();
+        self.number_bytes(model) * numbers
+    }
+
+    /// Bytes of a number of the base's dense matrices.
+    fn number_bytes(&self, model: &Model) -> usize {
         match self.weights {
-            Weights::Bf16 if !model.trains_base() => 2 * numbers,
-            _ => FLOAT * numbers,
+            Weights::Bf16 if !model.trains_base() => 2,
+            _ => FLOAT,
         }
     }
 

@@ -10,7 +10,7 @@ use enamel_model::checkpoint::TensorSource;
 use enamel_model::save::SaveDtype;
 use enamel_model::{CausalLm, Loading};
 
-use super::{Choice, MergeBase};
+use super::{Choice, LOFTQ, MergeBase};
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
 use crate::loftq;
@@ -83,6 +83,18 @@ impl<'a> Merging<'a> {
         match configs.any(loftq::began_so) {
             true => MergeBase::Dequantized,
             false => MergeBase::Dense,
+        }
+    }
+
+    /// What merging into the dequantised base is called, `asked` for or for LoftQ's sake, if it takes the format
+    /// that the base had in training.
+    pub fn needs_format(&self, asked: bool) -> Option<&'static str> {
+        let stored = self.base.packed();
+        match asked {
+            // What the file itself has quantised is the same, dense and dequantised.
+            true => stored.is_empty().then_some("--into dequantized"),
+            // But GGUF's blocks can be quantised once more, and LoftQ is for what comes of it.
+            false => (!stored.values().any(|stored| stored.bitsandbytes)).then_some(LOFTQ),
         }
     }
 

@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use enamel_model::{Loading, Quantization};
 
-use super::LOFTQ;
 use super::folding::Merging;
 use crate::error::TrainError;
 use crate::inputs;
@@ -61,21 +60,12 @@ pub(super) struct Trained {
 /// Everything that speaks against what is asked for: a choice that needs the format where none is known, runs
 /// that had the base differently, lock files that cannot be read where one is needed.
 pub(super) fn trained(
-    mut wants: Vec<&str>,
+    wants: Vec<&str>,
     given: Option<&Quantization>,
     merging: &Merging<'_>,
     runs: &[Option<Run>],
     unreadable: &[String],
 ) -> Result<Option<Trained>, TrainError> {
-    // What the file itself has quantised is the same, dense and dequantised; but GGUF's blocks can be quantised
-    // once more, and LoftQ is for what comes of it.
-    let stored = merging.base.packed();
-    let by_bitsandbytes = stored.values().any(|stored| stored.bitsandbytes);
-    wants.retain(|want| match *want {
-        "--into dequantized" => stored.is_empty(),
-        LOFTQ => !by_bitsandbytes,
-        _ => true,
-    });
     let mut problems = Vec::new();
     let found = match given {
         Some(quantization) => {

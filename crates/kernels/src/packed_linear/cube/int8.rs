@@ -49,7 +49,7 @@ fn code(x: f32, factor: f32) -> f32 {
         code += 1.0;
     }
     // Outliers, which are not multiplied this way, may be infinite.
-    if value.abs() <= 127.5 && code.abs() <= 127.0 {
+    if code.abs() <= 127.0 {
         code
     } else {
         0.0f32.runtime()

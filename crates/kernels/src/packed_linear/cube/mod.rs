@@ -9,7 +9,7 @@ mod product;
 #[allow(clippy::unwrap_used)]
 mod tests;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use burn::backend::ops::IntTensorOps;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -24,8 +24,8 @@ use crate::cpu::gemm::Compute;
 use crate::packed::PackedWeight;
 
 /// The weight's words on its device, sent there when a product first asks for them.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct OnDevice(Arc<OnceLock<IntTensor<Cube>>>);
+#[derive(Debug, Default)]
+pub(crate) struct OnDevice(OnceLock<IntTensor<Cube>>);
 
 impl OnDevice {
     fn words(

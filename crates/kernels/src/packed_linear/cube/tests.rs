@@ -28,11 +28,8 @@ fn four_bit(shape: [usize; 2], kind: FourBit, block: usize, double: bool) -> Pac
     PackedRows::FourBit(FourBitTensor::quantise(&values, &shape, options).unwrap())
 }
 
-fn int8(shape: [usize; 2], threshold: f32) -> PackedRows {
-    let values = noise(5, shape[0] * shape[1]);
-    let half: Vec<f32> = values.iter().map(|x| FloatKind::F16.round(*x)).collect();
-    let rows = Int8Rows::quantise(&half, shape).unwrap();
-    PackedRows::Int8 { rows, threshold }
+fn int8(shape: [usize; 2], threshold: f32) -> PackedWeight {
+    crate::packed_linear::tests::int8(&noise(5, shape[0] * shape[1]), shape, threshold)
 }
 
 /// Random codes under scales that are numbers of order one; a block of them tests every bit.
@@ -83,12 +80,12 @@ fn weights() -> Vec<(String, PackedWeight)> {
     for threshold in [0.0, 0.8, 1e-9] {
         for width in [64, 37] {
             let name = format!("int8 {width} {threshold}");
-            all.push((name, weight(int8([75, width], threshold), FloatKind::F32)));
+            all.push((name, int8([75, width], threshold)));
         }
     }
     // As wide as a real layer, with some outliers among what is twice the noise.
     let name = "int8 1536".to_owned();
-    all.push((name, weight(int8([75, 1536], 1.99), FloatKind::F32)));
+    all.push((name, int8([75, 1536], 1.99)));
     for kind in GgufKind::ALL {
         let name = format!("{kind:?}");
         all.push((name, weight(blocks(kind, [70, 512]), FloatKind::F32)));
@@ -199,10 +196,11 @@ fn empty_and_untracked_inputs_pass() {
     let Some(gpu) = gpu() else { return };
     let device = gpu.without_autodiff();
     for (m, k, n) in [(0, 8, 5), (3, 8, 5), (1, 8, 1)] {
-        for rows in [int8([n, k], 0.5), four_bit([n, k], FourBit::Nf4, 64, true)] {
-            let w = PackedWeight::new(rows, FloatKind::F32, &device).unwrap();
+        let four = four_bit([n, k], FourBit::Nf4, 64, true);
+        for w in [int8([n, k], 0.5), weight(four, FloatKind::F32)] {
             let x = leaf(2, [m, k], false, &device);
-            assert_eq!(packed_linear(x, w, Compute::F32).dims(), [m, n]);
+            let y = packed_linear(x, on(&device, &w), Compute::F32);
+            assert_eq!(y.dims(), [m, n]);
         }
     }
 }
