@@ -5,9 +5,7 @@ use burn::tensor::{Device, Tensor};
 use crate::check::*;
 use crate::packed::{GgufKind, GgufRows, PackedRows, PackedWeight};
 use crate::packed_linear::{packed_linear, values_linear};
-use crate::quant::{
-    Absmax, BLOCK_SIZES, FloatKind, FourBit, FourBitOptions, FourBitTensor, Int8Rows,
-};
+use crate::quant::{Absmax, BLOCK_SIZES, FloatKind, FourBit, FourBitOptions, FourBitTensor};
 use crate::{Compute, Dropout, dora_linear, lora_linear_dropout};
 
 /// Sums of up to 1536 products in another order.
