@@ -226,6 +226,26 @@ impl ChatTemplate {
     }
 }
 
+/// One conversation (a JSON list of messages) through one template, from foreign text to text.
+///
+/// # Errors
+/// [`TemplateError`] where the template does not parse, refuses the conversation or fails on it, or
+/// where the conversation is not a list of objects.
+pub fn render(
+    source: &str,
+    conversation: &Json,
+    options: RenderOptions<'_>,
+) -> Result<String, TemplateError> {
+    let messages: Option<Vec<Message>> = conversation.as_array().and_then(|items| {
+        let fields = items.iter().map(|item| item.as_object().cloned());
+        fields.map(|f| f.map(Message::from_fields)).collect()
+    });
+    let messages = messages.ok_or_else(|| TemplateError::Render {
+        detail: "a conversation is a list of objects".to_owned(),
+    })?;
+    ChatTemplate::new(source, &[])?.render_with(&messages, options)
+}
+
 /// The names a message's reasoning is passed under; the first is the one templates read.
 const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 

@@ -23,7 +23,7 @@ mod token_stream;
 mod tokenizer;
 
 pub use batch::{Batch, collate, epoch_order, group_by_length, split_rows};
-pub use chat_template::{ChatTemplate, RenderOptions, TemplateError};
+pub use chat_template::{ChatTemplate, RenderOptions, TemplateError, render};
 pub use error::{BAD_ROWS_SHOWN, BadReason, BadRow, DataError, RowRef};
 pub use examples::{
     DataFile, DataSpec, Example, Examples, Note, OnBadRow, Truncation, load_examples,

@@ -57,11 +57,13 @@ pub(crate) fn rewrite_generation_blocks(source: &str) -> (String, bool) {
     while let Some(open) = rest.find("{%") {
         let (before, tag) = rest.split_at(open);
         out.push_str(before);
-        let Some(close) = tag.find("%}") else {
+        let Some((inner, close)) = tag
+            .get(2..)
+            .and_then(|body| body.find("%}").map(|at| (&body[..at], at + 2)))
+        else {
             out.push_str(tag);
             return (out, found);
         };
-        let inner = &tag[2..close];
         let bare = inner.strip_prefix(['-', '+']).unwrap_or(inner);
         let left = &inner[..inner.len() - bare.len()];
         let name = bare.strip_suffix(['-', '+']).unwrap_or(bare);
