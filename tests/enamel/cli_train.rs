@@ -132,7 +132,12 @@ fn killed_stopped_and_resumed_equals_uninterrupted() {
     assert_eq!(whole.len(), 150);
 
     let mut at = 0;
-    for (how, code) in [("KILL", None), ("TERM", Some(143)), ("INT", Some(130))] {
+    for (how, code) in [
+        ("KILL", None),
+        ("TERM", Some(143)),
+        ("INT", Some(130)),
+        ("HUP", Some(129)),
+    ] {
         // Each interruption comes after a checkpoint that the last one had not reached.
         at += 20;
         let mut arguments = vec!["train", "long.toml", "--output", "parts"];

@@ -12,6 +12,9 @@ mod cli_export;
 mod cli_merge;
 mod cli_merge_quantised;
 mod cli_methods;
+#[cfg(unix)]
+mod cli_signals;
+mod cli_terminal;
 mod cli_train;
 mod cli_use;
 mod combine;
@@ -35,6 +38,8 @@ mod parity_lora;
 mod parity_methods;
 mod parity_trainer;
 mod peft_files;
+#[cfg(unix)]
+mod pseudo_terminal;
 mod quantised;
 mod quantize;
 mod schedules;

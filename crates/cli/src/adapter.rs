@@ -7,7 +7,7 @@ use enamel_adapter::combine::{CombinationType, CombineOptions, MajoritySign, Ran
 use enamel_train::adapters::{self, CombineRequest, ConvertRequest};
 use serde_json::json;
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::adapter_text as text;
 use crate::pull_progress::Bars;
 
@@ -132,7 +132,7 @@ enum Target {
 
 impl Args {
     pub fn run(self) -> anyhow::Result<Outcome> {
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         match self.verb {
             Verb::List(args) => {
                 let found = adapters::list(&args.dirs)?;

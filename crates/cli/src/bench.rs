@@ -9,7 +9,7 @@ use enamel_train::optimizer::Optim;
 use enamel_train::recipe::GradientCheckpointing;
 use enamel_train::{Compute, device};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::bench_text as text;
 use crate::pull_progress::Bars;
 use crate::quantization_args::QuantizationArgs;
@@ -79,7 +79,7 @@ impl Args {
         self.gradient_checkpointing.check(&device, &choice)?;
         let base = OpenBase::open(&self.model, None, &mut Bars::default())?;
         let quantization = self.quantization.quantization();
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         if !self.json {
             let model = &self.model;
             writeln!(out, "{model} on {choice}, r = {} on all linear layers", self.r)?;

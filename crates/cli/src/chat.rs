@@ -4,9 +4,9 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
 
 use anyhow::bail;
-use enamel_train::chat::Session;
+use enamel_train::chat::{End, Session};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::sampling_args::{ModelArgs, SamplingArgs};
 
 /// Arguments of `enamel chat`.
@@ -34,7 +34,7 @@ impl Args {
         let mut session = Session::new(base, self.system);
         let mut input = std::io::stdin().lock();
         let interactive = input.is_terminal();
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         if interactive {
             writeln!(out, "/reset forgets the conversation, /exit ends it")?;
         }
@@ -62,7 +62,7 @@ impl Args {
                 }
                 question => {
                     let mut failure = None;
-                    session.ask(question, &sampling, &mut |text| match out
+                    let reply = session.ask(question, &sampling, &mut |text| match out
                         .write_all(text.as_bytes())
                         .and_then(|()| out.flush())
                     {
@@ -76,6 +76,12 @@ impl Args {
                         return Err(error.into());
                     }
                     writeln!(out)?;
+                    if let End::Context(context) = reply.end {
+                        writeln!(
+                            out,
+                            "(cut at the end of the model's context, {context} tokens; /reset makes room)"
+                        )?;
+                    }
                 }
             }
         }

@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow, bail};
 use enamel_train::compare::{Row, finished, folder, table, write};
 use enamel_train::recipe::RecipeFile;
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 
 /// Arguments of `enamel compare`.
 #[derive(clap::Args)]
@@ -41,7 +41,7 @@ impl Args {
         if let Some(stranger) = self.only.iter().find(|n| !names.contains(&n.as_str())) {
             bail!("there is no variant {stranger:?}; there are {}", names.join(", "));
         }
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         let root = match &self.output {
             Some(dir) => dir.clone(),
             None => file.resolve()?.output_dir(),

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use enamel_train::device::{self, CPU_VARIABLE, CpuInfo};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 
 /// Arguments of `enamel devices`.
 #[derive(clap::Args)]
@@ -12,7 +12,7 @@ pub struct Args {}
 
 impl Args {
     pub fn run(self) -> anyhow::Result<Outcome> {
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         writeln!(
             out,
             "{:<10} {:<11} {:>10}  note",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use enamel_train::eval;
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::recipe_args::RecipeArgs;
 
@@ -26,7 +26,7 @@ impl Args {
     pub fn run(self) -> anyhow::Result<Outcome> {
         let recipe = self.recipe.load()?;
         let report = eval::evaluate(&recipe, self.adapter.as_deref(), &mut Bars::default())?;
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         if self.json {
             writeln!(out, "{}", serde_json::to_string(&report)?)?;
             return Ok(Outcome::Done);

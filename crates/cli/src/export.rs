@@ -7,7 +7,7 @@ use enamel_model::save::OutType;
 use enamel_train::device;
 use enamel_train::export::{ExportOptions, Exported, export};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 
 /// Arguments of `enamel export`.
@@ -74,7 +74,7 @@ impl Args {
             overwrite: self.overwrite,
         };
         let report = export(&options, &device, &mut Bars::default())?;
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         match report.exported {
             Exported::Model => writeln!(out, "exported    the model")?,
             Exported::Merged { modules, untied } => {

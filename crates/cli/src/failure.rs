@@ -1,9 +1,12 @@
 //! Errors as a person reads them: what happened, why, and what to do.
 
-use std::io::{ErrorKind, IsTerminal};
+use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 
+use enamel_train::shown;
 use owo_colors::OwoColorize;
+
+use crate::terminal;
 
 /// Prints the error and its causes to stderr and yields the exit code.
 pub fn report(error: &anyhow::Error) -> ExitCode {
@@ -16,8 +19,9 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(broken_pipe) {
         return ExitCode::SUCCESS;
     }
-    let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    eprintln!("{}", render(error, colour));
+    let text = render(error, terminal::colour_err());
+    // Nobody left to read: the exit code says it.
+    let _ = writeln!(terminal::coloured_err(), "{text}");
     ExitCode::FAILURE
 }
 
@@ -30,7 +34,7 @@ fn render(error: &anyhow::Error, colour: bool) -> String {
     let mut said = String::new();
     let mut out = String::new();
     for (i, cause) in error.chain().enumerate() {
-        let text = cause.to_string();
+        let text = shown(&cause.to_string()).into_owned();
         // Many errors quote their source; saying it twice helps nobody.
         if i > 0 && said.contains(text.trim()) {
             continue;
@@ -67,6 +71,15 @@ mod tests {
         assert_eq!(
             render(&error, false),
             "error: cannot write x\n  help: free some space\n  caused by: disk full"
+        );
+    }
+
+    #[test]
+    fn what_others_wrote_moves_no_cursor() {
+        let error = anyhow!("unknown key \"\x1b]0;gotcha\x07\"").context("row 1\x1b[2J");
+        assert_eq!(
+            render(&error, false),
+            "error: row 1\\u001b[2J\n  caused by: unknown key \"\\u001b]0;gotcha\\u0007\""
         );
     }
 }

@@ -5,9 +5,9 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context, bail};
 use enamel_data::Message;
-use enamel_train::chat;
+use enamel_train::chat::{self, End};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::sampling_args::{ModelArgs, SamplingArgs};
 
 /// Arguments of `enamel generate`.
@@ -42,7 +42,7 @@ impl Args {
         }
         let base = self.model.load()?;
         let sampling = self.sampling.sampling();
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::answer_out();
         let mut failure = None;
         let mut write = |text: &str| match out.write_all(text.as_bytes()).and_then(|()| out.flush())
         {
@@ -68,8 +68,15 @@ impl Args {
             return Err(error.into());
         }
         writeln!(out)?;
+        if let End::Context(context) = reply.end {
+            terminal::note(&format!(
+                "the answer was cut at the end of the model's context, {context} tokens"
+            ));
+        }
         if self.stats {
-            eprintln!(
+            // Nobody left to read is no reason to fail.
+            let _ = writeln!(
+                terminal::err(),
                 "{} prompt tokens, {} new tokens in {:.2} s ({:.1} tokens/s)",
                 reply.prompt_tokens,
                 reply.tokens,
@@ -84,7 +91,10 @@ impl Args {
 fn read_stdin() -> anyhow::Result<String> {
     let mut stdin = std::io::stdin().lock();
     if stdin.is_terminal() {
-        eprintln!("reading the prompt from standard input; end it with Ctrl-D");
+        let _ = writeln!(
+            terminal::err(),
+            "reading the prompt from standard input; end it with Ctrl-D"
+        );
     }
     let mut text = String::new();
     stdin

@@ -1,12 +1,13 @@
 //! `enamel inspect`: rows as the model will see them.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 
 use enamel_train::inspect::{Inspection, inspect};
 use enamel_train::loaded::OpenBase;
+use enamel_train::shown;
 use owo_colors::OwoColorize;
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::recipe_args::RecipeArgs;
 
@@ -36,8 +37,8 @@ impl Args {
             &mut Bars::default(),
         )?;
         let seen = inspect(&recipe, &base.tokenizer, self.valid, self.from, self.rows)?;
-        let mut out = std::io::stdout().lock();
-        let colour = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        let mut out = terminal::coloured_out();
+        let colour = terminal::colour_out();
         show(&mut out, &seen, colour)?;
         Ok(Outcome::Done)
     }
@@ -59,9 +60,12 @@ fn show(out: &mut impl Write, seen: &Inspection, colour: bool) -> std::io::Resul
         writeln!(
             out,
             "\n── {}: {} tokens, {} trained",
-            row.source, row.tokens, row.trained_tokens
+            shown(&row.source.to_string()),
+            row.tokens,
+            row.trained_tokens
         )?;
         for (text, trained) in &row.spans {
+            let text = shown(text);
             match (trained, colour) {
                 (true, true) => write!(out, "{}", text.green())?,
                 (true, false) => write!(out, "⟦{text}⟧")?,
@@ -84,10 +88,10 @@ fn show(out: &mut impl Write, seen: &Inspection, colour: bool) -> std::io::Resul
         )?;
     }
     for bad in &seen.skipped {
-        writeln!(out, "skipped: {bad}")?;
+        writeln!(out, "skipped: {}", shown(&bad.to_string()))?;
     }
     for note in &seen.notes {
-        writeln!(out, "note: {note}")?;
+        writeln!(out, "note: {}", shown(&note.to_string()))?;
     }
     Ok(())
 }

@@ -1,12 +1,6 @@
 //! The `enamel` binary: one file a subcommand, each of which reads its arguments, calls a library
 //! and prints what came back.
 #![allow(missing_docs, reason = "a binary has no readers of its API")]
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "printing is this crate's task"
-)]
-
 mod adapter_text;
 mod allocator;
 mod bench_text;
@@ -15,6 +9,7 @@ mod pull_progress;
 mod quantization_args;
 mod recipe_args;
 mod sampling_args;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -98,6 +93,7 @@ verbs! {
 
 fn main() -> ExitCode {
     enamel_train::bench::note_start();
+    enamel_train::signals::faults::guard();
     keep_freed_memory();
     let verb = Cli::parse().verb;
     let checked = match verb.computes() {

@@ -7,7 +7,7 @@ use enamel_model::save::SaveDtype;
 use enamel_train::device;
 use enamel_train::merge::{MergeBase, MergeOptions, MergeReport, merge};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::quantization_args::QuantizationArgs;
 
@@ -109,7 +109,7 @@ impl Args {
             check: !self.no_check,
         };
         let report = merge(&options, &device, &mut Bars::default())?;
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         let Some(output) = &report.output else {
             say_drift(&mut out, &report)?;
             return Ok(Outcome::Done);

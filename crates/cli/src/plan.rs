@@ -8,7 +8,7 @@ use enamel_train::footprint::{self, Proposal};
 use enamel_train::plan;
 use enamel_train::recipe::Recipe;
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::recipe_args::{Changes, RecipeArgs};
 
@@ -51,7 +51,7 @@ impl Args {
                 plan::plan_model(&recipe, &mut progress)?
             }
         };
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         writeln!(out, "{report}")?;
         if let Some(bytes) = self.fit {
             let memory = report.memory.as_ref();

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use enamel_model::source::{self, ModelRef, PullOptions};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 
 /// Arguments of `enamel pull`.
@@ -19,7 +19,7 @@ impl Args {
     pub fn run(self) -> anyhow::Result<Outcome> {
         let reference = ModelRef::parse(&self.model)?;
         let local = source::pull(&reference, &PullOptions::from_env()?, &mut Bars::default())?;
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         writeln!(out, "{}", local.source_note)?;
         writeln!(out, "{}", local.path.display())?;
         Ok(Outcome::Done)

@@ -1,9 +1,12 @@
 //! Progress of fetching a base model, on standard error.
 
-use std::io::IsTerminal;
+use std::io::Write;
 
 use enamel_model::source::PullProgress;
+use enamel_train::shown;
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::terminal;
 
 /// A bar a file on a terminal, a line a file elsewhere.
 #[derive(Default)]
@@ -13,15 +16,15 @@ pub struct Bars {
 
 impl PullProgress for Bars {
     fn note(&mut self, text: &str) {
-        eprintln!("{text}");
+        let _ = writeln!(terminal::err(), "{text}");
     }
 
     fn start(&mut self, file: &str, total: Option<u64>) {
-        if !std::io::stderr().is_terminal() {
-            match total {
-                Some(bytes) => eprintln!("fetching {file} ({:.1} MiB)", bytes as f64 / 1048576.0),
-                None => eprintln!("fetching {file}"),
-            }
+        if !terminal::err_is_terminal() {
+            let size = total.map_or_else(String::new, |bytes| {
+                format!(" ({:.1} MiB)", bytes as f64 / 1048576.0)
+            });
+            let _ = writeln!(terminal::err(), "fetching {file}{size}");
             return;
         }
         let (bar, template) = match total {
@@ -37,7 +40,7 @@ impl PullProgress for Bars {
         let style =
             ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
         bar.set_style(style);
-        bar.set_message(file.to_owned());
+        bar.set_message(shown(file).into_owned());
         self.bar = Some(bar);
     }
 

@@ -8,7 +8,7 @@ use enamel_model::save::SaveDtype;
 use enamel_train::quantize::{QuantizeOptions, quantize};
 use enamel_train::recipe::{FourBitCompute, FourBitType, QuantizationSettings};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 
 /// Arguments of `enamel quantize`.
@@ -86,7 +86,7 @@ impl Args {
             overwrite: self.overwrite,
         };
         let written = quantize(&options, &mut Bars::default())?;
-        let mut out = std::io::stdout().lock();
+        let mut out = terminal::out();
         let left = match written.skipped {
             0 => String::new(),
             some => format!(", {some} left as they are"),

@@ -9,6 +9,7 @@ use enamel_train::{Compute, device, loftq};
 
 use crate::pull_progress::Bars;
 use crate::quantization_args::QuantizationArgs;
+use crate::terminal;
 
 /// A base model, perhaps with an adapter.
 #[derive(clap::Args)]
@@ -47,7 +48,7 @@ impl ModelArgs {
         if let Some(adapter) = &self.adapter {
             let loaded = enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
             if let Some(note) = loftq::beside_dense(&loaded.config, &base.model) {
-                eprintln!("note: {note}");
+                terminal::note(&note);
             }
         }
         Ok(base)

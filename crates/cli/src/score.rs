@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use enamel_data::{DataSpec, load_examples};
 use enamel_train::score::score;
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::sampling_args::ModelArgs;
 
 /// Arguments of `enamel score`.
@@ -46,7 +46,7 @@ impl Args {
             self.logits.as_deref(),
         )?;
         writeln!(
-            std::io::stdout().lock(),
+            terminal::out(),
             "{} rows, {} tokens ({} trained), loss {:.6}",
             report.rows,
             report.tokens,

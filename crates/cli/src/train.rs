@@ -8,7 +8,7 @@ use anyhow::Context;
 use enamel_train::signals::{Listener, StopFlag};
 use enamel_train::{Resume, RunOutcome, TrainOptions, thousands};
 
-use crate::Outcome;
+use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::recipe_args::RecipeArgs;
 
@@ -39,7 +39,7 @@ impl Args {
         }
         recipe.output.overwrite |= self.overwrite;
         let dashboard =
-            !self.no_tui && std::io::stdout().is_terminal() && std::io::stdin().is_terminal();
+            !self.no_tui && terminal::out_is_terminal() && std::io::stdin().is_terminal();
         let stop = StopFlag::default();
         let _listener = Listener::start(stop.clone()).context("cannot listen for signals")?;
         let options = TrainOptions {
@@ -65,11 +65,11 @@ impl Args {
 
 fn say(line: &str) {
     // Nobody left to read is no reason to stop training.
-    let _ = writeln!(std::io::stdout().lock(), "{line}");
+    let _ = writeln!(terminal::out(), "{line}");
 }
 
 fn summary(run: &RunOutcome) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = terminal::out();
     let Some(result) = run.adapter.as_ref().or(run.model.as_ref()) else {
         writeln!(
             out,

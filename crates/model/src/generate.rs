@@ -44,6 +44,17 @@ pub enum GenerateError {
     /// Nothing to continue.
     #[error("the prompt has no tokens; give at least the beginning-of-text token")]
     EmptyPrompt,
+    /// More tokens than the model has positions for.
+    #[error(
+        "the prompt has {tokens} tokens, and the model's context ends at {context} \
+         (max_position_embeddings and the rope settings of its config.json): shorten the prompt"
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// What the model was made for.
+        context: usize,
+    },
     /// An id that the embedding has no row for.
     #[error(
         "the prompt holds token id {id}, but the model knows ids below {vocab_size}: does the \
@@ -79,7 +90,8 @@ pub enum GenerateError {
 }
 
 /// Continues `prompt`. Each new token is handed to `on_token`, which may end it; a token of `stop`
-/// ends it too and is neither handed on nor returned. The model is used as it stands, adapters
+/// ends it too and is neither handed on nor returned, and so does the end of the model's context
+/// ([`context_length`](crate::rope::RopeConfig::context_length)). The model is used as it stands, adapters
 /// included; evaluate a training model through [`burn::module::Module::valid`].
 pub fn generate(
     model: &CausalLm,
@@ -93,9 +105,13 @@ pub fn generate(
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut cache = KvCache::new();
     let mut produced = Vec::new();
+    let context = model.config().rope.context_length();
     let mut next: Vec<i64> = prompt.iter().map(|id| i64::from(*id)).collect();
     while produced.len() < sampling.max_new_tokens {
         let tokens = next.len();
+        if cache.len() + tokens > context {
+            break;
+        }
         let ids: Tensor<2, Int> = Tensor::from_data(TensorData::new(next, [1, tokens]), &device);
         let hidden = model.forward_hidden(&ModelInput::new(ids), Some(&mut cache));
         let [_, _, width] = hidden.dims();
@@ -132,6 +148,10 @@ fn check(model: &CausalLm, prompt: &[u32], sampling: &Sampling) -> Result<(), Ge
             id: *id,
             vocab_size,
         });
+    }
+    let (tokens, context) = (prompt.len(), model.config().rope.context_length());
+    if tokens > context {
+        return Err(GenerateError::TooLong { tokens, context });
     }
     let bad = |setting, value, range| {
         Err(GenerateError::BadSetting {
@@ -295,6 +315,17 @@ mod tests {
     }
 
     #[test]
+    fn the_context_ends_it() {
+        let model = model(&Device::flex());
+        // 32 positions: the last of them has a next token that no position is left for.
+        let endless = Sampling {
+            max_new_tokens: usize::MAX,
+            ..sampled(4)
+        };
+        assert_eq!(run(&model, &[], &endless).len(), 32 - 3 + 1);
+    }
+
+    #[test]
     fn sampling_follows_the_probabilities() {
         // Softmax of these at temperature 2 is 1/2, 1/4, 1/8, 1/8.
         let logits: Vec<f32> = [8f32, 4.0, 2.0, 2.0].iter().map(|x| 2.0 * x.ln()).collect();
@@ -339,6 +370,11 @@ mod tests {
             generate(&model, prompt, &[], sampling, &mut go).unwrap_err()
         };
         assert_eq!(with(&[], &sampled(1)), GenerateError::EmptyPrompt);
+        let long = GenerateError::TooLong {
+            tokens: 33,
+            context: 32,
+        };
+        assert_eq!(with(&[1; 33], &sampled(1)), long);
         let out = GenerateError::TokenOutOfRange {
             id: 40,
             vocab_size: 40,

@@ -186,6 +186,22 @@ impl RopeConfig {
         }
     }
 
+    /// How many tokens the model was made for: `max_position_embeddings`, and where positions are stretched beyond
+    /// it, as far as they are. Llama 3.1's files count that in already, YaRN's with its own original length may
+    /// or may not.
+    pub fn context_length(&self) -> usize {
+        let times = |length: usize, factor: f64| (length as f64 * factor.max(1.0)) as usize;
+        match self.scaling {
+            RopeScaling::Default | RopeScaling::Llama3 { .. } => self.max_positions,
+            RopeScaling::Linear { factor } | RopeScaling::Dynamic { factor } => {
+                times(self.max_positions, factor)
+            }
+            RopeScaling::Yarn {
+                factor, original, ..
+            } => times(original, factor).max(self.max_positions),
+        }
+    }
+
     /// The angle per position of each pair of dimensions, for a sequence of `length` tokens
     /// (which matters to dynamic scaling only), and the factor on cosine and sine.
     pub fn frequencies(&self, head_dim: usize, length: usize) -> (Vec<f32>, f32) {

@@ -20,8 +20,21 @@ pub struct Reply {
     pub tokens: usize,
     /// Seconds from the call to the last token.
     pub seconds: f64,
-    /// Whether it ended by itself, and not by the limit or by the listener.
-    pub finished: bool,
+    /// What ended it.
+    pub end: End,
+}
+
+/// What ended an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// A token that ends a turn or a text.
+    Stop,
+    /// `max_new_tokens`.
+    Limit,
+    /// The model's context, of so many tokens.
+    Context(usize),
+    /// Whoever listened.
+    Listener,
 }
 
 /// A conversation with a model; each question sees the earlier ones and their answers.
@@ -134,11 +147,21 @@ fn write_on(
         // The text is over; whether the listener wants more does not matter any longer.
         let _ = on_text(&rest);
     }
+    let context = base.model.config().rope.context_length();
+    let end = if stopped {
+        End::Listener
+    } else if tokens.len() >= sampling.max_new_tokens {
+        End::Limit
+    } else if prompt.len() + tokens.len() > context {
+        End::Context(context)
+    } else {
+        End::Stop
+    };
     Ok(Reply {
         text,
         prompt_tokens: prompt.len(),
         tokens: tokens.len(),
         seconds: start.elapsed().as_secs_f64(),
-        finished: !stopped && tokens.len() < sampling.max_new_tokens,
+        end,
     })
 }

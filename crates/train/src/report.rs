@@ -13,6 +13,7 @@ use crate::measures::duration_text;
 use crate::recipe::Recipe;
 use crate::run::RunOutcome;
 use crate::run_notes::thousands;
+use crate::shown::shown;
 
 const TEMPLATE: &str = include_str!("report.html.j2");
 /// Points of the loss curve: more than a screen has pixels for would only make the file large.
@@ -88,7 +89,7 @@ pub fn write(
             })
         })
         .map_err(|e| TrainError::Framework(format!("writing the report: {e}")))?;
-    write_atomic(&dir.join("report.html"), html.as_bytes())
+    write_atomic(&dir.join("report.html"), shown(&html).as_bytes())
 }
 
 /// The estimate, how far the measured peak was from it, and its parts.

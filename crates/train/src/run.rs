@@ -25,6 +25,7 @@ use crate::renderer::{Dashboard, Lines};
 use crate::run_dir::{Resume, RunDir, fingerprint};
 use crate::samples::{self, Prompt, Sample};
 use crate::schedule::Schedule;
+use crate::shown::shown;
 use crate::signals::StopFlag;
 use crate::steps::{EvalLoader, StepLoader, StepPlan, StepSettings};
 use crate::strategy::{LoopEnd, Rhythm, Say, StepStrategy};
@@ -266,9 +267,10 @@ fn write_samples(path: &Path, samples: &[Sample]) -> Result<(), TrainError> {
 }
 
 fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), TrainError> {
-    let json = serde_json::to_vec_pretty(value)
+    let json = serde_json::to_string_pretty(value)
         .map_err(|e| TrainError::Framework(format!("writing {}: {e}", path.display())))?;
-    write_atomic(path, &json)
+    // The same JSON, also for somebody who prints it on a terminal.
+    write_atomic(path, shown(&json).as_bytes())
 }
 
 /// Hands the model to burn-train, with our strategy in charge of the loop.

@@ -122,7 +122,15 @@ pub fn answers(
 ) -> Result<Vec<String>, TrainError> {
     let sampling = Sampling::greedy(max_new_tokens);
     let (tokenizer, stop) = (&base.tokenizer, base.stop_ids());
+    let context = model.config().rope.context_length();
     let answer = |p: &Prompt| {
+        // A row that is too long for the model is no reason to end a run for the sake of a sample.
+        if p.ids.len() > context {
+            let tokens = p.ids.len();
+            return Ok(format!(
+                "(not asked: {tokens} tokens, the model's context is {context})"
+            ));
+        }
         let ids = generate(model, &p.ids, &stop, &sampling, &mut |_| {
             ControlFlow::Continue(())
         })?;

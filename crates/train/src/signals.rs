@@ -1,25 +1,90 @@
-//! Ctrl-C and SIGTERM: finish the step, save, leave; a second one leaves at once.
+//! What a run does when the system tells it something: Ctrl-C and SIGTERM stop it, so does a terminal that is
+//! closed (SIGHUP); Ctrl-Z and Ctrl-\ find the terminal as it was before the dashboard; a file that is cut short
+//! while it is read ends the program with a word ([`faults`]).
+//!
+//! While steps are done, the first signal lets the step end, saves and leaves. Before the first step there is
+//! nothing to save, and after the last one everything is saved: there the first signal leaves at once, whatever
+//! is being hashed, loaded, answered or written. A second one always does.
 
 use std::io::Write;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
-/// Which signal asked the run to stop, if one did.
+pub mod faults;
+pub mod terminal;
+
+/// What a run is at, which decides what the first signal does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing is trained yet: hashing, loading, answers of the base.
+    Before,
+    /// Steps are done, and what they came to is saved now and then.
+    Steps,
+    /// The last step is saved: writing the adapter, answers, the report.
+    After,
+}
+
+impl Phase {
+    fn from_number(number: u8) -> Self {
+        match number {
+            0 => Self::Before,
+            1 => Self::Steps,
+            _ => Self::After,
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            Self::Before => 0,
+            Self::Steps => 1,
+            Self::After => 2,
+        }
+    }
+
+    /// What a person reads who has stopped the run here.
+    fn farewell(self) -> &'static str {
+        match self {
+            Self::Before => "before its first step: nothing was trained",
+            Self::Steps => {
+                "without waiting for the step to end: go on from the newest checkpoint with --resume"
+            }
+            Self::After => "after its last step, which is saved: --resume hands the result over",
+        }
+    }
+}
+
+/// Which signal asked the run to stop, if one did, and what the run is at.
 #[derive(Clone, Debug, Default)]
-pub struct StopFlag(Arc<AtomicI32>);
+pub struct StopFlag(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    signal: AtomicI32,
+    phase: AtomicU8,
+}
 
 impl StopFlag {
     /// The signal's number.
     pub fn signal(&self) -> Option<i32> {
-        Some(self.0.load(Ordering::SeqCst)).filter(|s| *s != 0)
+        Some(self.0.signal.load(Ordering::SeqCst)).filter(|s| *s != 0)
     }
 
     /// Asks the run to stop as if by `signal`.
     pub fn raise(&self, signal: i32) {
-        self.0.store(signal, Ordering::SeqCst);
+        self.0.signal.store(signal, Ordering::SeqCst);
+    }
+
+    /// What the run is at.
+    pub fn phase(&self) -> Phase {
+        Phase::from_number(self.0.phase.load(Ordering::SeqCst))
+    }
+
+    /// Says what the run is at from now on.
+    pub fn enter(&self, phase: Phase) {
+        self.0.phase.store(phase.number(), Ordering::SeqCst);
     }
 }
 
@@ -29,22 +94,28 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Starts listening for SIGINT and SIGTERM.
+    /// Starts listening: for what stops a run (SIGINT, SIGTERM, and SIGHUP unless the program was started under
+    /// `nohup`), and for what takes the terminal away from it (SIGQUIT, SIGTSTP) or gives it back (SIGCONT).
     ///
     /// # Errors
     /// When the system refuses the handlers.
     pub fn start(flag: StopFlag) -> std::io::Result<Self> {
-        let mut signals = Signals::new([SIGINT, SIGTERM])?;
+        let mut wanted = vec![SIGINT, SIGTERM];
+        #[cfg(unix)]
+        {
+            use signal_hook::consts::{SIGCONT, SIGHUP, SIGQUIT, SIGTSTP};
+            wanted.extend([SIGQUIT, SIGTSTP, SIGCONT]);
+            if !terminal::is_ignored(SIGHUP) {
+                wanted.push(SIGHUP);
+            }
+        }
+        let mut signals = Signals::new(wanted)?;
         let handle = signals.handle();
         std::thread::Builder::new()
             .name("signals".into())
             .spawn(move || {
                 for signal in signals.forever() {
-                    if flag.signal().is_some() {
-                        leave_dashboard();
-                        std::process::exit(128 + signal);
-                    }
-                    flag.raise(signal);
+                    take(signal, &flag);
                 }
             })?;
         Ok(Self { handle })
@@ -57,51 +128,63 @@ impl Drop for Listener {
     }
 }
 
-/// Leaves the alternate screen and shows the cursor, for the exit that cannot wait for the
-/// dashboard to do so itself.
-fn leave_dashboard() {
-    let mut out = std::io::stdout();
-    if std::io::IsTerminal::is_terminal(&out) {
-        let _ = out.write_all(b"\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1006l\x1b[?1049l\x1b[?25h");
-        let _ = out.flush();
-        #[cfg(unix)]
-        terminal::cooked();
-    }
-}
-
-/// Lets Ctrl-C be a signal again while the dashboard has the terminal in raw mode, in which it
-/// would be a key that nothing listens to. Does nothing without a terminal.
-pub fn keep_ctrl_c() {
+fn take(signal: i32, flag: &StopFlag) {
     #[cfg(unix)]
-    terminal::keep_signals();
+    {
+        use signal_hook::consts::{SIGCONT, SIGQUIT, SIGTSTP};
+        use signal_hook::low_level::emulate_default_handler;
+        match signal {
+            SIGQUIT | SIGTSTP => {
+                terminal::leave();
+                // What it would have done without us: a core dump, or a stop until SIGCONT.
+                let _ = emulate_default_handler(signal);
+                return;
+            }
+            SIGCONT => return terminal::come_back(),
+            _ => {}
+        }
+    }
+    let phase = flag.phase();
+    if flag.signal().is_none() && phase == Phase::Steps {
+        flag.raise(signal);
+        if !terminal::has_dashboard() {
+            say("stopping after this step; once more leaves at once");
+        }
+        return;
+    }
+    terminal::leave();
+    say(&format!("stopped {}", phase.farewell()));
+    std::process::exit(128 + signal);
 }
 
-#[cfg(unix)]
-mod terminal {
-    fn change(edit: impl Fn(&mut libc::termios)) {
-        // SAFETY: termios is plain data for which all zeros is a value; the calls get a valid
-        // descriptor number and a pointer to it, and their failure leaves the terminal alone.
-        unsafe {
-            let mut state: libc::termios = std::mem::zeroed();
-            if libc::tcgetattr(libc::STDIN_FILENO, &raw mut state) == 0 {
-                let before = (state.c_lflag, state.c_iflag, state.c_oflag);
-                edit(&mut state);
-                if before != (state.c_lflag, state.c_iflag, state.c_oflag) {
-                    libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw const state);
-                }
-            }
+/// Tells the person at the terminal, if one is left.
+#[allow(
+    clippy::disallowed_methods,
+    reason = "a line of our own, on a thread that has no other way out"
+)]
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_begins_before_its_first_step() {
+        let flag = StopFlag::default();
+        assert_eq!((flag.phase(), flag.signal()), (Phase::Before, None));
+        for phase in [Phase::Steps, Phase::After, Phase::Before] {
+            flag.enter(phase);
+            assert_eq!(flag.clone().phase(), phase);
         }
     }
 
-    pub(super) fn keep_signals() {
-        change(|s| s.c_lflag |= libc::ISIG);
-    }
-
-    pub(super) fn cooked() {
-        change(|s| {
-            s.c_lflag |= libc::ISIG | libc::ICANON | libc::ECHO | libc::IEXTEN;
-            s.c_iflag |= libc::ICRNL;
-            s.c_oflag |= libc::OPOST;
-        });
+    #[test]
+    fn in_between_steps_the_first_signal_only_asks() {
+        let flag = StopFlag::default();
+        flag.enter(Phase::Steps);
+        take(SIGTERM, &flag);
+        assert_eq!(flag.signal(), Some(SIGTERM));
     }
 }

@@ -25,7 +25,7 @@ use crate::journal::{Entry, Journal};
 use crate::measures::duration_text;
 use crate::memory::Memory;
 use crate::optimizer::Optimizer;
-use crate::signals::StopFlag;
+use crate::signals::{Phase, StopFlag};
 use crate::steps::StepPlan;
 use crate::trainee::{EvalOutput, StepOutput, Trainee};
 
@@ -149,6 +149,9 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
         if let Err(error) = run.train(&train) {
             run.end.error = Some(error);
         }
+        self.stop.enter(Phase::After);
+        // One that came too late for the last step to see it still means to stop.
+        run.end.signal = run.end.signal.or(self.stop.signal());
         if let Some(error) = run.interrupter.error() {
             run.end
                 .error
@@ -201,6 +204,7 @@ impl Run<'_> {
         let first = self.state.step;
         let steps = loader.iter();
         self.start_window();
+        self.s.stop.enter(Phase::Steps);
         for item in steps {
             let item = item.map_err(|e| TrainError::Framework(e.to_string()))?;
             let step_started = Instant::now();

@@ -23,6 +23,7 @@ use self::directory::Directory;
 use self::gguf::GgufFile;
 
 pub use self::error::{CheckpointError, Problems};
+pub use self::mapped::mapped_at;
 
 /// The element type a tensor has in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicPtr, Ordering};
 
+#[cfg(unix)]
+use crate::signals::terminal;
+
 /// The exit code of a process that ended so: the one of any other error.
 pub const EXIT_CODE: i32 = 1;
 
@@ -9,17 +12,11 @@ static NOTICE: AtomicPtr<Notice> = AtomicPtr::new(std::ptr::null_mut());
 
 struct Notice {
     text: String,
-    #[cfg(unix)]
-    terminal: Option<libc::termios>,
 }
 
 /// Keeps `text` ready for [`end`]. Each text is kept for the rest of the process.
 pub fn prepare(text: String) {
-    let notice = Box::new(Notice {
-        text,
-        #[cfg(unix)]
-        terminal: terminal(),
-    });
+    let notice = Box::new(Notice { text });
     NOTICE.store(Box::into_raw(notice), Ordering::Release);
 }
 
@@ -42,12 +39,16 @@ pub fn end() {
     let Some(notice) = (unsafe { notice.as_ref() }) else {
         return;
     };
-    let mut rest = notice.text.as_bytes();
+    terminal::restore_now();
+    leave(notice.text.as_bytes())
+}
+
+/// Writes `text` to stderr and ends the process, by system calls alone.
+#[cfg(unix)]
+pub(crate) fn leave(text: &[u8]) -> ! {
+    let mut rest = text;
     // SAFETY: system calls with buffers of the length they are given; the process ends here.
     unsafe {
-        if let Some(terminal) = &notice.terminal {
-            libc::tcsetattr(2, libc::TCSANOW, terminal);
-        }
         while !rest.is_empty() {
             let n = libc::write(2, rest.as_ptr().cast(), rest.len());
             match usize::try_from(n) {
@@ -62,16 +63,3 @@ pub fn end() {
 /// Where there is no such system call, the process ends as the standard library ends it.
 #[cfg(not(unix))]
 pub fn end() {}
-
-/// How the terminal stands, to be put back.
-#[cfg(unix)]
-fn terminal() -> Option<libc::termios> {
-    let mut terminal = std::mem::MaybeUninit::<libc::termios>::uninit();
-    // SAFETY: fills in the structure it is given, and says whether it did.
-    unsafe {
-        match libc::tcgetattr(2, terminal.as_mut_ptr()) {
-            0 => Some(terminal.assume_init()),
-            _ => None,
-        }
-    }
-}

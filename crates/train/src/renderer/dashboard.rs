@@ -15,7 +15,7 @@ use burn::train::renderer::{
 };
 use burn::train::{Interrupter, LearnerSummary};
 
-use crate::signals;
+use crate::signals::terminal;
 
 /// The dashboard of one run.
 pub struct Dashboard {
@@ -25,17 +25,37 @@ pub struct Dashboard {
     total_steps: usize,
     step: usize,
     training: bool,
+    /// Goes last: by then the dashboard has given the terminal back.
+    _terminal: Taken,
+}
+
+/// The terminal is the dashboard's as long as this lives.
+struct Taken;
+
+impl Taken {
+    fn begin() -> Self {
+        terminal::dashboard_begins();
+        Self
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        terminal::dashboard_ends();
+    }
 }
 
 impl Dashboard {
     /// Takes over the terminal. `resumed_at` steps of `total_steps` are done already.
     pub fn new(interrupter: Interrupter, resumed_at: usize, total_steps: usize) -> Self {
+        let taken = Taken::begin();
         Self {
             tui: TuiMetricsRendererWrapper::new(interrupter, None),
             resumed_at,
             total_steps,
             step: resumed_at,
             training: true,
+            _terminal: taken,
         }
     }
 }
@@ -67,7 +87,7 @@ impl TrainingProgressLogger for Dashboard {
     }
 
     fn update_split(&mut self, items_processed: usize) {
-        signals::keep_ctrl_c();
+        terminal::each_step();
         if self.training {
             self.step = items_processed;
             self.tui.update_split(self.step - self.resumed_at);

@@ -1,0 +1,62 @@
+//! Text of others, made visible: what a data file, a tensor's name or a template says must not move a cursor, set a
+//! window's title, write to a clipboard or turn a line around.
+
+use std::borrow::Cow;
+
+/// `text` with its control characters written as JSON writes them (`\u001b`), line breaks and tabs aside.
+///
+/// Control characters are Unicode's categories Cc (C0, DEL and C1) and, as they show a line in another order
+/// than it is read (CVE-2021-42574), the marks that embed, override and isolate directions, and the two
+/// separators that break a line in some programs.
+pub fn shown(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_hidden) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        if is_hidden(c) {
+            // All of them are in the first plane.
+            out.push_str(&format!("\\u{:04x}", u32::from(c)));
+        } else {
+            out.push(c);
+        }
+    }
+    Cow::Owned(out)
+}
+
+fn is_hidden(c: char) -> bool {
+    let direction = matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let separator = matches!(c, '\u{2028}' | '\u{2029}');
+    (c.is_control() && c != '\n' && c != '\t') || direction || separator
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shown;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown() {
+        for (text, expected) in [
+            (
+                "plain, with\ttabs\nand ümläuts 😀",
+                "plain, with\ttabs\nand ümläuts 😀",
+            ),
+            ("\x1b]0;title\x07", "\\u001b]0;title\\u0007"),
+            ("\x1b[2J", "\\u001b[2J"),
+            ("over\rwritten", "over\\u000dwritten"),
+            ("\u{9b}31m \u{7f}", "\\u009b31m \\u007f"),
+            ("user\u{202e}nimda", "user\\u202enimda"),
+            ("\u{2066}\u{2028}", "\\u2066\\u2028"),
+        ] {
+            assert_eq!(shown(text), expected);
+        }
+    }
+
+    #[test]
+    fn json_stays_json() {
+        let json = "{\"a\": \"\u{85}\u{7f}\"}";
+        let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok();
+        assert!(value(json).is_some());
+        assert_eq!(value(&shown(json)), value(json));
+    }
+}
