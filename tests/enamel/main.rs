@@ -8,6 +8,7 @@ mod bf16;
 mod checkpoint_errors;
 mod cli_adapter;
 mod cli_adapter_refusals;
+mod cli_checkpoints;
 mod cli_export;
 mod cli_merge;
 mod cli_merge_quantised;

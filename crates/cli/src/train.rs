@@ -26,6 +26,9 @@ pub struct Args {
     /// Go on from the newest checkpoint of the run directory, or from the checkpoint DIR
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     resume: Option<Option<PathBuf>>,
+    /// With --resume: go on although the run began on another device, CPU path or version, and end at other bits
+    #[arg(long, requires = "resume")]
+    other_bits: bool,
     /// Print lines instead of drawing the dashboard
     #[arg(long)]
     no_tui: bool,
@@ -48,6 +51,7 @@ impl Args {
                 Some(None) => Resume::Latest,
                 Some(Some(dir)) => Resume::From(dir),
             },
+            other_bits: self.other_bits,
             dashboard,
             say: Arc::new(say),
             stop,

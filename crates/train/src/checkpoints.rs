@@ -2,7 +2,7 @@
 //!
 //! `checkpoints/step-000120/` holds `adapter/` (PEFT's format, so a checkpoint is an adapter too),
 //! `optimizer.bpk` (AdamW's moments, keyed by parameter, as in Burn's record; 8-bit ones as their codes) and
-//! `state.json`. It is
+//! `state.json`, which has hashes of all of them. It is
 //! written under another name and renamed when complete: a run killed at any instant leaves the
 //! last checkpoint loadable. The schedule, the order of rows and dropout depend on the seed and the
 //! step alone, so the step is all the random state there is.
@@ -16,11 +16,14 @@ use enamel_adapter::RankAllocator;
 use enamel_adapter::store::{read_tensor_file, write_tensors};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint_check;
 use crate::error::TrainError;
+use crate::ground::Ground;
 use crate::optimizer::{self, Optim, Optimizer};
 
 /// Where a run stands between two optimizer steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct RunState {
     /// Optimizer steps done.
     pub step: usize,
@@ -42,12 +45,42 @@ pub struct RunState {
     pub seconds: f64,
     /// Validation loss before the first step.
     pub first_valid_loss: Option<f64>,
+    /// Loss of the last validation.
+    #[serde(default)]
+    pub valid_loss: Option<f64>,
+    /// Mean training loss of the last line that was said.
+    #[serde(default)]
+    pub train_loss: Option<f64>,
+    /// Steps since then.
+    #[serde(default)]
+    pub window: Window,
+    /// Most resident memory so far, in bytes.
+    #[serde(default)]
+    pub peak_memory: u64,
+    /// What computed the steps; older versions did not note it.
+    #[serde(default)]
+    pub ground: Option<Ground>,
     /// SHA-256 of what decides the numbers (recipe and files): a run resumes only under the same.
     pub fingerprint: String,
 }
 
+/// Sums over the steps since the last line.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Window {
+    /// Loss of each step times its trained tokens.
+    pub loss: f64,
+    /// Trained tokens.
+    pub trained: usize,
+    /// Tokens, padding left out.
+    pub tokens: usize,
+    /// Time.
+    pub seconds: f64,
+}
+
 /// A validation result worth remembering.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Best {
     /// Step after which it was measured.
     pub step: usize,
@@ -62,7 +95,7 @@ pub struct Checkpoints {
     keep: usize,
 }
 
-const STATE: &str = "state.json";
+pub(crate) const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.bpk";
 /// AdaLoRA's importance and ranks.
 const BUDGET: &str = "budget.safetensors";
@@ -131,8 +164,7 @@ impl Checkpoints {
         if let Some(allocator) = allocator {
             write_tensors(&staging.path().join(BUDGET), &allocator.state())?;
         }
-        let json = serde_json::to_vec_pretty(state)
-            .map_err(|e| TrainError::Framework(format!("writing the run's state: {e}")))?;
+        let json = checkpoint_check::sealed(state, staging.path())?;
         write_synced(&staging.path().join(STATE), &json)?;
 
         let target = self.path(state.step);
@@ -174,15 +206,9 @@ impl Checkpoints {
 /// The state of the checkpoint in `dir`.
 ///
 /// # Errors
-/// When the file is missing or not one of ours.
+/// When the file is missing, not one of ours, or not as it was written.
 pub fn read_state(dir: &Path) -> Result<RunState, TrainError> {
-    let path = dir.join(STATE);
-    let bytes = fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
-    serde_json::from_slice(&bytes).map_err(|e| TrainError::Run {
-        path,
-        reason: format!("not a run's state: {e}"),
-        help: "resume from another checkpoint, or start again without --resume".into(),
-    })
+    checkpoint_check::read_state(dir)
 }
 
 /// Refuses the checkpoint in `dir` if its moments are of another optimizer than `optim`.

@@ -47,6 +47,13 @@ impl std::str::FromStr for DeviceChoice {
     }
 }
 
+impl DeviceChoice {
+    /// The CPU path that computes, on a CPU.
+    pub fn cpu_path(self) -> Option<&'static str> {
+        matches!(self, Self::Flex | Self::NdArray).then(|| CpuPath::chosen().name())
+    }
+}
+
 impl std::fmt::Display for DeviceChoice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

@@ -98,6 +98,7 @@ impl Inputs {
             enamel: env!("CARGO_PKG_VERSION").to_string(),
             burn: "0.22.1".to_string(),
             device: choice.to_string(),
+            cpu: choice.cpu_path().map(str::to_owned),
             platform: format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH),
             threads: rayon::current_num_threads(),
             model_source: base.local.source_note.clone(),

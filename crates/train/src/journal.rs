@@ -79,23 +79,33 @@ pub struct Journal {
 
 impl Journal {
     /// Opens the file for a run that has done `step` steps; what a killed run wrote past that is
-    /// removed, as it will be written again.
+    /// removed, as it will be written again. Lines that are damaged are left out, which `say` is told of; the
+    /// file with them then stays under another name.
     ///
     /// # Errors
     /// When the disk refuses.
-    pub fn open(path: &Path, step: usize) -> Result<Self, TrainError> {
-        let kept: Vec<u8> = match step {
-            0 => Vec::new(),
-            _ => read(path)?
-                .into_iter()
-                .filter(|e| e.step() <= step)
-                .filter_map(|e| serde_json::to_vec(&e).ok())
-                .flat_map(|mut line| {
-                    line.push(b'\n');
-                    line
-                })
-                .collect(),
-        };
+    pub fn open(path: &Path, step: usize, say: &dyn Fn(&str)) -> Result<Self, TrainError> {
+        let mut kept = Vec::new();
+        if step > 0 {
+            let bytes = bytes(path)?;
+            let mut damaged = Vec::new();
+            for line in lines(&bytes) {
+                match line.entry {
+                    // As they stand: a number that is read and written again may end in another digit.
+                    Ok(entry) if entry.step() <= step => {
+                        kept.extend_from_slice(line.bytes);
+                        kept.push(b'\n');
+                    }
+                    Ok(_) => {}
+                    Err(reason) => damaged.push((line.number, reason)),
+                }
+            }
+            if !damaged.is_empty() {
+                let aside = path.with_extension("damaged.jsonl");
+                write_atomic(&aside, &bytes)?;
+                say(&without(path, &damaged, &aside));
+            }
+        }
         write_atomic(path, &kept)?;
         let file = OpenOptions::new()
             .append(true)
@@ -119,21 +129,77 @@ impl Journal {
             .write_all(&line)
             .map_err(TrainError::io(&self.path, "writing"))
     }
+
+    /// Waits until what was written is on the disk: a checkpoint without the lines before it would leave a gap.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn sync(&self) -> Result<(), TrainError> {
+        self.file
+            .sync_data()
+            .map_err(TrainError::io(&self.path, "writing"))
+    }
 }
 
-/// The lines of a journal; none if there is no such file. A last line cut off by a kill is left out.
+/// The lines of a journal; none if there is no such file. What is no entry is left out: a last line cut off by
+/// a kill, and damaged ones, of which [`Journal::open`] tells.
 ///
 /// # Errors
 /// When the file is there and cannot be read.
 pub fn read(path: &Path) -> Result<Vec<Entry>, TrainError> {
-    if !path.exists() {
-        return Ok(Vec::new());
+    let bytes = bytes(path)?;
+    Ok(lines(&bytes).filter_map(|line| line.entry.ok()).collect())
+}
+
+fn bytes(path: &Path) -> Result<Vec<u8>, TrainError> {
+    match std::fs::read(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        read => read.map_err(TrainError::io(path, "reading")),
     }
-    let text = std::fs::read_to_string(path).map_err(TrainError::io(path, "reading"))?;
-    Ok(text
-        .lines()
-        .filter_map(|l| serde_json::from_str(l).ok())
-        .collect())
+}
+
+struct Line<'a> {
+    /// Counted from 1.
+    number: usize,
+    bytes: &'a [u8],
+    entry: Result<Entry, String>,
+}
+
+/// All lines but empty ones and a last one that does not end: a kill cut it off.
+fn lines(bytes: &[u8]) -> impl Iterator<Item = Line<'_>> {
+    let whole = bytes
+        .iter()
+        .rposition(|b| *b == b'\n')
+        .map_or(0, |at| at + 1);
+    let all = bytes
+        .get(..whole)
+        .unwrap_or_default()
+        .split(|b| *b == b'\n');
+    let numbered = all.zip(1..).filter(|(line, _)| !line.is_empty());
+    numbered.map(|(bytes, number)| Line {
+        number,
+        bytes,
+        entry: serde_json::from_slice(bytes).map_err(|e| e.to_string()),
+    })
+}
+
+/// Which lines are not gone on with, and where they are.
+fn without(path: &Path, damaged: &[(usize, String)], aside: &Path) -> String {
+    const SHOWN: usize = 5;
+    let path = path.display();
+    let mut all: Vec<_> = damaged
+        .iter()
+        .take(SHOWN)
+        .map(|(number, reason)| format!("{path}:{number} is no line of metrics ({reason})"))
+        .collect();
+    if damaged.len() > SHOWN {
+        all.push(format!("and {} more", damaged.len() - SHOWN));
+    }
+    format!(
+        "note     {}: left out; the file as it was is {}",
+        all.join("; "),
+        aside.display()
+    )
 }
 
 #[cfg(test)]
@@ -152,11 +218,16 @@ mod tests {
         }
     }
 
+    /// What is cut off is no damage.
+    fn quiet(line: &str) {
+        panic!("{line}");
+    }
+
     #[test]
     fn resuming_removes_what_lies_past_the_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut journal = Journal::open(&path, 0).unwrap();
+        let mut journal = Journal::open(&path, 0, &quiet).unwrap();
         for step in [0, 10, 20] {
             journal.write(&valid(step)).unwrap();
         }
@@ -166,9 +237,57 @@ mod tests {
             .unwrap()
             .write_all(b"{\"ki")
             .unwrap();
-        let mut journal = Journal::open(&path, 10).unwrap();
+        let mut journal = Journal::open(&path, 10, &quiet).unwrap();
         journal.write(&valid(30)).unwrap();
         let steps: Vec<usize> = read(&path).unwrap().iter().map(Entry::step).collect();
         assert_eq!(steps, [0, 10, 30]);
+    }
+
+    #[test]
+    fn damaged_lines_are_named_and_the_others_stay_to_the_byte() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut journal = Journal::open(&path, 0, &quiet).unwrap();
+        // Without `float_roundtrip`, serde_json reads the last bit of this one wrong.
+        let odd = |step| match valid(step) {
+            Entry::Valid {
+                step,
+                epoch,
+                perplexity,
+                trained_tokens,
+                seconds,
+                ..
+            } => Entry::Valid {
+                step,
+                epoch,
+                loss: 0.110_001_003_242_283_44,
+                perplexity,
+                trained_tokens,
+                seconds,
+            },
+            other => other,
+        };
+        for step in [0, 10, 20] {
+            journal.write(&odd(step)).unwrap();
+        }
+        let whole = std::fs::read(&path).unwrap();
+        let mut lines: Vec<Vec<u8>> = whole.split(|b| *b == b'\n').map(<[u8]>::to_vec).collect();
+        lines[1][9] ^= 0x80;
+        let damaged = lines.join(&b'\n');
+        std::fs::write(&path, &damaged).unwrap();
+
+        let told = std::cell::RefCell::new(Vec::new());
+        Journal::open(&path, 20, &|line| told.borrow_mut().push(line.to_owned())).unwrap();
+        let told = told.into_inner().join("\n");
+        assert!(
+            told.contains("metrics.jsonl:2 is no line of metrics"),
+            "{told}"
+        );
+        let aside = dir.path().join("metrics.damaged.jsonl");
+        assert!(told.contains(&aside.display().to_string()), "{told}");
+        assert_eq!(std::fs::read(&aside).unwrap(), damaged);
+        lines.remove(1);
+        assert_eq!(std::fs::read(&path).unwrap(), lines.join(&b'\n'));
+        assert_eq!(read(&path).unwrap(), [odd(0), odd(20)]);
     }
 }

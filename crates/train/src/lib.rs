@@ -6,6 +6,7 @@
 pub mod adapters;
 pub mod bench;
 pub mod chat;
+mod checkpoint_check;
 pub mod checkpoints;
 pub mod compare;
 pub mod device;
@@ -13,8 +14,10 @@ mod error;
 pub mod eva;
 pub mod eval;
 pub mod export;
+pub mod fingerprint;
 pub mod footprint;
 pub mod gradients;
+pub mod ground;
 pub mod inputs;
 pub mod inspect;
 pub mod journal;

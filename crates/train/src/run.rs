@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoints::{self, ADAPTER, Best, Checkpoints, RunState, write_atomic};
 use crate::error::TrainError;
 use crate::footprint::{Estimate, Footprint, notice};
+use crate::ground::Ground;
 use crate::inputs::Inputs;
 use crate::journal::Journal;
 use crate::measures::{
@@ -22,7 +23,7 @@ use crate::optimizer::Optimizer;
 use crate::plan::step_counts;
 use crate::recipe::{Cadence, LockInfo, Recipe};
 use crate::renderer::{Dashboard, Lines};
-use crate::run_dir::{Resume, RunDir, fingerprint};
+use crate::run_dir::{Resume, RunDir};
 use crate::samples::{self, Prompt, Sample};
 use crate::schedule::Schedule;
 use crate::shown::shown;
@@ -30,7 +31,7 @@ use crate::signals::StopFlag;
 use crate::steps::{EvalLoader, StepLoader, StepPlan, StepSettings};
 use crate::strategy::{LoopEnd, Rhythm, Say, StepStrategy};
 use crate::trainee::Trainee;
-use crate::{lora_plus, report, run_notes, whole};
+use crate::{ground, lora_plus, report, run_notes, whole};
 
 /// The folder of a model that was trained whole.
 const MODEL: &str = "model";
@@ -39,6 +40,8 @@ const MODEL: &str = "model";
 pub struct TrainOptions<'a> {
     /// Whether to go on with a run.
     pub resume: Resume,
+    /// Go on although what computed the checkpoint gives other bits than what computes here.
+    pub other_bits: bool,
     /// Draw burn-train's dashboard; needs a terminal.
     pub dashboard: bool,
     /// Says lines to the person who waits.
@@ -87,9 +90,9 @@ pub struct RunOutcome {
     pub tokens: u64,
     /// Time spent in training steps, interruptions left out.
     pub seconds: f64,
-    /// Tokens a second in the steps of this process.
+    /// Tokens a second in training steps.
     pub tokens_per_second: f64,
-    /// Most resident memory of this process, in bytes.
+    /// Most resident memory, in bytes.
     pub peak_memory: u64,
     /// What was expected of it before the run, by part.
     #[serde(default)]
@@ -108,10 +111,33 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     let inputs = Inputs::open(recipe, time, options.progress)?;
     let lock = inputs.lock.clone();
     run_notes::refuse_changed_lock(options.locked.as_ref(), &lock)?;
-    let run = RunDir::open(recipe, &options.resume, &fingerprint(recipe, &lock)?)?;
+    let mut run = RunDir::open(recipe, &options.resume, &lock)?;
+    let now = Ground::from(&lock);
+    let mut notes: Vec<String> = run.note.iter().cloned().collect();
+    let compute = recipe.model.compute_dtype;
+    if let Some(checkpoint) = &run.checkpoint {
+        let then = run.state.ground.as_ref();
+        notes.extend(ground::check(
+            checkpoint,
+            then,
+            &now,
+            compute,
+            options.other_bits,
+        )?);
+    }
+    notes.extend(ground::note_of_lock(
+        options.locked.as_ref(),
+        &lock,
+        compute,
+    ));
+    run.state.ground = Some(now);
     let plan = Arc::new(step_plan(recipe, &inputs));
     let rhythm = rhythm(recipe, &plan);
+    run.check_length(rhythm.total)?;
     run_notes::announce(&options.say, recipe, &inputs, &run, &rhythm);
+    notes
+        .iter()
+        .for_each(|note| (options.say)(&format!("note     {note}")));
     let memory = Estimate::of_inputs(recipe, &inputs);
     memory.check(recipe.train.check_memory, &*options.say)?;
     run.prepare(recipe, &lock)?;
@@ -340,6 +366,7 @@ fn launch(
         journal: Mutex::new(Journal::open(
             &run.path.join("metrics.jsonl"),
             run.state.step,
+            &*options.say,
         )?),
         end: end.clone(),
     };
@@ -446,19 +473,14 @@ fn finish(
         step: end.state.step,
         total_steps: end.state.total_steps,
         first_valid_loss: end.state.first_valid_loss,
-        // A finished run that is resumed validates no more.
-        valid_loss: end.last_valid_loss.or(end
-            .state
-            .best
-            .filter(|b| b.step == end.state.step)
-            .map(|b| b.loss)),
+        valid_loss: end.state.valid_loss,
         best: end.state.best,
-        train_loss: end.last_train_loss,
+        train_loss: end.state.train_loss,
         trainable: inputs.plan.trainable,
         tokens: end.state.tokens,
         seconds: end.state.seconds,
-        tokens_per_second: end.tokens_per_second,
-        peak_memory: end.peak_memory,
+        tokens_per_second: end.state.tokens as f64 / end.state.seconds.max(1e-9),
+        peak_memory: end.state.peak_memory,
         estimated_memory: Some(memory.footprint),
         samples: pair(prompts, before.clone(), Vec::new()),
     };

@@ -3,11 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use enamel_model::checkpoint::hex;
-use sha2::{Digest, Sha256};
-
+use crate::checkpoint_check::{self, Offered, Sound};
 use crate::checkpoints::{self, Checkpoints, RunState};
 use crate::error::TrainError;
+use crate::fingerprint::{Started, fingerprint, other_run};
 use crate::recipe::{LockInfo, Recipe, write_lock};
 
 /// Name of the lock file.
@@ -34,6 +33,8 @@ pub struct RunDir {
     pub state: RunState,
     /// The checkpoint it goes on from.
     pub checkpoint: Option<PathBuf>,
+    /// What a person has to know about it.
+    pub note: Option<String>,
 }
 
 impl RunDir {
@@ -42,18 +43,19 @@ impl RunDir {
     ///
     /// # Errors
     /// When another run is there and neither resuming nor overwriting was asked for, or when the
-    /// checkpoint was made under another recipe, other files, another seed or another optimizer.
-    pub fn open(recipe: &Recipe, resume: &Resume, fingerprint: &str) -> Result<Self, TrainError> {
+    /// checkpoint is damaged, or was made under another recipe, other files, another seed or another optimizer.
+    pub fn open(recipe: &Recipe, resume: &Resume, lock: &LockInfo) -> Result<Self, TrainError> {
+        let fingerprint = fingerprint(recipe, lock)?;
         let path = recipe.output_dir();
         let fresh = RunState {
             seed: recipe.seed,
-            fingerprint: fingerprint.to_string(),
+            fingerprint: fingerprint.clone(),
             ..RunState::default()
         };
-        let found = Checkpoints::new(&path, 1).latest();
+        let found = Checkpoints::new(&path, 1);
         let checkpoint = match resume {
             Resume::From(dir) => Some(dir.clone()),
-            Resume::Latest => found,
+            Resume::Latest => found.latest(),
             Resume::No => {
                 refuse_other_run(&path, recipe.output.overwrite)?;
                 None
@@ -64,28 +66,56 @@ impl RunDir {
                 path,
                 state: fresh,
                 checkpoint: None,
+                note: None,
             });
         };
-        let state = checkpoints::read_state(&checkpoint)?;
+        let others = Offered {
+            run: &path,
+            list: &found.list(),
+            fingerprint: &fingerprint,
+        };
+        let Sound {
+            mut state,
+            unsealed,
+        } = checkpoint_check::sound(&checkpoint, &others)?;
         if state.fingerprint != fingerprint {
-            return Err(TrainError::Run {
-                path: checkpoint,
-                reason: "this checkpoint belongs to another recipe, other data or another base; \
-                         going on from it would not continue the same run"
-                    .into(),
-                help: format!(
-                    "resume with what it was started with ({}), or start a new run from its \
-                     adapter with adapter.init_from",
-                    path.join(LOCK).display()
-                ),
-            });
+            let started = Started::find(&checkpoint, &path);
+            let changes = started.map(|started| started.changes(recipe, lock));
+            // An older version had fewer settings to hash.
+            let same = unsealed && changes.as_ref().is_some_and(Vec::is_empty);
+            if !same {
+                return Err(other_run(&checkpoint, &path, &changes.unwrap_or_default()));
+            }
+            state.fingerprint = fingerprint;
         }
         checkpoints::check_optimizer(&checkpoint, recipe.train.optim)?;
         Ok(Self {
             path,
             state,
+            note: unsealed.then(|| {
+                "the checkpoint is of an older version, which noted no hashes: whether it is whole cannot be told"
+                    .to_owned()
+            }),
             checkpoint: Some(checkpoint),
         })
+    }
+
+    /// Refuses a checkpoint of a run of another length than `total`.
+    ///
+    /// # Errors
+    /// That, with both lengths.
+    pub fn check_length(&self, total: usize) -> Result<(), TrainError> {
+        match &self.checkpoint {
+            Some(checkpoint) if self.state.total_steps != total => Err(TrainError::Run {
+                path: checkpoint.clone(),
+                reason: format!(
+                    "it is of a run of {} steps, and this one has {total}",
+                    self.state.total_steps
+                ),
+                help: "resume with the recipe and the data that the run was started with".into(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Makes the directory ready: removes the former run's files if this one starts anew, and writes
@@ -130,47 +160,4 @@ fn refuse_other_run(path: &Path, overwrite: bool) -> Result<(), TrainError> {
                (--set output.overwrite=true)"
             .into(),
     })
-}
-
-/// SHA-256 over what decides the numbers of a run: the recipe without its output directory, device
-/// and display settings, and the hashes of every file it reads.
-///
-/// # Errors
-/// Never in practice: a resolved recipe always serialises.
-pub fn fingerprint(recipe: &Recipe, lock: &LockInfo) -> Result<String, TrainError> {
-    let mut recipe = recipe.clone();
-    let defaults = crate::recipe::TrainSettings::default();
-    recipe.output = crate::recipe::OutputSettings::default();
-    recipe.device.clear();
-    recipe.model.base.clear();
-    recipe.data.train.0.clear();
-    recipe.data.valid.0.clear();
-    recipe.adapter.init_from = None;
-    recipe.train.logging_steps = defaults.logging_steps;
-    recipe.train.save_total_limit = defaults.save_total_limit;
-    recipe.train.samples = defaults.samples;
-    recipe.train.sample_prompts.clear();
-    recipe.train.max_new_tokens = defaults.max_new_tokens;
-    // The same bits in another amount of memory.
-    recipe.train.gradient_checkpointing = defaults.gradient_checkpointing;
-    recipe.train.check_memory = defaults.check_memory;
-    // The optimizer's state says itself whose it is, and names both where they differ.
-    recipe.train.optim = defaults.optim;
-    let text = serde_json::to_string(&recipe)
-        .map_err(|e| TrainError::Framework(format!("hashing the recipe: {e}")))?;
-    let mut hash = Sha256::new();
-    hash.update(text.as_bytes());
-    let groups = [
-        &lock.model_files,
-        &lock.tokenizer_files,
-        &lock.data_files,
-        &lock.init_files,
-    ];
-    for (number, files) in groups.into_iter().enumerate() {
-        hash.update([number as u8]);
-        for file in files {
-            hash.update(file.sha256.as_bytes());
-        }
-    }
-    Ok(hex(&hash.finalize()))
 }

@@ -66,16 +66,8 @@ pub struct LoopEnd {
     pub stopped_early: bool,
     /// What went wrong.
     pub error: Option<TrainError>,
-    /// Mean loss of the steps since the last validation.
-    pub last_train_loss: Option<f64>,
-    /// Last validation loss.
-    pub last_valid_loss: Option<f64>,
     /// Newest checkpoint of this process.
     pub checkpoint: Option<PathBuf>,
-    /// Most resident memory in bytes.
-    pub peak_memory: u64,
-    /// Tokens (not padding) a second over the steps of this process, validation left out.
-    pub tokens_per_second: f64,
 }
 
 /// The strategy and everything it owns. burn-train's `Learner` offers no way to read its optimizer
@@ -142,9 +134,6 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
             interrupter: components.interrupter,
             valid,
             memory: Memory::new(),
-            window: Window::default(),
-            work_seconds: 0.0,
-            work_tokens: 0,
         };
         if let Err(error) = run.train(&train) {
             run.end.error = Some(error);
@@ -157,21 +146,11 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
                 .error
                 .get_or_insert(TrainError::Framework(error.to_string()));
         }
+        run.note_memory();
         run.end.state = run.state;
-        run.end.peak_memory = run.memory.peak();
-        run.end.tokens_per_second = run.work_tokens as f64 / run.work_seconds.max(1e-9);
         *self.end.lock().unwrap_or_else(PoisonError::into_inner) = run.end;
         (run.model, run.events)
     }
-}
-
-/// Loss since the last line.
-#[derive(Default)]
-struct Window {
-    loss: f64,
-    trained: usize,
-    tokens: usize,
-    seconds: f64,
 }
 
 /// The loop's moving parts.
@@ -187,14 +166,16 @@ struct Run<'a> {
     interrupter: Interrupter,
     valid: ValidLoader<Trainee>,
     memory: Memory,
-    window: Window,
-    work_seconds: f64,
-    work_tokens: usize,
 }
 
 impl Run<'_> {
     fn train(&mut self, train: &TrainLoader<Trainee>) -> Result<(), TrainError> {
         let total = self.s.rhythm.total;
+        self.end.stopped_early = self.gained_too_little();
+        if self.state.step >= total || self.end.stopped_early {
+            // It was killed before its result was handed over.
+            return Ok(());
+        }
         if self.state.step == 0 && self.validates() {
             let loss = self.validate_quietly()?;
             self.state.first_valid_loss = Some(loss);
@@ -281,13 +262,25 @@ impl Run<'_> {
         } else if last || stopping {
             self.close_window();
         }
-        let stop_early = rhythm.patience > 0 && self.state.evals_without_gain >= rhythm.patience;
-        self.end.stopped_early = stop_early && !last;
+        self.end.stopped_early = self.gained_too_little();
+        let stop_early = self.end.stopped_early;
         let best = rhythm.save_best && self.state.best.is_some_and(|b| b.step == step);
         if last || stopping || stop_early || best || due(rhythm.save) {
             self.save()?;
         }
         Ok(stopping || stop_early)
+    }
+
+    /// Whether early stopping ends the run before its last step.
+    fn gained_too_little(&self) -> bool {
+        let Rhythm {
+            patience, total, ..
+        } = self.s.rhythm;
+        patience > 0 && self.state.evals_without_gain >= patience && self.state.step < total
+    }
+
+    fn note_memory(&mut self) {
+        self.state.peak_memory = self.state.peak_memory.max(self.memory.peak());
     }
 
     fn validates(&self) -> bool {
@@ -317,9 +310,7 @@ impl Run<'_> {
         self.state.trained_tokens += out.trained_tokens as u64;
         self.state.tokens += out.tokens as u64;
         self.state.seconds += out.seconds;
-        self.work_tokens += out.tokens;
-        self.work_seconds += out.seconds;
-        let window = &mut self.window;
+        let window = &mut self.state.window;
         window.loss += out.loss * out.trained_tokens as f64;
         window.trained += out.trained_tokens;
         window.tokens += out.tokens;
@@ -336,9 +327,9 @@ impl Run<'_> {
             memory_bytes: out.memory,
         })?;
         if out.step.is_multiple_of(self.s.rhythm.log) || out.step == out.total_steps {
-            let w = std::mem::take(&mut self.window);
+            let w = std::mem::take(&mut self.state.window);
             let loss = w.loss / w.trained.max(1) as f64;
-            self.end.last_train_loss = Some(loss);
+            self.state.train_loss = Some(loss);
             (self.s.say)(&format!(
                 "step {:>5}/{}  epoch {:.2}  loss {loss:.4}  lr {:.2e}  grad norm {:.3}  \
                  {:.0} tokens/s  {} MiB  {} left",
@@ -447,7 +438,7 @@ impl Run<'_> {
 
     fn note_validation(&mut self, sum: &EvalOutput, started: Instant) -> Result<f64, TrainError> {
         let loss = sum.loss_sum / sum.trained_tokens.max(1) as f64;
-        self.end.last_valid_loss = Some(loss);
+        self.state.valid_loss = Some(loss);
         self.write(&Entry::Valid {
             step: self.state.step,
             epoch: self.epoch(),
@@ -488,6 +479,11 @@ impl Run<'_> {
     }
 
     fn save(&mut self) -> Result<(), TrainError> {
+        let journal = &self.s.journal;
+        let journal = journal.lock().unwrap_or_else(PoisonError::into_inner);
+        journal.sync()?;
+        drop(journal);
+        self.note_memory();
         let model = self.model.valid();
         let path = self.s.checkpoints.save(
             &self.state,

@@ -17,6 +17,9 @@ pub struct LockInfo {
     pub burn: String,
     /// The device that computed, as `enamel devices` names it.
     pub device: String,
+    /// The CPU path in use (`ENAMEL_CPU`), on a CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
     /// Operating system and processor architecture (`linux-x86_64`).
     pub platform: String,
     /// Threads that computed.
