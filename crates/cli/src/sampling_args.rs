@@ -48,7 +48,7 @@ impl ModelArgs {
         if let Some(adapter) = &self.adapter {
             let loaded = enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
             if let Some(note) = loftq::beside_dense(&loaded.config, &base.model) {
-                terminal::note(&note);
+                terminal::note(note);
             }
         }
         Ok(base)
