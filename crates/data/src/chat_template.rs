@@ -3,14 +3,10 @@
 use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use minijinja::{Environment, Value};
 use serde_json::{Map, Value as Json};
 
+use crate::jinja::{self, Kind, Template};
 use crate::message::Message;
-use crate::template_env::{
-    BLOCK_END, BLOCK_START, MARK_VARIABLE, Raised, TEMPLATE_NAME, environment,
-    rewrite_generation_blocks, to_template_value,
-};
 
 /// Why a chat template could not be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -25,6 +21,13 @@ pub enum TemplateError {
     #[error("the chat template failed: {detail}")]
     Render {
         /// The engine's message, with the template's line.
+        detail: String,
+    },
+    /// The template wants more time, memory or output than a rendering may use, or is larger or
+    /// nests deeper than a template may.
+    #[error("the chat template goes past its budget: {detail}")]
+    Budget {
+        /// What there was too much of, and the limit.
         detail: String,
     },
     /// The template refused the conversation through `raise_exception`.
@@ -50,13 +53,13 @@ pub struct RenderOptions<'a> {
 ///
 /// The environment is transformers': `trim_blocks`, `lstrip_blocks`, Python's string and dict
 /// methods, loop controls, `raise_exception`, `strftime_now`, `tojson` as `json.dumps` writes it,
-/// and `{% generation %}` blocks. `strftime_now` shows UTC.
+/// and `{% generation %}` blocks. `strftime_now` shows UTC. A rendering has a budget that grows with
+/// the conversation: see [`TemplateError::Budget`].
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    template: Template,
     source: String,
-    special_tokens: Vec<(String, String)>,
-    has_generation_blocks: bool,
+    special_tokens: Vec<(String, Json)>,
     now: i64,
 }
 
@@ -64,7 +67,8 @@ impl ChatTemplate {
     /// Compiles `source`; `special_tokens` are variables such as (`eos_token`, `</s>`).
     ///
     /// # Errors
-    /// [`TemplateError::Parse`] where the source is not valid Jinja.
+    /// [`TemplateError::Parse`] where the source is not valid Jinja, [`TemplateError::Budget`] where it
+    /// is too long or nests too deeply.
     pub fn new(source: &str, special_tokens: &[(String, String)]) -> Result<Self, TemplateError> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
@@ -76,20 +80,27 @@ impl ChatTemplate {
     /// a template with a date in it renders the same text on another day.
     ///
     /// # Errors
-    /// [`TemplateError::Parse`] where the source is not valid Jinja.
+    /// As [`ChatTemplate::new`].
     pub fn with_now(
         source: &str,
         special_tokens: &[(String, String)],
         now: i64,
     ) -> Result<Self, TemplateError> {
-        let environment = environment(source, now).map_err(|error| TemplateError::Parse {
-            detail: describe(&error),
+        let template = Template::parse(source).map_err(|error| match error.kind() {
+            Kind::Budget | Kind::Depth => TemplateError::Budget {
+                detail: error.to_string(),
+            },
+            _ => TemplateError::Parse {
+                detail: error.to_string(),
+            },
         })?;
+        let special_tokens = special_tokens.iter();
         Ok(Self {
-            environment,
-            has_generation_blocks: rewrite_generation_blocks(source).1,
+            template,
             source: source.to_owned(),
-            special_tokens: special_tokens.to_vec(),
+            special_tokens: special_tokens
+                .map(|(name, token)| (name.clone(), Json::String(token.clone())))
+                .collect(),
             now,
         })
     }
@@ -111,7 +122,7 @@ impl ChatTemplate {
 
     /// Whether the template marks the assistant's text itself with `{% generation %}`.
     pub fn has_generation_blocks(&self) -> bool {
-        self.has_generation_blocks
+        self.template.has_generation_blocks()
     }
 
     /// The conversation as text.
@@ -141,7 +152,7 @@ impl ChatTemplate {
         messages: &[Message],
         options: RenderOptions<'_>,
     ) -> Result<String, TemplateError> {
-        self.render_context(messages, options, false)
+        Ok(self.render_generation(messages, options)?.0)
     }
 
     /// The conversation as text, and the byte ranges of its `{% generation %}` blocks; no ranges
@@ -154,75 +165,24 @@ impl ChatTemplate {
         messages: &[Message],
         options: RenderOptions<'_>,
     ) -> Result<(String, Vec<Range<usize>>), TemplateError> {
-        let plain = self.render_context(messages, options, false)?;
-        if !self.has_generation_blocks || plain.contains([BLOCK_START, BLOCK_END]) {
-            return Ok((plain, Vec::new()));
-        }
-        let marked = self.render_context(messages, options, true)?;
-        let mut text = String::with_capacity(plain.len());
-        let mut spans = Vec::new();
-        let mut open = Vec::new();
-        for c in marked.chars() {
-            match c {
-                BLOCK_START => open.push(text.len()),
-                BLOCK_END => {
-                    if let Some(start) = open.pop()
-                        && open.is_empty()
-                    {
-                        spans.push(start..text.len());
-                    }
-                }
-                c => text.push(c),
-            }
-        }
-        if text != plain || !open.is_empty() {
-            spans.clear();
-        }
-        Ok((plain, spans))
-    }
-
-    fn render_context(
-        &self,
-        messages: &[Message],
-        options: RenderOptions<'_>,
-        mark: bool,
-    ) -> Result<String, TemplateError> {
-        let messages: Vec<Value> = messages.iter().map(message_value).collect();
-        let mut context: Vec<(String, Value)> = self
-            .special_tokens
-            .iter()
-            .map(|(name, token)| (name.clone(), Value::from(token.as_str())))
+        let messages = Json::Array(messages.iter().map(message_value).collect());
+        let (null, prompt) = (Json::Null, Json::Bool(options.add_generation_prompt));
+        let arguments = options.arguments.into_iter().flatten();
+        let special_tokens = self.special_tokens.iter();
+        let context: Vec<(&str, &Json)> = special_tokens
+            .map(|(name, token)| (name.as_str(), token))
+            .chain(arguments.map(|(name, value)| (name.as_str(), value)))
+            .chain([
+                ("messages", &messages),
+                ("tools", options.tools.unwrap_or(&null)),
+                ("documents", &null),
+                ("add_generation_prompt", &prompt),
+            ])
             .collect();
-        context.extend(
-            options
-                .arguments
-                .into_iter()
-                .flatten()
-                .map(|(name, value)| (name.clone(), to_template_value(value))),
-        );
-        context.extend([
-            ("messages".to_owned(), Value::from(messages)),
-            (
-                "tools".to_owned(),
-                options.tools.map_or(Value::from(()), to_template_value),
-            ),
-            ("documents".to_owned(), Value::from(())),
-            (
-                "add_generation_prompt".to_owned(),
-                Value::from(options.add_generation_prompt),
-            ),
-            (MARK_VARIABLE.to_owned(), Value::from(mark)),
-        ]);
-        let rendered = self
-            .environment
-            .get_template(TEMPLATE_NAME)
-            .and_then(|template| template.render(Value::from_pairs(context)));
-        rendered.map_err(|error| match raised(&error) {
-            Some(message) => TemplateError::Raised { message },
-            None => TemplateError::Render {
-                detail: describe(&error),
-            },
-        })
+        match self.template.render(&context, self.now) {
+            Ok(rendering) => Ok((rendering.text, rendering.spans)),
+            Err(error) => Err(failure(error)),
+        }
     }
 }
 
@@ -251,40 +211,32 @@ const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning
 
 /// The message as the template sees it. As in transformers 5, reasoning given under an older name is
 /// also there as `reasoning_content` and `thinking`.
-fn message_value(message: &Message) -> Value {
+fn message_value(message: &Message) -> Json {
     let fields = message.fields();
     let reasoning = REASONING_FIELDS
         .iter()
         .find_map(|name| fields.get(*name).filter(|value| !value.is_null()));
     let Some(reasoning) = reasoning else {
-        return to_template_value(&Json::Object(fields.clone()));
+        return Json::Object(fields.clone());
     };
     let mut aliased = Map::new();
     aliased.insert("thinking".to_owned(), reasoning.clone());
     aliased.extend(fields.clone());
     aliased.insert("reasoning_content".to_owned(), reasoning.clone());
-    to_template_value(&Json::Object(aliased))
+    Json::Object(aliased)
 }
 
-fn raised(error: &minijinja::Error) -> Option<String> {
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(current) = source {
-        if let Some(raised) = current.downcast_ref::<Raised>() {
-            return Some(raised.0.clone());
-        }
-        source = current.source();
-    }
-    None
-}
-
-fn describe(error: &minijinja::Error) -> String {
-    let mut text = error.kind().to_string();
-    if let Some(detail) = error.detail() {
-        text = format!("{text}: {detail}");
-    }
-    match error.line() {
-        Some(line) => format!("{text} (template line {line})"),
-        None => text,
+fn failure(error: jinja::Error) -> TemplateError {
+    match error.kind() {
+        Kind::Raised => TemplateError::Raised {
+            message: error.into_message(),
+        },
+        Kind::Budget | Kind::Depth => TemplateError::Budget {
+            detail: error.to_string(),
+        },
+        _ => TemplateError::Render {
+            detail: error.to_string(),
+        },
     }
 }
 

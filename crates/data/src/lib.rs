@@ -11,12 +11,12 @@ mod error;
 mod examples;
 mod files;
 mod inspect;
+mod jinja;
 #[cfg(test)]
 mod loading_tests;
 mod masks;
 mod message;
 mod records;
-mod template_env;
 #[cfg(test)]
 mod testing;
 mod token_stream;
