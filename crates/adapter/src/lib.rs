@@ -19,6 +19,7 @@ pub mod config;
 pub mod embedding;
 pub mod error;
 pub mod eva;
+mod exact_json;
 pub mod facts;
 pub mod frozen;
 pub mod host;
@@ -53,6 +54,7 @@ pub use config::{Bias, InitLora, Loftq, LoraConfig, Purpose, Targets, TokenIndic
 pub use embedding::Embedding;
 pub use error::AdapterError;
 pub use eva::EvaStart;
+pub use exact_json::exact_json;
 pub use frozen::Frozen;
 pub use linear::{Base, Linear, SavedLinear};
 pub use loftq::LoftqStart;

@@ -7,9 +7,9 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-use serde_json::Value;
 
 use crate::error::{AdapterError, Result};
+use crate::exact_json;
 use crate::methods::AdapterConfig;
 use crate::trainable::HostTensor;
 
@@ -93,7 +93,7 @@ impl AdapterFile {
 pub fn load_config(dir: &Path) -> Result<AdapterConfig> {
     let path = dir.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, e))?;
-    let value: Value = serde_json::from_str(&text).map_err(|e| AdapterError::Format {
+    let value = exact_json(&text).map_err(|e| AdapterError::Format {
         path: path.clone(),
         reason: format!("not JSON: {e}"),
     })?;

@@ -9,10 +9,10 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
+use enamel_adapter::exact_json;
 use enamel_model::checkpoint::{hex, sha256_file};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoints::{RunState, STATE};
@@ -113,8 +113,8 @@ fn read(dir: &Path) -> Result<(RunState, Option<Files>), String> {
         .map_err(|e| format!("{STATE} cannot be read: {e}"))?;
     let damaged = |what: &str| format!("{STATE} is not as it was written: {what}");
     let text = std::str::from_utf8(&bytes).map_err(|e| damaged(&format!("it is no text ({e})")))?;
-    let mut json: Value = serde_json::from_str(text)
-        .map_err(|e| damaged(&format!("it is not a run's state ({e})")))?;
+    let mut json =
+        exact_json(text).map_err(|e| damaged(&format!("it is not a run's state ({e})")))?;
     let map = json
         .as_object_mut()
         .ok_or_else(|| damaged("it is not a run's state"))?;
@@ -372,7 +372,7 @@ mod tests {
             total_steps: 9,
             best: Some(Best {
                 step: 1,
-                loss: 0.110_001_003_242_283_44,
+                loss: 7.366_080_350_654_069_5,
             }),
             window: Window {
                 loss: 2.000_000_000_000_000_4,
