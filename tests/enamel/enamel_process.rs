@@ -75,6 +75,8 @@ impl Workshop {
             .current_dir(self.dir.path())
             .env("ENAMEL_HOME", self.path("cache"))
             .env_remove("HF_HOME")
+            .env_remove("HF_HUB_CACHE")
+            .env_remove("HUGGINGFACE_HUB_CACHE")
             .env("HF_HUB_OFFLINE", "1")
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())

@@ -13,6 +13,7 @@ mod cli_export;
 mod cli_merge;
 mod cli_merge_quantised;
 mod cli_methods;
+mod cli_pull;
 #[cfg(unix)]
 mod cli_signals;
 mod cli_terminal;

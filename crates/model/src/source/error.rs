@@ -17,20 +17,24 @@ pub enum SourceError {
         hint: String,
     },
     /// The model is not in the cache and may not be fetched.
-    #[error("{reference} is not in the cache ({}); fetch it with `enamel pull {reference}`", .root.display())]
+    #[error("{reference} is not in the cache:{}\nfetch it with `enamel pull {reference}`", listed(.missing))]
     NotCached {
         /// The reference.
         reference: String,
-        /// The cache that was looked into.
-        root: PathBuf,
+        /// Where it was looked for, and what is missing there, a line each.
+        missing: Vec<String>,
     },
     /// The network may not be used.
-    #[error("{what} is not asked, since {why}")]
+    #[error("{wanted} cannot be fetched: {what} is not asked, since {why}{}", not_here(.missing))]
     Offline {
+        /// What was to be fetched.
+        wanted: String,
         /// The source left out.
         what: String,
         /// The setting that says so.
         why: String,
+        /// What the caches lack, a line each.
+        missing: Vec<String>,
     },
     /// No answer from a source in the time it is given.
     #[error("{host} is unreachable ({reason})")]
@@ -50,11 +54,13 @@ pub enum SourceError {
     },
     /// What was fetched is not what should have been.
     #[error(
-        "{file} has SHA-256 {found}, but {expected} was expected; it was thrown away: pull again, and if it stays so, do not trust the source"
+        "{file} has {kind} {found}, but {expected} was expected; it was thrown away: pull again, and if it stays so, do not trust the source"
     )]
     WrongHash {
         /// The file.
         file: String,
+        /// The kind of hash.
+        kind: &'static str,
         /// The hash it should have.
         expected: String,
         /// The hash it has.
@@ -69,7 +75,7 @@ pub enum SourceError {
         failures: Vec<String>,
     },
     /// The file system refused.
-    #[error("{}: {source}", .path.display())]
+    #[error("{}: {source}{}", .path.display(), permission(.source))]
     Io {
         /// The file or directory.
         path: PathBuf,
@@ -100,4 +106,25 @@ fn listed(failures: &[String]) -> String {
         .iter()
         .map(|line| format!("\n  - {line}"))
         .collect()
+}
+
+fn not_here(missing: &[String]) -> String {
+    match missing.is_empty() {
+        true => String::new(),
+        false => format!(
+            "; looked for in:{}\nfetch it where the network may be used, or set HF_HUB_CACHE to \
+             the folder that has it",
+            listed(missing)
+        ),
+    }
+}
+
+fn permission(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            " (if the cache is another user's, set ENAMEL_HOME, or HF_HOME where it is set, to a \
+             directory of your own)"
+        }
+        _ => "",
+    }
 }

@@ -4,7 +4,10 @@ mod cache;
 mod catalogue;
 mod error;
 mod hub;
+mod lock;
+mod network;
 mod reference;
+mod url;
 mod wheel;
 
 use std::path::PathBuf;
@@ -12,6 +15,9 @@ use std::path::PathBuf;
 pub use self::cache::{PullOptions, cache_root};
 pub use self::catalogue::{Catalogue, Entry, EntrySource, WheelSource};
 pub use self::error::SourceError;
+#[doc(hidden)]
+pub use self::hub::{answer as hub_answer, shards as hub_shards};
+pub use self::network::Network;
 pub use self::reference::{HubRef, ModelRef};
 
 /// A base model that is on this machine.
@@ -49,18 +55,19 @@ impl PullProgress for () {}
 
 /// Finds a model on this machine, without any use of the network.
 pub fn locate(reference: &ModelRef, options: &PullOptions) -> Result<LocalModel, SourceError> {
+    let mut missing = Vec::new();
     let found = match reference {
         ModelRef::Directory(path) => Some((path.clone(), "a local directory".into(), None)),
         ModelRef::Gguf(path) => Some((path.clone(), "a local GGUF file".into(), None)),
-        ModelRef::Hub(hub) => locate_hub(hub, options),
+        ModelRef::Hub(hub) => locate_hub(hub, options, &mut missing),
         ModelRef::Catalogue(name) => entry(name)?
             .sources
             .iter()
-            .find_map(|source| locate_source(source, options)),
+            .find_map(|source| locate_source(source, options, &mut missing)),
     };
     let (path, source_note, revision) = found.ok_or_else(|| SourceError::NotCached {
         reference: reference.to_string(),
-        root: options.root.clone(),
+        missing,
     })?;
     Ok(LocalModel {
         path,
@@ -155,22 +162,35 @@ fn hub_ref(repository: &str, revision: &Option<String>) -> HubRef {
     }
 }
 
-fn locate_source(source: &EntrySource, options: &PullOptions) -> Option<Found> {
+fn locate_source(
+    source: &EntrySource,
+    options: &PullOptions,
+    missing: &mut Vec<String>,
+) -> Option<Found> {
     match source {
         EntrySource::Hub {
             repository,
             revision,
-        } => locate_hub(&hub_ref(repository, revision), options),
-        EntrySource::Wheel(wheel) => {
-            let path = wheel::locate(wheel, options)?;
-            Some((path, source_name(source), Some(wheel.version.clone())))
-        }
+        } => locate_hub(&hub_ref(repository, revision), options, missing),
+        EntrySource::Wheel(wheel) => match wheel::locate(wheel, options) {
+            Some(path) => Some((path, source_name(source), Some(wheel.version.clone()))),
+            None => {
+                let path = wheel::destination(wheel, options);
+                missing.push(format!("{} is not there", path.display()));
+                None
+            }
+        },
     }
 }
 
-fn locate_hub(hub: &HubRef, options: &PullOptions) -> Option<Found> {
-    let (path, commit) = hub::locate(hub, options)?;
-    Some((path, hub_note(hub, &commit), Some(commit)))
+fn locate_hub(hub: &HubRef, options: &PullOptions, missing: &mut Vec<String>) -> Option<Found> {
+    match hub::locate(hub, options) {
+        Ok((path, commit)) => Some((path, hub_note(hub, &commit), Some(commit))),
+        Err(lacks) => {
+            missing.extend(lacks);
+            None
+        }
+    }
 }
 
 fn hub_note(hub: &HubRef, commit: &str) -> String {

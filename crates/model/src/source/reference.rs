@@ -60,7 +60,7 @@ impl ModelRef {
         if catalogue.get(text).is_some() {
             return Ok(Self::Catalogue(text.to_owned()));
         }
-        let path = expand_home(text);
+        let path = expand_home(text, std::env::var_os("HOME").map(PathBuf::from));
         if path
             .extension()
             .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
@@ -131,10 +131,13 @@ fn parse_hub(rest: &str) -> Result<HubRef, String> {
     })
 }
 
-/// `~/x` under the home directory: a recipe is not read by a shell.
-fn expand_home(text: &str) -> PathBuf {
-    match (text.strip_prefix("~/"), std::env::var_os("HOME")) {
-        (Some(rest), Some(home)) => PathBuf::from(home).join(rest),
+/// `~` and `~/x` under the home directory: neither a recipe nor a variable is read by a shell.
+pub(super) fn expand_home(text: &str, home: Option<PathBuf>) -> PathBuf {
+    match (text.strip_prefix('~'), home) {
+        (Some(""), Some(home)) => home,
+        (Some(rest), Some(home)) if rest.starts_with('/') => {
+            home.join(rest.trim_start_matches('/'))
+        }
         _ => PathBuf::from(text),
     }
 }

