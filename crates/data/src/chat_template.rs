@@ -243,6 +243,8 @@ fn failure(error: jinja::Error) -> TemplateError {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use sha2::Digest as _;
+
     use super::*;
 
     const GOLDENS: &str = concat!(
@@ -318,6 +320,78 @@ mod tests {
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         assert!(cases.len() > 100 && spans_seen > 20, "the goldens shrank");
+    }
+
+    /// Written by `tests/fixtures/make_trl_goldens.py`.
+    const TRL_GOLDENS: &str = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../tests/fixtures/data/trl_goldens.json"
+    );
+
+    fn sha256(bytes: &[u8]) -> String {
+        let digest = sha2::Sha256::digest(bytes);
+        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// A digest of the text and of the spans, in characters, as the fixture script makes it.
+    fn digest(rendered: &Result<(String, Vec<Range<usize>>), TemplateError>) -> String {
+        let Ok((text, spans)) = rendered else {
+            return "-".to_owned();
+        };
+        let characters = |end: usize| text[..end].chars().count();
+        let spans: Vec<String> = spans
+            .iter()
+            .map(|span| format!("{}:{}", characters(span.start), characters(span.end)))
+            .collect();
+        sha256(format!("{text}\0{}", spans.join(",")).as_bytes())[..12].to_owned()
+    }
+
+    #[test]
+    fn templates_that_trl_ships_give_what_transformers_gives() {
+        let Ok(folder) = std::env::var("ENAMEL_TRL_TEMPLATES") else {
+            eprintln!("skipped: ENAMEL_TRL_TEMPLATES does not name trl's folder chat_templates");
+            return;
+        };
+        let goldens: Json = serde_json::from_slice(&std::fs::read(TRL_GOLDENS).unwrap()).unwrap();
+        let special: Vec<(String, String)> = goldens["special_tokens"]
+            .as_object()
+            .unwrap()
+            .iter()
+            .map(|(name, token)| (name.clone(), token.as_str().unwrap().to_owned()))
+            .collect();
+        let mut templates = std::collections::HashMap::new();
+        for (name, hash) in goldens["templates"].as_object().unwrap() {
+            let bytes = std::fs::read(std::path::Path::new(&folder).join(name)).unwrap();
+            assert_eq!(sha256(&bytes), *hash, "{name} is of another version of trl");
+            let source = String::from_utf8(bytes).unwrap();
+            let now = goldens["now"].as_i64().unwrap();
+            let template = ChatTemplate::with_now(&source, &special, now).unwrap();
+            templates.insert(name.clone(), template);
+        }
+        let cases = goldens["cases"].as_array().unwrap();
+        assert!(templates.len() >= 72 && cases.len() >= 1296);
+        let mut wrong = Vec::new();
+        for case in cases {
+            let (name, conversation) = (case[0].as_str().unwrap(), case[1].as_str().unwrap());
+            let messages = messages_of(&goldens["conversations"][conversation]);
+            let mut ours = Vec::new();
+            for variant in goldens["variants"].as_array().unwrap() {
+                for add_generation_prompt in [false, true] {
+                    let options = RenderOptions {
+                        add_generation_prompt,
+                        tools: variant.get("tools").filter(|tools| !tools.is_null()),
+                        arguments: variant["arguments"].as_object(),
+                    };
+                    ours.push(digest(
+                        &templates[name].render_generation(&messages, options),
+                    ));
+                }
+            }
+            if ours.join(" ") != case[2].as_str().unwrap() {
+                wrong.push(format!("{name} {conversation}: {ours:?} {}", case[2]));
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 
     #[test]

@@ -82,7 +82,7 @@ impl Template {
         if !generations.captured {
             return Ok(Rendering {
                 text,
-                spans: outermost(generations.spans),
+                spans: generations.spans,
             });
         }
         let mut rendering = Rendering {
@@ -170,18 +170,6 @@ fn size_of_json(json: &Json) -> usize {
             .sum(),
         Json::Null | Json::Bool(_) | Json::Number(_) => 0,
     })
-}
-
-/// Blocks inside others are left out. Inner blocks come before the outer one they end in.
-fn outermost(mut spans: Vec<Range<usize>>) -> Vec<Range<usize>> {
-    spans.sort_by_key(|span| (span.start, std::cmp::Reverse(span.end)));
-    let mut kept: Vec<Range<usize>> = Vec::with_capacity(spans.len());
-    for span in spans {
-        if kept.last().is_none_or(|last| span.start >= last.end) {
-            kept.push(span);
-        }
-    }
-    kept
 }
 
 /// Text without marks, and what was between them; nothing where they do not match.

@@ -265,3 +265,29 @@ fn broken_templates_are_errors() {
     }
     assert!(rendered > 1000 && refused > 1000, "{rendered} {refused}");
 }
+
+#[test]
+fn generation_blocks_are_where_their_text_is() {
+    let spans = |source: &str| {
+        let template = Template::parse(source).unwrap();
+        let rendering = template.render(&[], 0).unwrap();
+        let texts = rendering.spans.into_iter();
+        texts
+            .map(|span| rendering.text[span].to_owned())
+            .collect::<Vec<_>>()
+    };
+    let block = "{% generation %}b{% endgeneration %}";
+    assert_eq!(spans(&format!("a{block}c{block}")), ["b", "b"]);
+    assert_eq!(
+        spans("{% generation %}{% endgeneration %}{% generation %}x{% endgeneration %}"),
+        ["", "x"]
+    );
+    assert_eq!(
+        spans(&format!("{{% generation %}}[{block}]{{% endgeneration %}}")),
+        ["[b]"]
+    );
+    // Through a macro or a variable the block's text is found again, unless it was changed.
+    let set = format!("{{% set x %}}a{block}{{% endset %}}");
+    assert_eq!(spans(&format!("{set}{{{{ x }}}}")), ["b"]);
+    assert_eq!(spans(&format!("{set}{{{{ x|length }}}}")), [""; 0]);
+}

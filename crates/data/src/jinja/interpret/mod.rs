@@ -60,7 +60,7 @@ impl Scope {
 /// What a rendering gave besides its text.
 #[derive(Debug, Default)]
 pub(crate) struct Generations {
-    /// Byte ranges of blocks whose text went straight to the output.
+    /// Byte ranges of outermost blocks whose text went straight to the output.
     pub(crate) spans: Vec<std::ops::Range<usize>>,
     /// Whether a block's text was captured on its way, so that only marks can find it.
     pub(crate) captured: bool,
@@ -108,6 +108,7 @@ pub(super) struct Interpreter<'t> {
     kept: Held,
     marks: Marks,
     generations: Generations,
+    open_generations: u32,
     now: i64,
 }
 
@@ -140,6 +141,7 @@ pub(crate) fn render(ast: &Ast, settings: &Settings<'_>) -> Result<(String, Gene
         kept: Held::default(),
         marks: settings.marks,
         generations: Generations::default(),
+        open_generations: 0,
         now: settings.now,
     };
     let root = Rc::new(Scope::default());

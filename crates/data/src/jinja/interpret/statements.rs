@@ -135,7 +135,12 @@ impl<'t> Interpreter<'t> {
                 self.out().push(close)?;
             }
             Marks::Record => {
+                self.open_generations = self.open_generations.saturating_add(1);
                 self.run(body, &inner)?;
+                self.open_generations = self.open_generations.saturating_sub(1);
+                if self.open_generations > 0 {
+                    return Ok(());
+                }
                 let end = self.out().len();
                 match self.out.len() {
                     1 => self.generations.spans.push(start..end),
