@@ -221,3 +221,65 @@ fn a_model_file_that_is_cut_short_while_it_is_read_is_an_error_with_its_name() {
         "{error}"
     );
 }
+
+/// What is in the workshop's folder and is not finished.
+fn unfinished(workshop: &Workshop) -> Vec<String> {
+    let entries = fs::read_dir(workshop.path("")).expect("the workshop's folder");
+    entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.starts_with(".enamel-unfinished-"))
+        .collect()
+}
+
+#[test]
+fn what_a_signal_interrupts_is_removed_and_what_a_kill_leaves_is_swept() {
+    let workshop = Workshop::new();
+    // Rows for minutes.
+    let row = |i: usize| json!({ "text": format!("{i} {}", "one and one ".repeat(8)) });
+    workshop.rows("many.jsonl", (0..20_000).map(row));
+    let score = |input| {
+        [
+            "score",
+            "--model",
+            "./model",
+            "--input",
+            input,
+            "--output",
+            "scores.jsonl",
+        ]
+    };
+    let interrupted = |name: &str| {
+        let mut child = workshop
+            .command(&score("many.jsonl"))
+            .spawn()
+            .expect("the binary runs");
+        let before = unfinished(&workshop);
+        let started = Instant::now();
+        // A file more than before, or another one where the former was swept.
+        while unfinished(&workshop) == before {
+            let ended = child.try_wait().expect("a child of ours");
+            assert!(ended.is_none(), "it ended before it wrote: {ended:?}");
+            assert!(
+                started.elapsed() < Duration::from_secs(60),
+                "nothing was written"
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        signal(&child, name);
+        child.wait_with_output().expect("a child of ours")
+    };
+
+    for (name, code) in [("INT", 130), ("TERM", 143)] {
+        let output = interrupted(name);
+        assert_eq!(output.status.code(), Some(code), "{}", said(&output));
+        assert_eq!(unfinished(&workshop), [""; 0], "{name}");
+    }
+    interrupted("KILL");
+    assert_eq!(unfinished(&workshop).len(), 1, "nobody can remove it then");
+    workshop.rows("one.jsonl", [row(1)]);
+    workshop.success(&score("one.jsonl"));
+    assert_eq!(unfinished(&workshop), [""; 0], "the next one has swept it");
+    assert!(workshop.path("scores.jsonl").exists());
+}

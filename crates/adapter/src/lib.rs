@@ -36,6 +36,7 @@ pub mod plan;
 mod random;
 pub mod routing;
 pub mod slot;
+pub mod staging;
 pub mod store;
 pub mod target;
 pub mod trainable;

@@ -14,6 +14,7 @@ mod terminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use enamel_train::signals::{Listener, Phase, StopFlag};
 
 #[global_allocator]
 static ALLOCATOR: allocator::Allocator = allocator::Allocator;
@@ -99,6 +100,14 @@ fn main() -> ExitCode {
     let checked = match verb.computes() {
         true => enamel_train::device::check_cpu().map_err(anyhow::Error::from),
         false => Ok(()),
+    };
+    // A run has a listener of its own: it saves before it leaves.
+    let stop = StopFlag::default();
+    stop.enter(Phase::Outside);
+    let _listener = match verb {
+        Verb::Train(_) => None,
+        // Without one, a signal ends the program as it ends any other.
+        _ => Listener::start(stop).ok(),
     };
     match checked.and_then(|()| in_the_pool(|| verb.run())) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use enamel_adapter::staging::{self, StagedDir};
 use enamel_kernels::quant::FloatKind;
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
@@ -242,16 +243,8 @@ fn write_directory(
     if occupied && !options.overwrite {
         return Err(SaveError::Exists(dir.to_owned()));
     }
-    let parent = match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    fs::create_dir_all(parent).map_err(io(parent))?;
-    let temporary = tempfile::Builder::new()
-        .prefix(".saving-")
-        .tempdir_in(parent)
-        .map_err(io(parent))?;
-    let at = temporary.path();
+    let staged = StagedDir::beside(dir).map_err(io(staging::parent(dir)))?;
+    let at = staged.path();
 
     let mut files = Vec::new();
     let shards = shards(groups, options.shard_bytes);
@@ -286,7 +279,12 @@ fn write_directory(
         files.push(name.clone());
     }
 
-    move_into_place(temporary, dir, occupied)?;
+    match occupied {
+        true => staged.replace(dir),
+        // Onto an empty folder or none.
+        false => staged.finish(dir),
+    }
+    .map_err(io(dir))?;
     Ok(SavedModel {
         files,
         tensor_bytes,
@@ -299,24 +297,6 @@ fn is_occupied(dir: &Path) -> Result<bool, SaveError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(io(dir)(error)),
     }
-}
-
-/// Renames the finished directory; what it replaces goes only after it.
-fn move_into_place(
-    temporary: tempfile::TempDir,
-    dir: &Path,
-    occupied: bool,
-) -> Result<(), SaveError> {
-    // Kept from here on: a failing rename must not remove the finished model.
-    let finished = temporary.keep();
-    if !occupied {
-        // Renaming onto an empty directory replaces it; onto none, creates it.
-        return fs::rename(&finished, dir).map_err(io(dir));
-    }
-    let old = finished.with_extension("old");
-    fs::rename(dir, &old).map_err(io(dir))?;
-    fs::rename(&finished, dir).map_err(io(dir))?;
-    fs::remove_dir_all(&old).map_err(io(&old))
 }
 
 /// Cuts the list so that no part is above the limit, but for single groups that are.

@@ -4,6 +4,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
+use enamel_adapter::staging::StagedFile;
 use enamel_data::{Example, collate};
 use enamel_kernels::KeyMask;
 use enamel_model::{CausalLm, ModelInput};
@@ -183,17 +184,12 @@ fn read(tensor: Tensor<2>) -> Result<Vec<f32>, TrainError> {
 /// A file that takes its name when it is complete.
 struct NewFile {
     path: PathBuf,
-    file: BufWriter<tempfile::NamedTempFile>,
+    file: BufWriter<StagedFile>,
 }
 
 impl NewFile {
     fn create(path: &Path) -> Result<Self, TrainError> {
-        let folder = path
-            .parent()
-            .filter(|p| !p.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        let file =
-            tempfile::NamedTempFile::new_in(folder).map_err(TrainError::io(path, "creating it"))?;
+        let file = StagedFile::beside(path).map_err(TrainError::io(path, "creating it"))?;
         Ok(Self {
             path: path.to_owned(),
             file: BufWriter::new(file),
@@ -211,11 +207,8 @@ impl NewFile {
             .file
             .into_inner()
             .map_err(|e| TrainError::io(&self.path, "writing it")(e.into_error()))?;
-        file.as_file()
-            .sync_all()
-            .map_err(TrainError::io(&self.path, "syncing it"))?;
-        file.persist(&self.path)
-            .map_err(|e| TrainError::io(&self.path, "renaming it")(e.error))?;
+        file.finish(&self.path, true)
+            .map_err(TrainError::io(&self.path, "writing it"))?;
         Ok(())
     }
 }

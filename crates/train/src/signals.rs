@@ -4,12 +4,13 @@
 //!
 //! While steps are done, the first signal lets the step end, saves and leaves. Before the first step there is
 //! nothing to save, and after the last one everything is saved: there the first signal leaves at once, whatever
-//! is being hashed, loaded, answered or written. A second one always does.
+//! is being hashed, loaded, answered or written. A second one always does. What is not finished then is removed.
 
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 
+use enamel_adapter::staging;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
@@ -19,6 +20,8 @@ pub mod terminal;
 /// What a run is at, which decides what the first signal does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
+    /// Something other than a run, which writes whole files or none.
+    Outside,
     /// Nothing is trained yet: hashing, loading, answers of the base.
     Before,
     /// Steps are done, and what they came to is saved now and then.
@@ -32,7 +35,8 @@ impl Phase {
         match number {
             0 => Self::Before,
             1 => Self::Steps,
-            _ => Self::After,
+            2 => Self::After,
+            _ => Self::Outside,
         }
     }
 
@@ -41,18 +45,20 @@ impl Phase {
             Self::Before => 0,
             Self::Steps => 1,
             Self::After => 2,
+            Self::Outside => 3,
         }
     }
 
     /// What a person reads who has stopped the run here.
-    fn farewell(self) -> &'static str {
-        match self {
+    fn farewell(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Outside => return None,
             Self::Before => "before its first step: nothing was trained",
             Self::Steps => {
                 "without waiting for the step to end: go on from the newest checkpoint with --resume"
             }
             Self::After => "after its last step, which is saved: --resume hands the result over",
-        }
+        })
     }
 }
 
@@ -153,7 +159,10 @@ fn take(signal: i32, flag: &StopFlag) {
         return;
     }
     terminal::leave();
-    say(&format!("stopped {}", phase.farewell()));
+    if let Some(farewell) = phase.farewell() {
+        say(&format!("stopped {farewell}"));
+    }
+    staging::abandon();
     std::process::exit(128 + signal);
 }
 
@@ -174,7 +183,7 @@ mod tests {
     fn a_run_begins_before_its_first_step() {
         let flag = StopFlag::default();
         assert_eq!((flag.phase(), flag.signal()), (Phase::Before, None));
-        for phase in [Phase::Steps, Phase::After, Phase::Before] {
+        for phase in [Phase::Steps, Phase::After, Phase::Outside, Phase::Before] {
             flag.enter(phase);
             assert_eq!(flag.clone().phase(), phase);
         }

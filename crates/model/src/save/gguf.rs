@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
+use enamel_adapter::staging::{self, StagedFile};
 use serde_json::Value;
 
 use super::{ReadTensor, SaveError, io};
@@ -416,18 +417,10 @@ fn write_file(
     if !overwrite && path.exists() {
         return Err(SaveError::FileExists(path.to_owned()));
     }
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let parent = staging::parent(path);
     fs::create_dir_all(parent).map_err(io(parent))?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".saving-");
-    // Readable as any file, not by its owner alone as temporary ones are.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let temporary = builder.tempfile_in(parent).map_err(io(parent))?;
-    let mut out = BufWriter::with_capacity(1 << 20, temporary);
+    let staged = StagedFile::beside(path).map_err(io(parent))?;
+    let mut out = BufWriter::with_capacity(1 << 20, staged);
     header(&mut out, metadata, listed).map_err(io(path))?;
     for (index, tensor) in listed.iter().enumerate() {
         let values = values(index)?;
@@ -439,16 +432,12 @@ fn write_file(
         })?;
     }
     out.flush().map_err(io(path))?;
-    let temporary = out.into_inner().map_err(|e| io(path)(e.into_error()))?;
-    temporary.as_file().sync_all().map_err(io(path))?;
-    let bytes = temporary.as_file().metadata().map_err(io(path))?.len();
-    let placed = match overwrite {
-        true => temporary.persist(path),
-        false => temporary.persist_noclobber(path),
-    };
-    placed.map_err(|refused| match refused.error.kind() {
+    let staged = out.into_inner().map_err(|e| io(path)(e.into_error()))?;
+    let bytes = staged.as_file().metadata().map_err(io(path))?.len();
+    let placed = staged.finish(path, overwrite);
+    placed.map_err(|refused| match refused.kind() {
         std::io::ErrorKind::AlreadyExists => SaveError::FileExists(path.to_owned()),
-        _ => io(path)(refused.error),
+        _ => io(path)(refused),
     })?;
     Ok(bytes)
 }
