@@ -211,6 +211,19 @@ pub fn read_state(dir: &Path) -> Result<RunState, TrainError> {
     checkpoint_check::read_state(dir)
 }
 
+/// The state of the checkpoint in `dir`, if all that it holds is what was written.
+///
+/// # Errors
+/// All that is not.
+pub fn check(dir: &Path) -> Result<RunState, TrainError> {
+    let alone = checkpoint_check::Offered {
+        run: dir,
+        list: &[],
+        fingerprint: "",
+    };
+    Ok(checkpoint_check::sound(dir, &alone)?.state)
+}
+
 /// Refuses the checkpoint in `dir` if its moments are of another optimizer than `optim`.
 ///
 /// # Errors

@@ -253,6 +253,8 @@ impl Quantised {
             let info = self.stored.get(*at);
             info.map_or(0, |info| info.shape.iter().product::<usize>())
         };
+        // Of sizes that were compared with the file's.
+        let floats = |count: usize| count.saturating_mul(float);
         match self.origins.get(index)? {
             Origin::Plain(_) => None,
             Origin::FourBit {
@@ -262,11 +264,15 @@ impl Quantised {
                 ..
             } => Some(match nested {
                 Some((scales, map)) => {
-                    numbers(codes) + numbers(absmax) + float * (numbers(scales) + numbers(map) + 1)
+                    let inner = numbers(scales).saturating_add(numbers(map));
+                    let bytes = numbers(codes).saturating_add(numbers(absmax));
+                    bytes.saturating_add(floats(inner.saturating_add(1)))
                 }
-                None => numbers(codes) + float * numbers(absmax),
+                None => numbers(codes).saturating_add(floats(numbers(absmax))),
             }),
-            Origin::Int8 { codes, scales, .. } => Some(numbers(codes) + float * numbers(scales)),
+            Origin::Int8 { codes, scales, .. } => {
+                Some(numbers(codes).saturating_add(floats(numbers(scales))))
+            }
         }
     }
 

@@ -110,8 +110,8 @@ impl fmt::Display for Problems {
         for problem in self.0.iter().take(Self::SHOWN) {
             write!(f, "\n  - {problem}")?;
         }
-        if self.0.len() > Self::SHOWN {
-            write!(f, "\n  - and {} more", self.0.len() - Self::SHOWN)?;
+        if let Some(more @ 1..) = self.0.len().checked_sub(Self::SHOWN) {
+            write!(f, "\n  - and {more} more")?;
         }
         Ok(())
     }

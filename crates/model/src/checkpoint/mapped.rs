@@ -138,7 +138,7 @@ impl MappedFile {
                     self.map.unchecked_advise_range(
                         memmap2::UncheckedAdvice::DontNeed,
                         start,
-                        end - start,
+                        end.saturating_sub(start),
                     )
                 };
             }

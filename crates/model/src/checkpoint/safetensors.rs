@@ -307,7 +307,7 @@ fn read_header(file: &MappedFile, packed: bool) -> Result<Vec<Entry>, Checkpoint
     let raw: Header = serde_json::from_slice(header)
         .map_err(|e| malformed(format!("its header is not valid ({e})")))?;
 
-    let data_start = bytes.len() - data.len();
+    let data_start = bytes.len().saturating_sub(data.len());
     let mut problems = Problems::default();
     for name in raw.duplicates {
         problems.push(format!("tensor '{name}' is listed twice"));
@@ -372,6 +372,8 @@ fn check_entry(
         ));
     }
     let to_usize = |value: u64| usize::try_from(value).map_err(|e| format!("tensor '{name}': {e}"));
+    // Within the file, whose length is a usize.
+    let place = |offset: u64| to_usize(offset).map(|offset| data_start.saturating_add(offset));
     Ok(Entry {
         info: TensorInfo {
             name: name.to_owned(),
@@ -382,7 +384,7 @@ fn check_entry(
                 .collect::<Result<_, _>>()?,
             dtype,
         },
-        range: data_start + to_usize(start)?..data_start + to_usize(end)?,
+        range: place(start)?..place(end)?,
     })
 }
 
@@ -396,7 +398,7 @@ fn check_coverage(entries: &[Entry], start: usize, end: usize, problems: &mut Pr
         if entry.range.start < reached {
             problems.push(format!("tensor '{name}' overlaps the one before it"));
         } else if entry.range.start > reached {
-            let hole = entry.range.start - reached;
+            let hole = entry.range.start.saturating_sub(reached);
             problems.push(format!("{hole} bytes before tensor '{name}' are unused"));
         }
         reached = reached.max(entry.range.end);
@@ -404,7 +406,7 @@ fn check_coverage(entries: &[Entry], start: usize, end: usize, problems: &mut Pr
     if reached < end && problems.0.is_empty() {
         problems.push(format!(
             "{} bytes after the last tensor are unused",
-            end - reached
+            end.saturating_sub(reached)
         ));
     }
 }

@@ -152,14 +152,14 @@ impl LlamaConfig {
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads: read.size("num_key_value_heads", Some(num_attention_heads)),
-            head_dim: read.size("head_dim", Some(hidden_size / num_attention_heads)),
+            head_dim: read.size("head_dim", hidden_size.checked_div(num_attention_heads)),
             rms_norm_eps: read.number("rms_norm_eps", Some(1e-6)),
             vocab_size: read.size("vocab_size", None),
             max_position_embeddings: read.size(
                 "max_position_embeddings",
                 Some(match family {
                     Family::Llama => 2048,
-                    Family::Mistral => 4096 * 32,
+                    Family::Mistral => 131_072,
                     Family::Qwen2 => 32768,
                 }),
             ),
@@ -214,8 +214,8 @@ impl LlamaConfig {
     /// weights. A tied head is not listed: it has no parameters of its own.
     pub fn modules(&self) -> Vec<ModuleShape> {
         let hidden = self.hidden_size;
-        let queries = self.num_attention_heads * self.head_dim;
-        let keys = self.num_key_value_heads * self.head_dim;
+        let queries = self.num_attention_heads.saturating_mul(self.head_dim);
+        let keys = self.num_key_value_heads.saturating_mul(self.head_dim);
         let inner = self.intermediate_size;
         let module = |name: String, kind, shape: &[usize], bias| ModuleShape {
             name,

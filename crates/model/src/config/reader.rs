@@ -5,9 +5,9 @@ use serde_json::{Map, Value};
 use super::{Family, LlamaConfig};
 
 /// Sizes above this are taken for a damaged file; no published model comes near.
-const LARGEST_SIZE: u64 = 1 << 24;
+pub(super) const LARGEST_SIZE: u64 = 1 << 24;
 /// Likewise for layers, of which a list is made before any weight is seen.
-const LARGEST_LAYERS: u64 = 1 << 12;
+pub(super) const LARGEST_LAYERS: u64 = 1 << 12;
 
 /// Reads keys of one JSON object, noting what is wrong instead of stopping at it. A value that
 /// could not be read is replaced by one that later arithmetic can bear.

@@ -6,6 +6,7 @@ use enamel_adapter::{ModuleKind, ModuleShape};
 use serde_json::Value;
 
 use super::ConfigError;
+use super::reader::{LARGEST_LAYERS, LARGEST_SIZE};
 
 /// Every module with parameters, if `config` is a ViT's with an image classifier's head.
 ///
@@ -15,10 +16,15 @@ pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
     let mut problems = Vec::new();
     let mut size = |key: &str, default: Option<u64>| {
         let found = config.get(key).map_or(default, Value::as_u64);
-        match found.and_then(|n| usize::try_from(n).ok()) {
-            Some(n @ 1..) => n,
+        // Every layer becomes an entry of the list before any weight is seen.
+        let most = match key {
+            "num_hidden_layers" => LARGEST_LAYERS,
+            _ => LARGEST_SIZE,
+        };
+        match found {
+            Some(n) if (1..=most).contains(&n) => n as usize,
             _ => {
-                problems.push(format!("{key} must be a whole number above 0"));
+                problems.push(format!("{key} must be a whole number from 1 to {most}"));
                 1
             }
         }
@@ -44,14 +50,15 @@ pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
         shape: shape.to_vec(),
         bias,
     };
-    let patches = (image / patch) * (image / patch);
+    let side = image.checked_div(patch).unwrap_or(0);
+    let positions = side.saturating_mul(side).saturating_add(1);
     let whole = ModuleKind::Norm;
     let mut all = vec![
         module("vit.embeddings.cls_token", whole, &[1, 1, hidden], false),
         module(
             "vit.embeddings.position_embeddings",
             whole,
-            &[1, patches + 1, hidden],
+            &[1, positions, hidden],
             false,
         ),
         module(
@@ -105,6 +112,14 @@ mod tests {
             .sum();
         // 85,798,656 without a head (Dosovitskiy et al. give 86 M), and 768 · 101 + 101.
         assert_eq!(count, 85_798_656 + 77_669);
+    }
+
+    #[test]
+    fn absurd_sizes_are_errors_not_endless_lists() {
+        for key in ["num_hidden_layers", "hidden_size", "image_size"] {
+            let error = vit_modules(&json!({key: u64::MAX / 2})).unwrap_err();
+            assert!(error.to_string().contains(key), "{error}");
+        }
     }
 
     #[test]

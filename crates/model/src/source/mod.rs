@@ -19,6 +19,9 @@ pub use self::error::SourceError;
 pub use self::hub::{answer as hub_answer, shards as hub_shards};
 pub use self::network::Network;
 pub use self::reference::{HubRef, ModelRef};
+#[doc(hidden)]
+pub use self::url::Url as HubUrl;
+pub use self::wheel::unpack as unpack_wheel;
 
 /// A base model that is on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]

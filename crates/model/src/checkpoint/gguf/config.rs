@@ -52,7 +52,8 @@ pub(crate) fn config_json(
     let head_dim = header
         .u64("llama.attention.key_length")
         .or_else(|| header.u64("llama.rope.dimension_count"))
-        .unwrap_or(hidden / heads);
+        .or_else(|| hidden.checked_div(heads))
+        .unwrap_or(1);
     let rope_dim = header.u64("llama.rope.dimension_count").unwrap_or(head_dim);
     if rope_dim != head_dim {
         problems.push(format!(
@@ -143,16 +144,19 @@ fn dtype_name(tensors: &[RawTensor]) -> &'static str {
         tensors
             .iter()
             .filter(|t| t.block == wanted)
-            .map(|t| t.range.len() / wanted.bytes())
+            .filter_map(|t| t.range.len().checked_div(wanted.bytes()))
             .sum()
     };
     let all: usize = tensors
         .iter()
-        .map(|t| t.range.len() / t.block.bytes() * t.block.elements())
+        .filter_map(|t| {
+            let blocks = t.range.len().checked_div(t.block.bytes())?;
+            blocks.checked_mul(t.block.elements())
+        })
         .sum();
-    if count(BlockType::F16) * 2 > all {
+    if count(BlockType::F16) > all / 2 {
         "float16"
-    } else if count(BlockType::BF16) * 2 > all {
+    } else if count(BlockType::BF16) > all / 2 {
         "bfloat16"
     } else {
         "float32"
@@ -247,7 +251,8 @@ fn llama3_scaling(
         .chain((9..=20).map(|power| 1u64 << power));
     for length in lengths {
         // 1e-3 is far above f32 rounding and far below the step between two candidate lengths.
-        let fits = factors.len() as u64 * 2 == head_dim
+        let fits = Some(factors.len() as u64) == head_dim.checked_div(2)
+            && head_dim.is_multiple_of(2)
             && factors.iter().enumerate().all(|(i, &found)| {
                 (expected(length as f64, i) - f64::from(found)).abs() <= 1e-3 * factor
             });

@@ -344,14 +344,15 @@ impl ListedTensor {
                 malformed(format!("tensor '{name}' has the impossible shape {dims:?}"))
             })?;
         let row = dims.first().copied().unwrap_or(1);
-        if row % block.elements() as u64 != 0 {
+        if !row.is_multiple_of(block.elements() as u64) {
             return Err(malformed(format!(
                 "tensor '{name}' has rows of {row} elements, not a multiple of {}'s block of {}",
                 block.name(),
                 block.elements()
             )));
         }
-        let size = (count / block.elements() as u64).checked_mul(block.bytes() as u64);
+        let blocks = count.checked_div(block.elements() as u64);
+        let size = blocks.and_then(|n| n.checked_mul(block.bytes() as u64));
         let start = data_start.checked_add(offset);
         let end = size.and_then(|size| start?.checked_add(size));
         let (Some(start), Some(end)) = (start, end.filter(|&end| end <= file)) else {
@@ -361,7 +362,7 @@ impl ListedTensor {
                 block.name()
             )));
         };
-        if offset % alignment != 0 {
+        if !offset.is_multiple_of(alignment) {
             return Err(malformed(format!(
                 "tensor '{name}' starts at offset {offset}, not a multiple of {alignment}"
             )));
@@ -392,23 +393,21 @@ struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     fn left(&self) -> usize {
-        self.bytes.len() - self.at
+        self.bytes.len().saturating_sub(self.at)
     }
 
     fn take(&mut self, count: usize) -> Result<&'a [u8], String> {
-        let taken = self
-            .at
-            .checked_add(count)
-            .and_then(|end| self.bytes.get(self.at..end))
-            .ok_or_else(|| {
-                format!(
-                    "{count} bytes are announced at byte {} but {} are left; the file is truncated",
-                    self.at,
-                    self.left()
-                )
-            })?;
-        self.at += count;
-        Ok(taken)
+        let end = self.at.checked_add(count);
+        let taken = end.and_then(|end| Some((end, self.bytes.get(self.at..end)?)));
+        let (end, bytes) = taken.ok_or_else(|| {
+            format!(
+                "{count} bytes are announced at byte {} but {} are left; the file is truncated",
+                self.at,
+                self.left()
+            )
+        })?;
+        self.at = end;
+        Ok(bytes)
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
@@ -428,7 +427,8 @@ impl<'a> Cursor<'a> {
     /// A count of things that take at least `least` bytes each, `after` bytes further on.
     fn count(&mut self, what: &str, least: usize, after: usize) -> Result<usize, String> {
         let count = self.u64()?;
-        let room = self.left().saturating_sub(after) / least;
+        let room = self.left().saturating_sub(after).checked_div(least);
+        let room = room.unwrap_or(0);
         usize::try_from(count)
             .ok()
             .filter(|&count| count <= room)
@@ -485,8 +485,8 @@ impl<'a> Cursor<'a> {
         let start = self.at;
         match element.width() {
             Some(width) => {
-                // `count` was checked against the bytes left, so the product cannot overflow.
-                self.take(count * width)?;
+                // `count` was checked against the bytes left, so the product is what they are at most.
+                self.take(count.saturating_mul(width))?;
             }
             None if element == ValueType::String => {
                 for _ in 0..count {
@@ -495,7 +495,7 @@ impl<'a> Cursor<'a> {
             }
             None => {
                 for _ in 0..count {
-                    self.skip_array(depth + 1)?;
+                    self.skip_array(depth.saturating_add(1))?;
                 }
             }
         }

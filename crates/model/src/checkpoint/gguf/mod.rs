@@ -80,7 +80,7 @@ impl GgufFile {
                 None => 1,
             };
             let rows = raw.shape.first().copied().unwrap_or(1);
-            if heads > 1 && !rows.is_multiple_of(2 * heads) {
+            if heads > 1 && !rows.is_multiple_of(heads.saturating_mul(2)) {
                 problems.push(format!(
                     "tensor '{}' has {rows} rows, which {heads} heads cannot share",
                     raw.name

@@ -82,17 +82,14 @@ pub(crate) fn permutation(name: &str) -> Option<Permuted> {
 pub(crate) fn unpermute<T: Copy>(values: &[T], rows: usize, heads: usize) -> Option<Vec<T>> {
     let columns = values.len().checked_div(rows)?;
     let head_dim = rows.checked_div(heads)?;
-    if columns == 0 || head_dim % 2 != 0 || head_dim * heads != rows {
+    if columns == 0 || !head_dim.is_multiple_of(2) || head_dim.checked_mul(heads) != Some(rows) {
         return None;
     }
-    let half = head_dim / 2;
     let mut out = Vec::with_capacity(values.len());
-    for head in values.chunks_exact(head_dim * columns) {
+    for head in values.chunks_exact(head_dim.checked_mul(columns)?) {
         for side in 0..2 {
-            for i in 0..half {
-                let row = 2 * i + side;
-                out.extend_from_slice(&head[row * columns..(row + 1) * columns]);
-            }
+            let rows = head.chunks_exact(columns).skip(side).step_by(2);
+            rows.for_each(|row| out.extend_from_slice(row));
         }
     }
     Some(out)
@@ -102,12 +99,12 @@ pub(crate) fn unpermute<T: Copy>(values: &[T], rows: usize, heads: usize) -> Opt
 pub(crate) fn permute(values: &[f32], rows: usize, heads: usize) -> Option<Vec<f32>> {
     let columns = values.len().checked_div(rows)?;
     let head_dim = rows.checked_div(heads)?;
-    if columns == 0 || head_dim % 2 != 0 || head_dim * heads != rows {
+    if columns == 0 || !head_dim.is_multiple_of(2) || head_dim.checked_mul(heads) != Some(rows) {
         return None;
     }
     let mut out = Vec::with_capacity(values.len());
-    for head in values.chunks_exact(head_dim * columns) {
-        let (first, second) = head.split_at(head_dim / 2 * columns);
+    for head in values.chunks_exact(head_dim.checked_mul(columns)?) {
+        let (first, second) = head.split_at_checked(head.len() / 2)?;
         for (a, b) in first
             .chunks_exact(columns)
             .zip(second.chunks_exact(columns))

@@ -246,16 +246,16 @@ fn byte_level(
     for (line, merge) in merges.iter().enumerate() {
         // As llama.cpp: the separator is the first space after the first character.
         let first = merge.chars().next().map_or(0, char::len_utf8);
-        let split = merge
-            .get(first..)
-            .and_then(|rest| rest.find(' '))
-            .map(|at| first + at);
-        let Some(split) = split else {
+        let rest = merge.get(first..).unwrap_or_default();
+        let pair = rest.split_once(' ').and_then(|(head, right)| {
+            let length = first.checked_add(head.len())?;
+            Some((merge.get(..length)?, right))
+        });
+        let Some((left, right)) = pair else {
             return Err(Fault::Malformed(format!(
                 "merge {line} of 'tokenizer.ggml.merges' is {merge:?}, not two tokens"
             )));
         };
-        let (left, right) = (&merge[..split], &merge[split + 1..]);
         for part in [left, right, &format!("{left}{right}")] {
             if !ids.contains_key(part) {
                 return Err(Fault::Malformed(format!(
@@ -404,7 +404,10 @@ fn merges_by_score(vocabulary: &Vocabulary, scores: &[f64]) -> Vec<Value> {
     let merges = joins(&vocabulary.tokens, &vocabulary.kinds, scores);
     merges
         .into_iter()
-        .map(|(left, right)| json!([vocabulary.tokens[left], vocabulary.tokens[right]]))
+        .filter_map(|(left, right)| {
+            let token = |id: usize| vocabulary.tokens.get(id).copied();
+            Some(json!([token(left)?, token(right)?]))
+        })
         .collect()
 }
 

@@ -17,7 +17,7 @@ pub(crate) struct Metadata {
 impl Metadata {
     /// Takes over an entry of another file: key, type and value as they stand there.
     pub fn raw(&mut self, entry: &[u8]) {
-        self.count += 1;
+        self.count = self.count.saturating_add(1);
         self.bytes.extend(entry);
     }
 
@@ -61,7 +61,7 @@ impl Metadata {
     }
 
     fn start(&mut self, key: &str, kind: ValueType) {
-        self.count += 1;
+        self.count = self.count.saturating_add(1);
         self.text(key);
         self.bytes.extend((kind as u32).to_le_bytes());
     }
