@@ -164,15 +164,20 @@ impl Fetch<'_> {
                 return Ok(id.clone());
             }
         }
-        let from = known.as_ref().map(part_bytes).filter(|bytes| *bytes > 0);
+        let mut from = known.as_ref().map(part_bytes).filter(|bytes| *bytes > 0);
         if let (Some(id), Some(bytes), Some(total)) = (&known, from, listed.size)
             && bytes >= total
         {
             // All of it has arrived; if it is not right, it is fetched anew.
-            if bytes == total && self.finish(listed, id, None).is_ok() {
-                return Ok(id.clone());
+            if bytes == total {
+                match self.finish(listed, id, None) {
+                    Ok(()) => return Ok(id.clone()),
+                    Err(Miss::Wrong(_)) => {}
+                    Err(other) => return Err(other),
+                }
             }
             remove(&self.folder.part(id))?;
+            from = None;
         }
         let (mut answer, mut id, mut size) = match self.ask(listed, from) {
             Err(Failure::NoSuchRange) => return self.whole_part(listed, known.as_ref()),

@@ -175,6 +175,7 @@ fn redirects_that_lead_nowhere_are_refused() {
 
 #[test]
 fn lists_that_are_none_are_refused() {
+    let bomb = gzip_bomb();
     let name = |name: &str| {
         let mut list = full_list();
         list["siblings"][1]["rfilename"] = json!(name);
@@ -264,7 +265,7 @@ fn lists_that_are_none_are_refused() {
         (
             "compressed",
             &["file list exceeds"],
-            Box::new(|_, stream| ok(stream, "Content-Encoding: gzip\r\n", &gzip_bomb())),
+            Box::new(move |_, stream| ok(stream, "Content-Encoding: gzip\r\n", &bomb)),
         ),
     ]);
 }
