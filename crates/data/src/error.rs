@@ -98,6 +98,23 @@ pub enum BadReason {
         /// The roles accepted.
         known: String,
     },
+    /// Columns that another trainer would act on and this one does not: name and meaning of each.
+    #[error(
+        "{}; remove such columns, or name them in data.ignore_columns",
+        show_columns(columns)
+    )]
+    ForeignColumns {
+        /// The columns, in the row's order, with what they mean elsewhere.
+        columns: Vec<(String, &'static str)>,
+    },
+    /// A value that means something which is not done here.
+    #[error("`{field}`: {detail}")]
+    Unsupported {
+        /// The field, with its path in the row.
+        field: String,
+        /// What it means, and what to do.
+        detail: String,
+    },
     /// There is nothing in the row.
     #[error("`{field}` is empty")]
     Empty {
@@ -150,11 +167,13 @@ pub enum BadReason {
         /// The vocabulary's size.
         vocab_size: usize,
     },
-    /// Labels and input ids are not equally many.
-    #[error("`labels` has {labels} entries, `input_ids` has {input_ids}")]
-    LabelsLength {
-        /// Number of labels.
-        labels: usize,
+    /// A column beside `input_ids` does not have an entry for each token.
+    #[error("`{field}` has {entries} entries, `input_ids` has {input_ids}")]
+    Length {
+        /// `labels` or a mask.
+        field: &'static str,
+        /// Number of its entries.
+        entries: usize,
         /// Number of input ids.
         input_ids: usize,
     },
@@ -178,10 +197,22 @@ pub enum DataError {
         source: std::io::Error,
     },
     /// A directory holds no data file.
-    #[error("no .jsonl, .ndjson or .json file in {}", path.display())]
+    #[error("no .jsonl, .ndjson or .json file in {}{}", path.display(), show_others(others))]
     NoFiles {
         /// The directory.
         path: PathBuf,
+        /// What else is there: directories, and files that look like data.
+        others: Vec<String>,
+    },
+    /// A data file is of a kind that is not read.
+    #[error("{} is {kind}, not a file of JSON rows\n  help: {advice}", path.display())]
+    ForeignFile {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+        /// What to do with it.
+        advice: &'static str,
     },
     /// The data specification names no path.
     #[error("no data files given")]
@@ -236,6 +267,47 @@ pub enum DataError {
         /// What is wrong with it.
         detail: String,
     },
+}
+
+fn show_others(others: &[String]) -> String {
+    const MOST: usize = 5;
+    let some = others.iter().take(MOST).cloned().collect::<Vec<_>>();
+    match (others.len(), others.len().saturating_sub(MOST)) {
+        (0, _) => String::new(),
+        (_, 0) => format!("; there are: {}", some.join(", ")),
+        (_, more) => format!("; there are: {}, and {more} more", some.join(", ")),
+    }
+}
+
+fn show_columns(columns: &[(String, &'static str)]) -> String {
+    let list: Vec<String> = columns
+        .iter()
+        .map(|(name, meaning)| format!("column `{}` {meaning}", shown(name)))
+        .collect();
+    list.join("; ")
+}
+
+/// `text` from a data file for a message: control characters escaped, at most 80 characters of it.
+pub(crate) fn shown(text: &str) -> String {
+    const MOST: usize = 80;
+    let mut out = String::new();
+    for c in text.chars().take(MOST) {
+        match c {
+            ' '..='~' => out.push(c),
+            // Debug's rule for what can be printed.
+            c => {
+                let escaped = c.escape_debug();
+                match c {
+                    '\'' | '"' | '\\' => out.push(c),
+                    _ => out.extend(escaped),
+                }
+            }
+        }
+    }
+    if text.chars().nth(MOST).is_some() {
+        out.push('…');
+    }
+    out
 }
 
 fn show_bad_rows(rows: &[BadRow], total: usize) -> String {

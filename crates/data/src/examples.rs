@@ -1,5 +1,6 @@
 //! From data files to examples: reading, encoding, truncating, and saying what became of every row.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,9 +8,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{BAD_ROWS_SHOWN, BadReason, BadRow, DataError, RowRef};
+use crate::file_kind::foreign_kind;
 use crate::files::{RawRow, expand_paths, parse_row, sha256_hex, split_rows_of};
 use crate::masks::{IGNORED, TrainOn};
-use crate::records::{EncodedRow, RecordContext, RecordFormat};
+use crate::note::Note;
+use crate::records::{EncodedRow, RecordContext, RecordFormat, Remark, check_arguments};
 use crate::tokenizer::Tokenizer;
 
 /// Which data, and what to do with rows that do not fit.
@@ -28,8 +31,10 @@ pub struct DataSpec {
     pub on_bad_row: OnBadRow,
     /// Which tokens are trained (formats `messages` and `prompt_completion`).
     pub train_on: TrainOn,
-    /// Further variables for the chat template.
+    /// Further variables for the chat template; a row's `chat_template_kwargs` come before them.
     pub template_arguments: Map<String, Value>,
+    /// Columns to read rows without, as if they were not there.
+    pub ignore_columns: Vec<String>,
 }
 
 /// What happens to a row longer than `max_length`.
@@ -92,44 +97,6 @@ pub struct DataFile {
     pub rows: usize,
 }
 
-/// Something about the examples that is no error but worth saying.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
-    /// In these rows the trained text does not end with a special token: nothing teaches the model
-    /// to stop.
-    NoEndOfTurn {
-        /// How many rows.
-        rows: usize,
-        /// The first of them.
-        first: RowRef,
-    },
-    /// In these rows a token lies on both sides of the boundary between prompt and answer; it is
-    /// trained.
-    StraddlingToken {
-        /// How many rows.
-        rows: usize,
-        /// The first of them.
-        first: RowRef,
-    },
-}
-
-impl std::fmt::Display for Note {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::NoEndOfTurn { rows, first } => write!(
-                f,
-                "{rows} rows (first {first}) are trained without an end-of-turn token: the model \
-                 does not learn to stop"
-            ),
-            Self::StraddlingToken { rows, first } => write!(
-                f,
-                "in {rows} rows (first {first}) a token joins the end of the prompt and the start \
-                 of the answer; it is trained. A prompt without a space at its end avoids that"
-            ),
-        }
-    }
-}
-
 /// Everything that came out of the data files.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Examples {
@@ -157,6 +124,24 @@ impl Examples {
     pub fn trained_tokens(&self) -> usize {
         self.rows.iter().map(Example::trained_tokens).sum()
     }
+
+    /// Adds a note where rows have more tokens than a model of `positions` positions was made for.
+    pub fn note_positions(&mut self, positions: usize) {
+        let mut past = RowCount::default();
+        let mut longest = 0;
+        for row in &self.rows {
+            past.count(row.input_ids.len() > positions, &row.source);
+            longest = longest.max(row.input_ids.len());
+        }
+        if let Some((rows, first)) = past.found() {
+            self.notes.push(Note::PastPositions {
+                rows,
+                first,
+                longest,
+                positions,
+            });
+        }
+    }
 }
 
 /// Reads, encodes and checks all rows of `spec`. The result does not depend on the number of threads.
@@ -171,6 +156,10 @@ pub fn load_examples(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Examples,
             detail: format!("must be at least 2, is {max_length}"),
         });
     }
+    check_arguments(&spec.template_arguments).map_err(|detail| DataError::Spec {
+        field: "chat_template_kwargs",
+        detail,
+    })?;
     let context = RecordContext {
         tokenizer,
         train_on: spec.train_on,
@@ -180,14 +169,19 @@ pub fn load_examples(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Examples,
     let mut bad = Vec::new();
     let mut unclosed = RowCount::default();
     let mut straddling = RowCount::default();
-    for path in expand_paths(&spec.paths)? {
+    let mut remarks: BTreeMap<Remark, RowCount> = BTreeMap::new();
+    let found = expand_paths(&spec.paths)?;
+    for path in found.files {
         let bytes = std::fs::read(&path).map_err(|source| DataError::Read {
             path: path.clone(),
             source,
         })?;
+        if let Some((kind, advice)) = foreign_kind(&path, &bytes) {
+            return Err(DataError::ForeignFile { path, kind, advice });
+        }
         let rows = split_rows_of(&path, &bytes);
         let format = match spec.format {
-            RecordFormat::Auto => detect_format(&rows, &bytes),
+            RecordFormat::Auto => detect_format(&rows, &bytes, spec),
             format => format,
         };
         examples.files.push(DataFile {
@@ -197,10 +191,13 @@ pub fn load_examples(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Examples,
             rows: rows.len(),
         });
         let file: Arc<Path> = Arc::from(path.as_path());
-        for (row, outcome) in rows
-            .iter()
-            .zip(encode_rows(&rows, &bytes, format, spec, &context))
-        {
+        let (outcomes, unused) = encode_rows(&rows, &bytes, format, spec, &context);
+        if !unused.is_empty() {
+            examples
+                .notes
+                .push(Note::unused_columns(&path, format, unused));
+        }
+        for (row, outcome) in rows.iter().zip(outcomes) {
             let source = RowRef {
                 file: Arc::clone(&file),
                 line: row.line,
@@ -211,6 +208,9 @@ pub fn load_examples(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Examples,
                     examples.truncated += usize::from(truncated);
                     unclosed.count(!row.closed, &source);
                     straddling.count(row.straddling > 0, &source);
+                    for remark in row.remarks {
+                        remarks.entry(remark).or_default().count(true, &source);
+                    }
                     examples.rows.push(Example {
                         input_ids: row.ids,
                         labels: row.labels,
@@ -239,6 +239,20 @@ pub fn load_examples(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Examples,
     }
     if let Some((rows, first)) = straddling.found() {
         examples.notes.push(Note::StraddlingToken { rows, first });
+    }
+    for (remark, count) in remarks {
+        if let Some((rows, first)) = count.found() {
+            examples.notes.push(Note::Remark {
+                remark,
+                rows,
+                first,
+            });
+        }
+    }
+    if !found.left_out.is_empty() {
+        examples.notes.push(Note::FilesLeftOut {
+            files: found.left_out,
+        });
     }
     Ok(examples)
 }
@@ -272,13 +286,26 @@ fn trained_tokens(labels: &[i64]) -> usize {
     labels.iter().skip(1).filter(|&&l| l != IGNORED).count()
 }
 
+/// A row's object without the columns that are to be ignored.
+fn read_row(row: &RawRow, bytes: &[u8], spec: &DataSpec) -> Result<Map<String, Value>, BadReason> {
+    let bytes = bytes.get(row.bytes.clone()).unwrap_or_default();
+    let mut object = parse_row(bytes)?;
+    if !spec.ignore_columns.is_empty() {
+        object.retain(|name, _| !spec.ignore_columns.contains(name));
+    }
+    Ok(object)
+}
+
 /// The format of the first row that is readable and has a format's keys.
-fn detect_format(rows: &[RawRow], bytes: &[u8]) -> RecordFormat {
+fn detect_format(rows: &[RawRow], bytes: &[u8], spec: &DataSpec) -> RecordFormat {
     rows.iter()
-        .filter_map(|row| parse_row(&bytes[row.bytes.clone()]).ok())
+        .filter_map(|row| read_row(row, bytes, spec).ok())
         .find_map(|row| RecordFormat::detect(&row))
         .unwrap_or(RecordFormat::Auto)
 }
+
+/// Columns that no row's format reads, with the number of rows that have them.
+type Unused = BTreeMap<String, usize>;
 
 /// Encodes rows on all cores; results are in row order.
 fn encode_rows(
@@ -287,10 +314,24 @@ fn encode_rows(
     format: RecordFormat,
     spec: &DataSpec,
     context: &RecordContext<'_>,
-) -> Vec<Result<Fitted, BadReason>> {
-    let encode = |row: &RawRow| -> Result<Fitted, BadReason> {
-        let object = parse_row(&bytes[row.bytes.clone()])?;
+) -> (Vec<Result<Fitted, BadReason>>, Unused) {
+    // Rows may each have columns of their own.
+    const MOST_COLUMNS: usize = 1000;
+    let encode = |row: &RawRow, unused: &mut Unused| -> Result<Fitted, BadReason> {
+        let object = read_row(row, bytes, spec)?;
+        for name in format.unused(&object)? {
+            if let Some(count) = unused.get_mut(name) {
+                *count = count.saturating_add(1);
+            } else if unused.len() < MOST_COLUMNS {
+                unused.insert(name.to_owned(), 1);
+            }
+        }
         fit(format.encode(&object, context)?, spec)
+    };
+    let encode_all = |rows: &[RawRow]| {
+        let mut unused = Unused::new();
+        let outcomes = rows.iter().map(|row| encode(row, &mut unused));
+        (outcomes.collect::<Vec<_>>(), unused)
     };
     // Below this many rows a thread costs more than it saves.
     const ROWS_PER_THREAD: usize = 64;
@@ -298,20 +339,29 @@ fn encode_rows(
         .map_or(1, usize::from)
         .min(rows.len() / ROWS_PER_THREAD);
     if threads < 2 {
-        return rows.iter().map(encode).collect();
+        return encode_all(rows);
     }
+    let encode_all = &encode_all;
     std::thread::scope(|scope| {
         let workers: Vec<_> = rows
             .chunks(rows.len().div_ceil(threads))
-            .map(|chunk| scope.spawn(move || chunk.iter().map(encode).collect::<Vec<_>>()))
+            .map(|chunk| scope.spawn(move || encode_all(chunk)))
             .collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| match worker.join() {
-                Ok(results) => results,
+        let mut outcomes = Vec::with_capacity(rows.len());
+        let mut unused = Unused::new();
+        for worker in workers {
+            match worker.join() {
+                Ok((some, columns)) => {
+                    outcomes.extend(some);
+                    for (name, count) in columns {
+                        let sum = unused.entry(name).or_default();
+                        *sum = usize::saturating_add(*sum, count);
+                    }
+                }
                 Err(panic) => std::panic::resume_unwind(panic),
-            })
-            .collect()
+            }
+        }
+        (outcomes, unused)
     })
 }
 

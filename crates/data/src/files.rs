@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::error::{BadReason, DataError};
+use crate::error::{BadReason, DataError, shown};
+use crate::file_kind::looks_like_data;
+use crate::json;
 
 /// Extensions taken from a directory.
 const EXTENSIONS: [&str; 3] = ["jsonl", "ndjson", "json"];
@@ -18,40 +20,71 @@ pub(crate) struct RawRow {
     pub(crate) bytes: Range<usize>,
 }
 
+/// The data files that paths name.
+#[derive(Debug, Default)]
+pub(crate) struct Files {
+    pub(crate) files: Vec<PathBuf>,
+    /// Files of given directories that look like data and are not read.
+    pub(crate) left_out: Vec<PathBuf>,
+}
+
 /// The data files that `paths` name: files as they are, directories as their `.jsonl`, `.ndjson` and
-/// `.json` files by name.
-pub(crate) fn expand_paths(paths: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
+/// `.json` files by name, hidden ones left out.
+pub(crate) fn expand_paths(paths: &[PathBuf]) -> Result<Files, DataError> {
     if paths.is_empty() {
         return Err(DataError::NoPaths);
     }
-    let mut files = Vec::new();
+    let mut all = Files::default();
     for path in paths {
         let read_error = |source| DataError::Read {
             path: path.clone(),
             source,
         };
         if !std::fs::metadata(path).map_err(read_error)?.is_dir() {
-            files.push(path.clone());
+            all.files.push(path.clone());
             continue;
         }
         let mut found = Vec::new();
+        let mut others = Vec::new();
         for entry in std::fs::read_dir(path).map_err(read_error)? {
             let file = entry.map_err(read_error)?.path();
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            // `._rows.jsonl` is what macOS leaves beside a file, `.ipynb_checkpoints` an editor.
+            if name.starts_with('.') {
+                continue;
+            }
             let extension = file
                 .extension()
                 .and_then(|e| e.to_str())
                 .unwrap_or_default();
             if EXTENSIONS.contains(&extension.to_ascii_lowercase().as_str()) && file.is_file() {
                 found.push(file);
+            } else if file.is_dir() || looks_like_data(&name) {
+                others.push(file);
             }
         }
+        others.sort();
         if found.is_empty() {
-            return Err(DataError::NoFiles { path: path.clone() });
+            return Err(DataError::NoFiles {
+                path: path.clone(),
+                others: others.iter().map(|other| shown_name(other)).collect(),
+            });
         }
         found.sort();
-        files.append(&mut found);
+        all.files.append(&mut found);
+        others.retain(|other| !other.is_dir());
+        all.left_out.append(&mut others);
     }
-    Ok(files)
+    Ok(all)
+}
+
+/// A file's name for a message, a directory's with a slash.
+fn shown_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    match path.is_dir() {
+        true => format!("{}/", shown(&name)),
+        false => shown(&name),
+    }
 }
 
 /// The rows of a file: the lines of JSONL, or the elements of one JSON array. Blank lines and a
@@ -69,8 +102,53 @@ pub(crate) fn split_rows_of(path: &Path, bytes: &[u8]) -> Vec<RawRow> {
     if first == Some(&b'[') && !lines_only {
         array_elements(bytes, start)
     } else {
-        lines(bytes, start)
+        spread_objects(bytes, start).unwrap_or_else(|| lines(bytes, start))
     }
+}
+
+/// The rows of a file that has each of its objects over several lines, as pretty-printers write them; `None` for any
+/// other file, and where that does not give objects.
+fn spread_objects(bytes: &[u8], start: usize) -> Option<Vec<RawRow>> {
+    let rest = bytes.get(start..)?.trim_ascii_start();
+    let line = rest.split(|&b| b == b'\n').next()?.trim_ascii_end();
+    // A whole first row, or one that is broken in itself, is for the reader of lines.
+    let is_start = |line: &[u8]| match serde_json::from_slice::<serde::de::IgnoredAny>(line) {
+        Ok(_) => false,
+        Err(error) => error.is_eof() && matches!(line, [b'{', ..]),
+    };
+    let cut_in_string = line.iter().filter(|&&b| b == b'"').count() % 2 == 1;
+    if !is_start(line) || cut_in_string || line.len() == rest.trim_ascii_end().len() {
+        return None;
+    }
+    let mut rows = Vec::new();
+    let (mut depth, mut line) = (0usize, 1usize);
+    let (mut in_string, mut escaped) = (false, false);
+    let (mut first, mut first_line) = (start, 1);
+    for (at, &byte) in bytes.iter().enumerate().skip(start) {
+        if byte == b'\n' {
+            line = line.saturating_add(1);
+        }
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' | b'[' => depth = depth.saturating_add(1),
+            b'}' | b']' => {
+                depth = depth.saturating_sub(1);
+                if depth == 0 {
+                    push_trimmed(&mut rows, bytes, first..at.saturating_add(1), first_line);
+                    first = at.saturating_add(1);
+                    first_line = line;
+                }
+            }
+            _ => {}
+        }
+    }
+    push_trimmed(&mut rows, bytes, first..bytes.len(), first_line);
+    let first = bytes.get(rows.first()?.bytes.clone())?;
+    serde_json::from_slice::<serde::de::IgnoredAny>(first).ok()?;
+    Some(rows)
 }
 
 fn lines(bytes: &[u8], mut start: usize) -> Vec<RawRow> {
@@ -168,14 +246,12 @@ pub(crate) fn parse_row(
     let text = std::str::from_utf8(bytes).map_err(|error| BadReason::Utf8 {
         offset: error.valid_up_to(),
     })?;
-    match serde_json::from_str(text) {
+    match json::parse(text.as_bytes()) {
         Ok(serde_json::Value::Object(map)) => Ok(map),
         Ok(other) => Err(BadReason::NotAnObject {
             found: crate::records::type_name(&other),
         }),
-        Err(error) => Err(BadReason::Json {
-            detail: error.to_string(),
-        }),
+        Err(detail) => Err(BadReason::Json { detail }),
     }
 }
 
@@ -244,15 +320,48 @@ mod tests {
     }
 
     #[test]
+    fn objects_over_several_lines_are_rows() {
+        let text = "\u{feff}{\n \"a\": \"}\\\"\",\n \"b\": [1]\n}\n{\n}\n\n{\"c\":\n 1}\n x";
+        let lines: Vec<usize> = rows("a.jsonl", text)
+            .iter()
+            .map(|(line, _)| *line)
+            .collect();
+        assert_eq!(lines, [1, 5, 8, 10]);
+        // A first row that is cut short or broken stays one of lines.
+        for broken in [
+            "{\"a\": 1\n{\"a\": 2}\n",
+            "{\"a\": \"x\n{\"a\": 2}\n",
+            "{\n",
+            "{x\n}",
+        ] {
+            let lines = broken.lines().count();
+            assert_eq!(rows("a.jsonl", broken).len(), lines, "{broken}");
+        }
+    }
+
+    #[test]
     fn directories_give_their_data_files_by_name() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["b.jsonl", "a.JSON", "notes.txt"] {
+        for name in ["b.jsonl", "a.JSON", "c.parquet", "README.md", ".b.jsonl"] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
-        let files = expand_paths(&[dir.path().to_owned()]).unwrap();
-        let names: Vec<_> = files.iter().map(|f| f.file_name().unwrap()).collect();
-        assert_eq!(names, ["a.JSON", "b.jsonl"]);
+        let found = expand_paths(&[dir.path().to_owned()]).unwrap();
+        let names = |files: &[PathBuf]| -> Vec<_> {
+            let names = files.iter().map(|f| f.file_name().unwrap());
+            names
+                .map(|name| name.to_str().unwrap().to_owned())
+                .collect()
+        };
+        assert_eq!(names(&found.files), ["a.JSON", "b.jsonl"]);
+        assert_eq!(names(&found.left_out), ["c.parquet"]);
         let empty = tempfile::tempdir().unwrap();
+        std::fs::create_dir(empty.path().join("data")).unwrap();
+        std::fs::write(empty.path().join("x.parquet"), "").unwrap();
+        let error = expand_paths(&[empty.path().to_owned()]).unwrap_err();
+        assert!(
+            error.to_string().ends_with("there are: data/, x.parquet"),
+            "{error}"
+        );
         assert!(matches!(
             expand_paths(&[empty.path().to_owned()]),
             Err(DataError::NoFiles { .. })

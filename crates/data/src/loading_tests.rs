@@ -9,7 +9,11 @@ use crate::testing::{
 };
 use crate::*;
 
-fn load(text: &str, tokenizer: &Tokenizer, spec: DataSpec) -> Result<Examples, DataError> {
+pub(crate) fn load(
+    text: &str,
+    tokenizer: &Tokenizer,
+    spec: DataSpec,
+) -> Result<Examples, DataError> {
     let (_dir, path) = data_file("rows.jsonl", text.as_bytes());
     let paths = vec![path];
     load_examples(&DataSpec { paths, ..spec }, tokenizer)
@@ -26,7 +30,7 @@ fn shown(example: &Example, tokenizer: &Tokenizer) -> String {
         .collect()
 }
 
-fn shown_rows(text: &str, tokenizer: &Tokenizer, spec: DataSpec) -> Vec<String> {
+pub(crate) fn shown_rows(text: &str, tokenizer: &Tokenizer, spec: DataSpec) -> Vec<String> {
     let examples = load(text, tokenizer, spec).unwrap();
     examples
         .rows
@@ -36,7 +40,7 @@ fn shown_rows(text: &str, tokenizer: &Tokenizer, spec: DataSpec) -> Vec<String> 
 }
 
 /// The reasons of all bad rows, by line.
-fn bad(text: &str, tokenizer: &Tokenizer, spec: DataSpec) -> Vec<(usize, String)> {
+pub(crate) fn bad(text: &str, tokenizer: &Tokenizer, spec: DataSpec) -> Vec<(usize, String)> {
     match load(text, tokenizer, spec) {
         Err(DataError::BadRows { rows, total }) => {
             assert_eq!(rows.len(), total.min(BAD_ROWS_SHOWN));

@@ -56,6 +56,42 @@ impl Message {
         self.fields.get("content").and_then(Value::as_str)
     }
 
+    /// The tools it calls, where it has such a list.
+    pub(crate) fn tool_calls(&self) -> Option<&Vec<Value>> {
+        self.fields.get("tool_calls").and_then(Value::as_array)
+    }
+
+    /// The same message with `mark` behind what is likely to be rendered last: the last text among its tool calls'
+    /// arguments, else its content. White space at the end stays behind the mark, so that trimming does not
+    /// reach it. `None` where there is no such text.
+    pub(crate) fn with_mark(&self, mark: &str) -> Option<Self> {
+        let mut fields = self.fields.clone();
+        let calls = fields.get_mut("tool_calls").and_then(Value::as_array_mut);
+        let target = match calls.and_then(|calls| calls.last_mut()) {
+            Some(call) => {
+                let call = match call.get("function") {
+                    Some(_) => call.get_mut("function")?,
+                    None => call,
+                };
+                last_text(call.get_mut("arguments")?)?
+            }
+            None => match fields.get_mut("content")? {
+                Value::String(text) => text,
+                Value::Array(parts) => match parts.last_mut()?.get_mut("text")? {
+                    Value::String(text) => text,
+                    _ => return None,
+                },
+                _ => return None,
+            },
+        };
+        let end = target.trim_end().len();
+        if end == 0 {
+            return None;
+        }
+        target.insert_str(end, mark);
+        Some(Self { fields })
+    }
+
     /// The same message with its content replaced; a list of content parts stays a list.
     pub(crate) fn with_content(&self, text: &str) -> Self {
         let mut fields = self.fields.clone();
@@ -65,5 +101,15 @@ impl Message {
         };
         fields.insert("content".to_owned(), content);
         Self { fields }
+    }
+}
+
+/// The text that is written last of a value, where its last leaf is one.
+fn last_text(value: &mut Value) -> Option<&mut String> {
+    match value {
+        Value::String(text) => Some(text),
+        Value::Array(items) => last_text(items.last_mut()?),
+        Value::Object(map) => last_text(map.values_mut().next_back()?),
+        _ => None,
     }
 }

@@ -2,16 +2,23 @@
 //!
 //! A new format is one file here and one line in the list below.
 
+mod chat_columns;
+mod columns;
+mod instruction;
 mod messages;
 mod prompt_completion;
+mod sharegpt;
 mod text;
 mod tokens;
+mod weights;
+
+pub use chat_columns::check_arguments;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::chat_template::ChatTemplate;
-use crate::error::BadReason;
+use crate::error::{BadReason, shown};
 use crate::masks::{IGNORED, TrainOn};
 use crate::tokenizer::{Encoded, Tokenizer};
 
@@ -39,8 +46,14 @@ record_formats! {
     PromptCompletion => prompt_completion::PromptCompletion,
     /// Already tokenized: `input_ids`, optionally `labels` (-100 is not trained).
     Tokens => tokens::Tokens,
+    /// ShareGPT: `conversations`, a list of objects with `from` and `value`.
+    Sharegpt => sharegpt::ShareGpt,
     /// Plain text: `text`, all of it trained.
     Text => text::Text,
+    /// Alpaca: `instruction`, perhaps `input`, and `output`: a question and its answer.
+    Alpaca => instruction::ALPACA,
+    /// Dolly: `instruction`, perhaps `context`, and `response`.
+    Dolly => instruction::DOLLY,
 }
 
 /// What one format does with a row.
@@ -49,6 +62,14 @@ trait Record: Sync {
     fn name(&self) -> &'static str;
     /// The keys that make a row one of this format.
     fn keys(&self) -> &'static [&'static str];
+    /// Further keys of which the row's meaning takes notice.
+    fn optional(&self, _row: &Map<String, Value>) -> &'static [&'static str] {
+        &[]
+    }
+    /// Whether the row is rendered by the chat template.
+    fn is_chat(&self, _row: &Map<String, Value>) -> bool {
+        false
+    }
     /// The row as ids and labels.
     fn encode(
         &self,
@@ -73,6 +94,35 @@ pub(crate) struct EncodedRow {
     pub(crate) closed: bool,
     /// Tokens that lie on both sides of a span's start.
     pub(crate) straddling: usize,
+    /// What is worth saying about the row.
+    pub(crate) remarks: Vec<Remark>,
+}
+
+/// Something about a row that is no error: what a file's rows have in common is said once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Remark {
+    /// The chat template never reads `tools`, and the row has some.
+    ToolsUnread,
+    /// The chat template never reads `tool_calls`, and a message has some.
+    CallsUnread,
+    /// The chat template never reads one of the variables it is given.
+    ArgumentsUnread,
+    /// A tool call's arguments are JSON text, which the template has encoded once more.
+    ArgumentsEncodedTwice,
+    /// Roles were read under other names (`human`, `gpt`, `model`).
+    RolesRenamed,
+}
+
+impl EncodedRow {
+    pub(crate) fn new(ids: Vec<u32>, labels: Vec<i64>, closed: bool) -> Self {
+        Self {
+            ids,
+            labels,
+            closed,
+            straddling: 0,
+            remarks: Vec::new(),
+        }
+    }
 }
 
 impl RecordFormat {
@@ -94,6 +144,19 @@ impl RecordFormat {
             .map(|(format, _)| *format)
     }
 
+    /// The columns of `row` that nothing reads.
+    ///
+    /// # Errors
+    /// [`BadReason::ForeignColumns`] where one of them would change the training elsewhere.
+    pub(crate) fn unused<'r>(self, row: &'r Map<String, Value>) -> Result<Vec<&'r str>, BadReason> {
+        let (keys, optional, chat): (&[&str], _, _) = match self.record() {
+            Some(record) => (record.keys(), record.optional(row), record.is_chat(row)),
+            None => (&[], &[][..], false),
+        };
+        let own = |name: &str| keys.contains(&name) || optional.contains(&name);
+        columns::unused(row, own, chat)
+    }
+
     /// The row as ids and labels.
     pub(crate) fn encode(
         self,
@@ -101,11 +164,11 @@ impl RecordFormat {
         context: &RecordContext<'_>,
     ) -> Result<EncodedRow, BadReason> {
         let Some(record) = self.record() else {
+            let formats = FORMATS.iter().map(|(_, record)| record.keys());
             return Err(BadReason::UnknownFormat {
                 found: keys_of(row),
-                expected: FORMATS
-                    .iter()
-                    .map(|(_, record)| record.keys().join(" and "))
+                expected: formats
+                    .map(|keys| keys.join(" and "))
                     .collect::<Vec<_>>()
                     .join(", or "),
             });
@@ -179,7 +242,15 @@ fn keys_of(row: &Map<String, Value>) -> String {
     if row.is_empty() {
         return "none".to_owned();
     }
-    let keys: Vec<String> = row.keys().map(|key| format!("`{key}`")).collect();
+    const MOST: usize = 20;
+    let mut keys: Vec<String> = row
+        .keys()
+        .take(MOST)
+        .map(|key| format!("`{}`", shown(key)))
+        .collect();
+    if row.len() > MOST {
+        keys.push(format!("and {} more", row.len() - MOST));
+    }
     keys.join(", ")
 }
 

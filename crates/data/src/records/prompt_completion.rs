@@ -3,7 +3,8 @@
 
 use serde_json::{Map, Value};
 
-use super::messages::{encode_conversation, parse_messages};
+use super::chat_columns::CHAT_COLUMNS;
+use super::messages::{Conversation, encode_conversation};
 use super::{EncodedRow, Record, RecordContext, text_field, wrong_type};
 use crate::error::BadReason;
 use crate::masks::{TrainOn, labels_in};
@@ -19,17 +20,32 @@ impl Record for PromptCompletion {
         &["prompt", "completion"]
     }
 
+    fn optional(&self, row: &Map<String, Value>) -> &'static [&'static str] {
+        match self.is_chat(row) {
+            true => CHAT_COLUMNS,
+            false => &[],
+        }
+    }
+
+    fn is_chat(&self, row: &Map<String, Value>) -> bool {
+        row.get("prompt").is_some_and(Value::is_array)
+    }
+
     fn encode(
         &self,
         row: &Map<String, Value>,
         context: &RecordContext<'_>,
     ) -> Result<EncodedRow, BadReason> {
         match (row.get("prompt"), row.get("completion")) {
-            (Some(Value::Array(_)), Some(Value::Array(_))) => {
-                let mut messages = parse_messages(row, "prompt", 0)?;
-                let first = messages.len();
-                messages.extend(parse_messages(row, "completion", first)?);
-                return encode_conversation(row, &messages, first, context);
+            (Some(prompt @ Value::Array(_)), Some(completion @ Value::Array(_))) => {
+                let mut conversation = Conversation::parse(prompt, "prompt", 0)?;
+                conversation.first = conversation.messages.len();
+                conversation.extend(Conversation::parse(
+                    completion,
+                    "completion",
+                    conversation.first,
+                )?);
+                return encode_conversation(row, &conversation, context);
             }
             (Some(Value::Array(_)), Some(other)) => {
                 return Err(wrong_type(
@@ -56,10 +72,8 @@ impl Record for PromptCompletion {
         let encoded = context.encode_text(&text, true)?;
         let (labels, straddling) = labels_in(&encoded, std::slice::from_ref(&(start..text.len())));
         let row = EncodedRow {
-            ids: encoded.ids,
-            labels,
-            closed: false,
             straddling,
+            ..EncodedRow::new(encoded.ids, labels, false)
         };
         Ok(row.with_trained_eos(context.tokenizer.eos_id()))
     }

@@ -28,12 +28,8 @@ impl Record for Text {
             });
         }
         let encoded = context.encode_text(text, true)?;
-        let row = EncodedRow {
-            labels: encoded.ids.iter().map(|&id| i64::from(id)).collect(),
-            ids: encoded.ids,
-            closed: false,
-            straddling: 0,
-        };
+        let labels = encoded.ids.iter().map(|&id| i64::from(id)).collect();
+        let row = EncodedRow::new(encoded.ids, labels, false);
         Ok(row.with_trained_eos(context.tokenizer.eos_id()))
     }
 }
