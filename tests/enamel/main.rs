@@ -14,6 +14,7 @@ mod cli_merge;
 mod cli_merge_quantised;
 mod cli_methods;
 mod cli_pull;
+mod cli_rows;
 #[cfg(unix)]
 mod cli_signals;
 mod cli_terminal;

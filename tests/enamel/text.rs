@@ -7,7 +7,7 @@ use enamel_data::{
     DataSpec, IGNORED, Message, OnBadRow, RecordFormat, Tokenizer, TrainOn, Truncation,
     load_examples,
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::goldens::{Generation, fixtures, json as read, stage};
 
@@ -95,7 +95,7 @@ fn spec(path: &Path) -> DataSpec {
         truncation: Truncation::Error,
         on_bad_row: OnBadRow::Error,
         train_on: TrainOn::default(),
-        template_arguments: Map::new(),
+        ..DataSpec::default()
     }
 }
 
@@ -142,6 +142,35 @@ fn labels_cover_the_assistants_turns_and_their_end_markers() {
             };
             assert_eq!(*label, wanted, "token {i} of {}", chat["text"]);
         }
+    }
+}
+
+#[test]
+fn rows_become_the_ids_and_labels_of_trl() {
+    let golden = read(&fixtures().join("data/text_row_goldens.json"));
+    let staged = stage("untied", Generation::Five);
+    let config = read(&staged.path().join("tokenizer_config.json"));
+    let bytes = std::fs::read(staged.path().join("tokenizer.json")).expect("a fixture");
+    let template = golden["chat_template"].as_str();
+    let tokenizer =
+        Tokenizer::from_parts(&bytes, Some(&config), template).unwrap_or_else(|e| panic!("{e}"));
+    let path = staged.path().join("rows.jsonl");
+    let cases = golden["cases"].as_array().expect("cases");
+    assert!(cases.len() > 15, "the goldens shrank");
+    for case in cases {
+        write_rows(&path, &[case["row"].clone()]);
+        let spec = DataSpec {
+            train_on: match case["only"].as_bool() {
+                Some(true) => TrainOn::Assistant,
+                _ => TrainOn::All,
+            },
+            ..spec(&path)
+        };
+        let examples = load_examples(&spec, &tokenizer).unwrap_or_else(|e| panic!("{case}: {e}"));
+        let example = &examples.rows[0];
+        let found = json!({"input_ids": example.input_ids, "labels": example.labels});
+        let theirs = json!({"input_ids": case["input_ids"], "labels": case["labels"]});
+        assert_eq!(found, theirs, "{}", case["row"]);
     }
 }
 

@@ -42,6 +42,9 @@ impl Args {
             report.device,
             report.compute_dtype
         )?;
+        for note in &report.notes {
+            writeln!(out, "note        {note}")?;
+        }
         if let Some(note) = report.note {
             writeln!(out, "note        {note}")?;
         }

@@ -36,7 +36,7 @@ impl Args {
             template.as_deref(),
             &mut Bars::default(),
         )?;
-        let seen = inspect(&recipe, &base.tokenizer, self.valid, self.from, self.rows)?;
+        let seen = inspect(&recipe, &base, self.valid, self.from, self.rows)?;
         let mut out = terminal::coloured_out();
         let colour = terminal::colour_out();
         show(&mut out, &seen, colour)?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::bail;
 use enamel_model::{Loading, Sampling};
 use enamel_train::loaded::{LoadedBase, OpenBase, base_of};
+use enamel_train::recipe::TemplateArguments;
 use enamel_train::{Compute, device, loftq};
 
 use crate::pull_progress::Bars;
@@ -26,8 +27,19 @@ pub struct ModelArgs {
     /// What products with the base multiply: f32, or bf16 with sums in f32, the base rounded to bf16
     #[arg(long, value_name = "DTYPE", default_value = "f32")]
     pub compute_dtype: Compute,
+    /// Variables for the chat template, as JSON: '{"enable_thinking": false}'
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = template_arguments,
+          hide_default_value = true)]
+    pub chat_template_kwargs: TemplateArguments,
     #[command(flatten)]
     pub quantization: QuantizationArgs,
+}
+
+fn template_arguments(text: &str) -> Result<TemplateArguments, String> {
+    let arguments = serde_json::from_str::<serde_json::Map<_, _>>(text)
+        .map_err(|error| format!("not a JSON object: {error}"))?;
+    enamel_data::check_arguments(&arguments)?;
+    Ok(TemplateArguments(arguments))
 }
 
 impl ModelArgs {
@@ -39,7 +51,9 @@ impl ModelArgs {
             (None, Some(adapter)) => base_of(adapter)?,
             (None, None) => bail!("give a model with --model or an adapter with --adapter"),
         };
-        let base = OpenBase::open(&reference, None, &mut Bars::default())?;
+        let mut base = OpenBase::open(&reference, None, &mut Bars::default())?;
+        base.tokenizer
+            .set_template_arguments(self.chat_template_kwargs.0.clone());
         let loading = Loading {
             compute: self.compute_dtype,
             quantization: self.quantization.quantization(),

@@ -34,9 +34,15 @@ impl Args {
         let base = self.model.load()?;
         let spec = DataSpec {
             paths: vec![self.input],
+            template_arguments: self.model.chat_template_kwargs.0,
             ..DataSpec::default()
         };
-        let rows = load_examples(&spec, &base.open.tokenizer)?.rows;
+        let mut examples = load_examples(&spec, &base.open.tokenizer)?;
+        examples.note_positions(base.open.config.rope.context_length());
+        for note in &examples.notes {
+            terminal::note(&note.to_string());
+        }
+        let rows = examples.rows;
         let report = score(
             &base.model,
             &rows,

@@ -9,33 +9,26 @@ mod batch;
 mod chat_template;
 mod error;
 mod examples;
-mod file_kind;
 mod files;
 mod inspect;
 mod jinja;
-mod json;
-#[cfg(test)]
-mod loading_tests;
 mod masks;
 mod message;
-mod note;
 mod records;
-#[cfg(test)]
-mod row_tests;
 #[cfg(test)]
 mod testing;
 mod token_stream;
 mod tokenizer;
-mod turns;
 
 pub use batch::{Batch, collate, epoch_order, group_by_length, split_rows};
 pub use chat_template::{ChatTemplate, RenderOptions, TemplateError, render};
 pub use error::{BAD_ROWS_SHOWN, BadReason, BadRow, DataError, RowRef};
-pub use examples::{DataFile, DataSpec, Example, Examples, OnBadRow, Truncation, load_examples};
+pub use examples::{
+    DataFile, DataSpec, Example, Examples, Note, OnBadRow, Truncation, load_examples,
+};
 pub use inspect::spans;
 pub use masks::{IGNORED, TrainOn};
 pub use message::Message;
-pub use note::Note;
 pub use records::{RecordFormat, Remark, check_arguments};
 pub use token_stream::TokenStream;
 pub use tokenizer::{Encoded, Tokenizer};

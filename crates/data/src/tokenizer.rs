@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::chat_template::ChatTemplate;
+use crate::chat_template::{ChatTemplate, RenderOptions};
 use crate::error::DataError;
 use crate::files::sha256_hex;
 use crate::message::Message;
@@ -50,6 +50,7 @@ pub struct Tokenizer {
     end_of_turn_ids: Vec<u32>,
     vocab_size: usize,
     chat_template: Option<ChatTemplate>,
+    template_arguments: Map<String, Value>,
     sha256: String,
 }
 
@@ -131,6 +132,7 @@ impl Tokenizer {
             end_of_turn_ids: Vec::new(),
             vocab_size,
             chat_template,
+            template_arguments: Map::new(),
             sha256: sha256_hex(tokenizer_json),
         };
         tokenizer.end_of_turn_ids = tokenizer.find_end_of_turn_ids();
@@ -202,7 +204,12 @@ impl Tokenizer {
                 field: "chat_template".to_owned(),
                 detail: "is missing: this tokenizer has no chat template".to_owned(),
             })?;
-        self.encode(&template.render(messages, add_generation_prompt)?, false)
+        let options = RenderOptions {
+            add_generation_prompt,
+            arguments: Some(&self.template_arguments),
+            ..RenderOptions::default()
+        };
+        self.encode(&template.render_with(messages, options)?, false)
     }
 
     /// The largest token id + 1, added tokens included: the rows an embedding must have.
@@ -260,6 +267,16 @@ impl Tokenizer {
     /// The chat template.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    /// Sets further variables for the chat template, which [`Tokenizer::encode_chat`] renders with.
+    pub fn set_template_arguments(&mut self, arguments: Map<String, Value>) {
+        self.template_arguments = arguments;
+    }
+
+    /// Further variables for the chat template.
+    pub fn template_arguments(&self) -> &Map<String, Value> {
+        &self.template_arguments
     }
 
     /// Fixes the time the chat template's `strftime_now` shows (Unix seconds, UTC).

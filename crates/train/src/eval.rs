@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use burn::train::InferenceStep;
+use enamel_data::Note;
 use enamel_model::source::PullProgress;
 use serde::Serialize;
 
@@ -30,6 +31,9 @@ pub struct EvalReport {
     pub device: String,
     /// What products with the base multiplied: `f32` or `bf16`.
     pub compute_dtype: &'static str,
+    /// What is worth saying of the rows.
+    #[serde(skip)]
+    pub notes: Vec<Note>,
     /// What is to be known of the adapter on this base.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub note: Option<&'static str>,
@@ -76,6 +80,7 @@ pub fn evaluate(
         seconds: started.elapsed().as_secs_f64(),
         device: inputs.device_name,
         compute_dtype: inputs.compute.name(),
+        notes: inputs.train.notes,
         note,
     })
 }

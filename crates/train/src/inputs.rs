@@ -66,6 +66,8 @@ impl Inputs {
         if let Some(time) = template_time {
             base.tokenizer.set_template_time(time)?;
         }
+        base.tokenizer
+            .set_template_arguments(recipe.data.chat_template_kwargs.0.clone());
         let adapter = match &recipe.adapter.init_from {
             Some(dir) => enamel_adapter::load_config(dir)?,
             // How many steps there are is known once the data are; no other setting depends on it.
@@ -276,13 +278,22 @@ struct Data {
 
 impl Data {
     fn load(recipe: &Recipe, base: &OpenBase) -> Result<Self, TrainError> {
+        let positions = base.config.rope.context_length();
         let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
+        train.note_positions(positions);
         let mut files = hashes_of(&train);
         let valid = match recipe.data.valid_spec() {
             None => hold_back(&mut train, recipe),
             Some(spec) => {
-                let valid = load_examples(&spec, &base.tokenizer)?;
+                let mut valid = load_examples(&spec, &base.tokenizer)?;
+                valid.note_positions(positions);
                 files.extend(hashes_of(&valid));
+                for note in valid.notes {
+                    // The same files may be both.
+                    if !train.notes.contains(&note) {
+                        train.notes.push(note);
+                    }
+                }
                 valid.rows
             }
         };

@@ -1,8 +1,9 @@
 //! `enamel inspect`: rows as the model will see them, cut where training starts and stops.
 
-use enamel_data::{BadRow, Note, RowRef, Tokenizer, load_examples, spans};
+use enamel_data::{BadRow, Note, RowRef, load_examples, spans};
 
 use crate::error::TrainError;
+use crate::loaded::OpenBase;
 use crate::recipe::Recipe;
 
 /// Rows to look at, and what became of the others.
@@ -44,7 +45,7 @@ pub struct InspectedRow {
 /// Reads all training rows (or validation rows) of the recipe and shows `count` from number `first`.
 pub fn inspect(
     recipe: &Recipe,
-    tokenizer: &Tokenizer,
+    base: &OpenBase,
     valid: bool,
     first: usize,
     count: usize,
@@ -55,7 +56,9 @@ pub fn inspect(
         })?,
         false => recipe.data.train_spec(),
     };
-    let examples = load_examples(&spec, tokenizer)?;
+    let tokenizer = &base.tokenizer;
+    let mut examples = load_examples(&spec, tokenizer)?;
+    examples.note_positions(base.config.rope.context_length());
     let rows = examples.rows.iter().skip(first).take(count).map(|row| {
         Ok(InspectedRow {
             source: row.source.clone(),

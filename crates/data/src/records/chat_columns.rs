@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::{type_name, wrong_type};
 use crate::error::{BadReason, shown};
-use crate::json;
+use crate::files::json;
 
 /// Both columns' names.
 pub(super) const CHAT_COLUMNS: &[&str] = &["tools", "chat_template_kwargs"];

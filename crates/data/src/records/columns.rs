@@ -17,6 +17,19 @@ const WEIGHTS: &str =
 const MEDIA: &str = "holds images, sound or video, and only text is trained here";
 const OF_TOKENS: &str = "belongs to `input_ids`, which are not what this row is read from";
 
+const MEDIA_NAMES: &[&str] = &[
+    "image",
+    "images",
+    "pixel_values",
+    "image_grid_thw",
+    "audio",
+    "audios",
+    "input_features",
+    "video",
+    "videos",
+    "pixel_values_videos",
+];
+
 const FOREIGN: [Foreign; 9] = [
     Foreign {
         names: &["label", "kto_tag"],
@@ -41,18 +54,7 @@ const FOREIGN: [Foreign; 9] = [
         meaning: WEIGHTS,
     },
     Foreign {
-        names: &[
-            "image",
-            "images",
-            "pixel_values",
-            "image_grid_thw",
-            "audio",
-            "audios",
-            "input_features",
-            "video",
-            "videos",
-            "pixel_values_videos",
-        ],
+        names: MEDIA_NAMES,
         meaning: MEDIA,
     },
     Foreign {
@@ -99,9 +101,9 @@ fn meaning(column: &str, format_is_chat: bool) -> Option<&'static str> {
     if column == "token_type_ids" {
         return Some(OF_TOKENS);
     }
-    if ["chosen", "rejected"]
-        .iter()
-        .any(|name| column == *name || column.starts_with(&format!("{name}_")))
+    let of_pair = |name: &&str| column == *name || column.starts_with(&format!("{name}_"));
+    if ["chosen", "rejected"].iter().any(of_pair)
+        || ["preferred_output", "non_preferred_output"].contains(&column)
     {
         return Some(PAIRS);
     }
@@ -127,6 +129,20 @@ fn says_nothing(column: &str, value: &Value) -> bool {
             column.contains("weight") && !column.ends_with('s') && number.as_f64() == Some(1.0)
         }
         _ => false,
+    }
+}
+
+/// Refuses a message at `path` with images, sound or video beside its text.
+pub(super) fn check_media(fields: &Map<String, Value>, path: &str) -> Result<(), BadReason> {
+    let media = |(name, value): &(&String, &Value)| {
+        MEDIA_NAMES.contains(&name.as_str()) && !says_nothing(name, value)
+    };
+    match fields.iter().find(media) {
+        None => Ok(()),
+        Some((name, _)) => Err(BadReason::Unsupported {
+            field: format!("{path}.{name}"),
+            detail: MEDIA.to_owned(),
+        }),
     }
 }
 

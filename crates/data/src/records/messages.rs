@@ -3,10 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::chat_columns::{CHAT_COLUMNS, arguments, tools};
-use super::{EncodedRow, Record, RecordContext, Remark, weights, wrong_type};
+use super::{EncodedRow, Record, RecordContext, Remark, columns, weights, wrong_type};
 use crate::chat_template::{ChatTemplate, RenderOptions};
 use crate::error::{BadReason, shown};
-use crate::json;
+use crate::files::json;
 use crate::masks::{Selection, TrainOn, labels_in, mask_conversation};
 use crate::message::Message;
 
@@ -59,10 +59,12 @@ impl Record for Messages {
         let conversation = match value {
             // A list that a table of plain texts holds as its JSON.
             Value::String(text) => match json::parse(text.as_bytes()) {
-                Ok(list @ Value::Array(_)) => Conversation::parse(&list, "messages", 0)?,
+                Ok(list @ Value::Array(_)) => {
+                    Conversation::parse(&list, "messages", 0, context.train_on)?
+                }
                 _ => return Err(wrong_type("messages", "a list of messages", value)),
             },
-            value => Conversation::parse(value, "messages", 0)?,
+            value => Conversation::parse(value, "messages", 0, context.train_on)?,
         };
         encode_conversation(row, &conversation, context)
     }
@@ -76,6 +78,7 @@ pub(super) struct Conversation {
     /// The first message that belongs to the trained part.
     pub(super) first: usize,
     renamed: bool,
+    train_on: TrainOn,
 }
 
 impl Conversation {
@@ -85,11 +88,17 @@ impl Conversation {
             messages,
             first: 0,
             renamed: false,
+            train_on: TrainOn::default(),
         }
     }
 
     /// The messages in `value`, the row's `field`, checked; `offset` is the number of messages before them.
-    pub(super) fn parse(value: &Value, field: &str, offset: usize) -> Result<Self, BadReason> {
+    pub(super) fn parse(
+        value: &Value,
+        field: &str,
+        offset: usize,
+        train_on: TrainOn,
+    ) -> Result<Self, BadReason> {
         let Value::Array(items) = value else {
             return Err(wrong_type(field, "a list of messages", value));
         };
@@ -98,7 +107,10 @@ impl Conversation {
                 field: field.to_owned(),
             });
         }
-        let mut conversation = Self::of(Vec::new());
+        let mut conversation = Self {
+            train_on,
+            ..Self::of(Vec::new())
+        };
         for (i, item) in items.iter().enumerate() {
             conversation.add(item, &format!("{field}[{i}]"), offset.saturating_add(i))?;
         }
@@ -142,7 +154,9 @@ impl Conversation {
             fields.insert("role".to_owned(), Value::String(role.to_owned()));
         }
         check_content(&fields, path)?;
-        self.flags.push(weights::trained(&fields, role, path)?);
+        columns::check_media(&fields, path)?;
+        self.flags
+            .push(weights::trained(&fields, role, path, self.train_on)?);
         self.messages.push(Message::from_fields(fields));
         Ok(())
     }

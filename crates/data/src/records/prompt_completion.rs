@@ -38,12 +38,13 @@ impl Record for PromptCompletion {
     ) -> Result<EncodedRow, BadReason> {
         match (row.get("prompt"), row.get("completion")) {
             (Some(prompt @ Value::Array(_)), Some(completion @ Value::Array(_))) => {
-                let mut conversation = Conversation::parse(prompt, "prompt", 0)?;
+                let mut conversation = Conversation::parse(prompt, "prompt", 0, context.train_on)?;
                 conversation.first = conversation.messages.len();
                 conversation.extend(Conversation::parse(
                     completion,
                     "completion",
                     conversation.first,
+                    context.train_on,
                 )?);
                 return encode_conversation(row, &conversation, context);
             }

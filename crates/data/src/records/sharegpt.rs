@@ -33,7 +33,7 @@ impl Record for ShareGpt {
         context: &RecordContext<'_>,
     ) -> Result<EncodedRow, BadReason> {
         let value = row.get("conversations").unwrap_or(&Value::Null);
-        let mut conversation = Conversation::parse(value, "conversations", 0)?;
+        let mut conversation = Conversation::parse(value, "conversations", 0, context.train_on)?;
         put_system_first(row, &mut conversation)?;
         encode_conversation(row, &conversation, context)
     }

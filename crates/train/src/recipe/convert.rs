@@ -241,7 +241,8 @@ impl DataSettings {
             truncation: self.truncation,
             on_bad_row: self.on_bad_row,
             train_on: self.train_on,
-            ..DataSpec::default()
+            template_arguments: self.chat_template_kwargs.0.clone(),
+            ignore_columns: self.ignore_columns.clone(),
         }
     }
 }

@@ -30,7 +30,7 @@ pub use reference::reference;
 pub use section::Setting;
 pub use settings::{
     ComputeDtype, DataSettings, GradientCheckpointing, ModelSettings, OutputSettings, Paths,
-    Schedule, Strategy, TrainSettings,
+    Schedule, Strategy, TemplateArguments, TrainSettings,
 };
 
 /// A recipe with nothing left open. Paths of models and data are absolute; the output directory is

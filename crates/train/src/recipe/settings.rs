@@ -5,9 +5,11 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use burn::tensor::Device;
+use enamel_data::check_arguments;
 use enamel_data::{OnBadRow, RecordFormat, TrainOn, Truncation};
 use enamel_kernels::Compute;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::TrainError;
 use crate::footprint::CheckMemory;
@@ -15,7 +17,7 @@ use crate::optimizer::Optim;
 
 use super::quantization::QuantizationSettings;
 use super::section::{
-    any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive,
+    Verdict, any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive,
     positive_number, section,
 };
 
@@ -58,8 +60,8 @@ section! {
         valid: Paths = Paths(Vec::new()), any;
         /// Without `valid`: this share of the training rows is held back, chosen by `seed`.
         valid_fraction: f64 = 0.0, below_one;
-        /// What a row looks like: `messages`, `prompt_completion`, `text`, `tokens` (`input_ids` and
-        /// perhaps `labels`), or `auto`, which finds out from each file.
+        /// What a row looks like: `messages`, `prompt_completion`, `text`, `tokens` (`input_ids`, and
+        /// `labels` or masks), `sharegpt`, `alpaca`, `dolly`, or `auto`, which finds out from each file.
         format: RecordFormat = RecordFormat::Auto, any;
         /// Tokens a row may have.
         max_length: usize = 1024, at_least_two;
@@ -72,6 +74,12 @@ section! {
         /// Which tokens of a conversation count in the loss: every `assistant` turn, the
         /// `last_assistant` turn, or `all`.
         train_on: TrainOn = TrainOn::Assistant, any;
+        /// Variables for the chat template, as `{ enable_thinking = false }`; a row's own column of this name comes
+        /// before it.
+        chat_template_kwargs: TemplateArguments = TemplateArguments::default(), settable;
+        /// Columns to read rows without. What none reads is said once a file, and what other trainers act on (weights,
+        /// labels, images, ..) is an error unless it stands here.
+        ignore_columns: Vec<String> = Vec::new(), any;
         /// Draw rows in a new order each epoch, decided by `seed`.
         shuffle: bool = true, any;
         /// Put rows of like length into one batch: less padding, a less random order.
@@ -186,6 +194,29 @@ impl<'de> Deserialize<'de> for Paths {
             OneOrMany::One(path) => vec![path],
             OneOrMany::Many(paths) => paths,
         }))
+    }
+}
+
+/// Variables for the chat template.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TemplateArguments(pub Map<String, Value>);
+
+/// Whether rendering leaves these variables to a recipe, and JSON has their types.
+fn settable(arguments: &TemplateArguments) -> Verdict {
+    fn is_date(value: &Value) -> bool {
+        match value {
+            Value::Object(map) => {
+                map.keys().any(|key| key.starts_with("$__toml")) || map.values().any(is_date)
+            }
+            Value::Array(items) => items.iter().any(is_date),
+            _ => false,
+        }
+    }
+    check_arguments(&arguments.0)?;
+    match arguments.0.values().any(is_date) {
+        true => Err("a date is no JSON; write it as a string".to_owned()),
+        false => Ok(()),
     }
 }
 

@@ -1,5 +1,7 @@
 //! From data files to examples: reading, encoding, truncating, and saying what became of every row.
 
+mod note;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,12 +10,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{BAD_ROWS_SHOWN, BadReason, BadRow, DataError, RowRef};
-use crate::file_kind::foreign_kind;
-use crate::files::{RawRow, expand_paths, parse_row, sha256_hex, split_rows_of};
+use crate::files::{RawRow, expand_paths, foreign_kind, parse_row, sha256_hex, split_rows_of};
 use crate::masks::{IGNORED, TrainOn};
-use crate::note::Note;
 use crate::records::{EncodedRow, RecordContext, RecordFormat, Remark, check_arguments};
 use crate::tokenizer::Tokenizer;
+
+pub use note::Note;
 
 /// Which data, and what to do with rows that do not fit.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -163,7 +163,7 @@ impl<'a> TurnFinder<'a> {
         end: Option<usize>,
     ) -> Result<Range<usize>, BadReason> {
         let (before, after) = self.around_sentinel(i, self.messages.len(), false)?;
-        let start = match start {
+        let start = match start.or(self.start_behind_the_one_before(i, before.len())?) {
             Some(start) => start,
             None if self.text.starts_with(&before) => before.len(),
             None => return Err(boundary(i, "what precedes the turn depends on its content")),
@@ -181,6 +181,30 @@ impl<'a> TurnFinder<'a> {
             return Err(boundary(i, "the turn has no text of its own"));
         }
         Ok(start..end)
+    }
+
+    /// Where turn `i` starts by what a generation prompt puts between it and the text of the message before it, wherever
+    /// that text stands; `None` where that does not fit. Its content starts at `content`.
+    fn start_behind_the_one_before(
+        &self,
+        i: usize,
+        content: usize,
+    ) -> Result<Option<usize>, BadReason> {
+        let Some(before) = i.checked_sub(1) else {
+            return Ok(None);
+        };
+        let alone = self.around_sentinel(before, i, true);
+        let full = self.around_sentinel(before, self.messages.len(), false);
+        let (Ok((_, prompt)), Ok((_, rest))) = (alone, full) else {
+            return Ok(None);
+        };
+        let fits = rest.starts_with(&prompt) && self.text.ends_with(&rest);
+        let start = self
+            .text
+            .len()
+            .saturating_sub(rest.len())
+            .saturating_add(prompt.len());
+        Ok((fits && start <= content).then_some(start))
     }
 
     /// How many bytes of `after`, which follows turn `i`'s content, close the turn.
@@ -240,13 +264,27 @@ impl<'a> TurnFinder<'a> {
         ))
     }
 
-    /// The generation prompt behind the messages before `i`, where it is only added to them.
+    /// The generation prompt behind messages before `i`, where it is only added to them.
     fn generation_prompt(&self, i: usize) -> Result<Option<String>, BadReason> {
-        let (with, without) = (self.prefix(i, true)?, self.prefix(i, false)?);
-        Ok(with.zip(without).and_then(|(with, without)| {
-            let prompt = with.strip_prefix(without.as_str())?;
-            (!prompt.is_empty()).then(|| prompt.to_owned())
-        }))
+        let before = self.messages.get(..i).unwrap_or_default();
+        let asks = before.iter().rposition(|m| m.role() != "assistant");
+        let question = [Message::user("question")];
+        // Behind an answer, its end may change as well.
+        let asking = asks.and_then(|last| before.get(..=last));
+        for messages in [Some(before), asking, Some(&question)]
+            .into_iter()
+            .flatten()
+        {
+            let with = self.render(messages, true)?;
+            let without = self.render(messages, false)?;
+            if let (Ok(with), Ok(without)) = (with, without)
+                && let Some(prompt) = with.strip_prefix(without.as_str())
+                && !prompt.is_empty()
+            {
+                return Ok(Some(prompt.to_owned()));
+            }
+        }
+        Ok(None)
     }
 
     /// The part of `shared` that is surely of the turn: up to its last special token or its last line break, since
@@ -428,3 +466,6 @@ fn boundary(index: usize, detail: &str) -> BadReason {
         detail: detail.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests;

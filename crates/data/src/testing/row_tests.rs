@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 
-use crate::loading_tests::{bad, load, shown_rows};
+use super::loading_tests::{bad, load, shown_rows};
 use crate::testing::{CHATML, tokenizer};
 use crate::*;
 
@@ -158,6 +158,10 @@ fn messages_with_weight_zero_are_context() {
         ("train", json!(false), second),
         ("train", json!(true), both),
         ("training", json!(false), second),
+        ("loss", json!(false), second),
+        ("loss_mask", json!(0), second),
+        ("masked", json!(true), second),
+        ("masked", json!(false), both),
         ("train_detail", json!([]), both),
     ] {
         assert_eq!(
@@ -173,7 +177,7 @@ fn messages_with_weight_zero_are_context() {
     };
     let text = row("weight", json!(0)).to_string();
     assert_eq!(
-        shown_rows(&text, &t, all),
+        shown_rows(&text, &t, all.clone()),
         ["[a<|im_end|>]b<|im_end|>[c<|im_end|>d<|im_end|>]"]
     );
     for (flag, value, expected) in [
@@ -197,6 +201,14 @@ fn messages_with_weight_zero_are_context() {
     assert!(reason(user.clone(), &t).contains("asks to train a message of role user"));
     user["messages"][0]["weight"] = json!(0);
     assert_eq!(one(user.clone(), &t), second);
+    let reasons = bad(&user.to_string(), &t, all.clone());
+    assert!(
+        reasons[0]
+            .1
+            .contains("`messages[0].weight`: leaves out a message of role user")
+    );
+    let everything = user.to_string().replace("0", "1");
+    assert_eq!(shown_rows(&everything, &t, all)[0].matches('[').count(), 1);
     user["messages"][3]["weight"] = json!(0);
     assert!(reason(user.clone(), &t).contains("left out by its weight"));
     user["messages"][3]["train"] = json!(true);
@@ -206,7 +218,7 @@ fn messages_with_weight_zero_are_context() {
 #[test]
 fn masks_beside_token_ids_decide_as_in_trl() {
     // TRL 1.16's labels for these rows are written out by tests/fixtures/make_row_goldens.py.
-    let goldens = include_str!("../../../tests/fixtures/data/token_row_goldens.json");
+    let goldens = include_str!("../../../../tests/fixtures/data/token_row_goldens.json");
     let goldens: Value = serde_json::from_str(goldens).unwrap();
     let t = tokenizer(None);
     let cases = goldens["cases"].as_array().unwrap();
@@ -336,6 +348,11 @@ fn columns_that_other_trainers_act_on_are_refused_by_name() {
         ("label", json!(true), "(KTO)"),
         ("chosen", json!("x"), "DPO"),
         ("rejected_score", json!(1), "DPO"),
+        (
+            "preferred_output",
+            json!([{"role": "assistant", "content": "x"}]),
+            "DPO",
+        ),
         ("completions", json!(["x"]), "GRPO"),
         ("weight", json!(0.5), "weighs the row"),
         ("sample_weight", json!(0), "weighs the row"),
@@ -369,6 +386,9 @@ fn columns_that_other_trainers_act_on_are_refused_by_name() {
         let examples = load(&row.to_string(), &t, spec).unwrap();
         assert!(examples.notes.is_empty(), "{:?}", examples.notes);
     }
+    let mut shown = json!({"messages": conversation()});
+    shown["messages"][0]["images"] = json!(["x.png"]);
+    assert!(reason(shown, &t).starts_with("`messages[0].images`: holds images"));
     // What says nothing is no reason to stop.
     for (name, value) in [
         ("label", Value::Null),

@@ -1,13 +1,17 @@
 //! Data files: which ones a path names, their rows with line numbers, and their hashes.
 
+pub(crate) mod json;
+mod kind;
+
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use self::kind::looks_like_data;
 use crate::error::{BadReason, DataError, shown};
-use crate::file_kind::looks_like_data;
-use crate::json;
+
+pub(crate) use self::kind::foreign_kind;
 
 /// Extensions taken from a directory.
 const EXTENSIONS: [&str; 3] = ["jsonl", "ndjson", "json"];

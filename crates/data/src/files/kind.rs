@@ -104,12 +104,50 @@ pub(crate) fn foreign_kind(path: &Path, bytes: &[u8]) -> Option<(&'static str, &
         .extension()
         .and_then(|e| e.to_str())
         .unwrap_or_default();
-    let no_json = !matches!(text.first(), None | Some(b'{' | b'['));
+    if matches!(text.first(), None | Some(b'{' | b'[')) {
+        return None;
+    }
+    let (commas, tabs) = (
+        "a table of comma-separated values",
+        "a table of tab-separated values",
+    );
     match extension.to_ascii_lowercase().as_str() {
-        "csv" if no_json => Some(("a table of comma-separated values", CSV)),
-        "tsv" if no_json => Some(("a table of tab-separated values", CSV)),
+        "csv" => Some((commas, CSV)),
+        "tsv" => Some((tabs, CSV)),
+        _ if is_header(text, b'\t') => Some((tabs, CSV)),
+        _ if is_header(text, b',') => Some((commas, CSV)),
         _ => None,
     }
+}
+
+/// Whether the first line is a table's: names of columns, several or one that rows are known to have.
+fn is_header(text: &[u8], separator: u8) -> bool {
+    const COLUMNS: [&[u8]; 6] = [
+        b"text",
+        b"messages",
+        b"prompt",
+        b"instruction",
+        b"conversations",
+        b"input_ids",
+    ];
+    let text = text.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(text);
+    let line = text.split(|&b| b == b'\n').next().unwrap_or_default();
+    let names: Vec<&[u8]> = line
+        .trim_ascii_end()
+        .split(|&b| b == separator)
+        .map(|name| match name {
+            [b'"', name @ .., b'"'] => name,
+            name => name,
+        })
+        .collect();
+    let is_name = |name: &&[u8]| {
+        let letter = |b: &u8| b.is_ascii_alphanumeric() || b"_- .".contains(b);
+        name.first().is_some_and(u8::is_ascii_alphabetic) && name.iter().all(letter)
+    };
+    // A line of JSON that is no object may look like it, but for the line's end.
+    let several = names.len() > 1 && text.len() > line.len();
+    let is_known = separator == b',' && names.iter().any(|name| COLUMNS.contains(name));
+    names.iter().all(is_name) && (several || is_known)
 }
 
 /// Whether a file's name says that it holds data of a kind that is not read.
@@ -174,6 +212,23 @@ mod tests {
             kind("a.csv", b"prompt,completion\n"),
             "a table of comma-separated values"
         );
+        for (text, expected) in [
+            (
+                "prompt,completion\na,b\n",
+                "a table of comma-separated values",
+            ),
+            (
+                "\u{FEFF}\"id\",\"the text\"\r\n1,2\r\n",
+                "a table of comma-separated values",
+            ),
+            ("text\nHello\n", "a table of comma-separated values"),
+            (
+                "prompt\tcompletion\na\tb\n",
+                "a table of tab-separated values",
+            ),
+        ] {
+            assert_eq!(kind("rows.jsonl", text.as_bytes()), expected, "{text}");
+        }
         for rows in [
             "{\"text\": 1}",
             "\u{FEFF}{}",
@@ -182,6 +237,9 @@ mod tests {
             "[1]",
             "{}",
             "NaN",
+            "null\n",
+            "Hello, there\n{\"text\": 1}",
+            "no rows at all\n",
         ] {
             assert_eq!(kind("rows.jsonl", rows.as_bytes()), "", "{rows}");
         }

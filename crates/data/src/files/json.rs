@@ -31,6 +31,10 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Value, String> {
 
 /// The parser's words, or better ones where the reason is known.
 fn describe(bytes: &[u8], error: &serde_json::Error) -> String {
+    if bytes.starts_with(b"\xEF\xBB\xBF") {
+        return "it begins with a byte-order mark, as where files were joined; remove it"
+            .to_owned();
+    }
     if error.line() <= 1 {
         let near = error.column().saturating_sub(2);
         let near = bytes.get(near..).unwrap_or_default();
@@ -195,6 +199,7 @@ mod tests {
             (r#"{"a": 1e999}"#, "number out of range"),
             (r#"{"a": "\ud800"}"#, "hex escape"),
             ("{} x", "trailing characters"),
+            ("\u{FEFF}{}", "byte-order mark"),
             ("{\"a\": \"\u{1}\"}", "control character"),
         ] {
             let error = parse(text.as_bytes()).unwrap_err();

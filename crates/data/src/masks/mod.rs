@@ -5,6 +5,8 @@
 //! are the mask, as they are; else [`TurnFinder`] finds it in the rendered text. White space after a closing special
 //! token is not trained: generation has stopped before it.
 
+mod turns;
+
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
@@ -13,7 +15,7 @@ use crate::chat_template::{ChatTemplate, RenderOptions};
 use crate::error::BadReason;
 use crate::message::Message;
 use crate::tokenizer::{Encoded, Tokenizer};
-use crate::turns::TurnFinder;
+use turns::TurnFinder;
 
 /// The label of a token that is not trained.
 pub const IGNORED: i64 = -100;

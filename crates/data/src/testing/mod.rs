@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod loading_tests;
+mod row_tests;
+
 use std::io::Write as _;
 
 use serde_json::{Value, json};
