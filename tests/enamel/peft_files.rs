@@ -25,9 +25,8 @@ fn base(case: &str) -> CausalLm {
 pub fn save_meta() -> SaveMeta {
     SaveMeta {
         base_model_name_or_path: Some("some/base".into()),
-        revision: None,
         task_type: Some("CAUSAL_LM".into()),
-        extra_readme: None,
+        ..SaveMeta::default()
     }
 }
 

@@ -252,6 +252,7 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
                 table.weight.set_frozen();
                 let mut part = EmbeddingPart {
                     name: adapter.to_string(),
+                    tied: plan.tied,
                     lora: None,
                     saved: None,
                     tokens: None,

@@ -36,6 +36,9 @@ pub struct EmbeddingPart {
     /// The adapter's name.
     #[module(skip)]
     pub name: String,
+    /// Whether a head that shares this table follows its factors or its copy too.
+    #[module(skip)]
+    pub tied: bool,
     /// Low-rank factors, when the table is a target.
     pub lora: Option<LoraEmbedding>,
     /// The trained copy, when `modules_to_save` names the table.
@@ -144,7 +147,8 @@ impl Embedding {
     }
 
     /// The matrix of a head that shares this table, `[vocabulary, hidden]`. As in PEFT, it follows the
-    /// rows that `trainable_token_indices` trains, and neither low-rank factors nor a trained copy.
+    /// rows that `trainable_token_indices` trains, and low-rank factors or a trained copy only where
+    /// `ensure_weight_tying` says so.
     pub fn head_weight(&self) -> BaseWeight {
         let Routing::Active(names) = &self.routing else {
             return self.weight.get();
@@ -152,9 +156,19 @@ impl Embedding {
         if !self.in_force() {
             return self.weight.get();
         }
-        let tokens = self.parts_of(names).filter_map(|part| part.tokens.as_ref());
-        tokens.fold(self.weight.get(), |table, tokens| {
-            table.map(|table| tokens.replace(table))
+        self.parts_of(names).fold(self.weight.get(), |table, part| {
+            let table = match part.saved.as_ref().filter(|_| part.tied) {
+                Some(saved) => BaseWeight::new(saved.val(), table.compute()),
+                None => table,
+            };
+            let table = match &part.tokens {
+                Some(tokens) => table.map(|table| tokens.replace(table)),
+                None => table,
+            };
+            match part.lora.as_ref().filter(|_| part.tied) {
+                Some(lora) => table.map(|table| lora.merged(table)),
+                None => table,
+            }
         })
     }
 }

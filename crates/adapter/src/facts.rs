@@ -9,6 +9,7 @@ use crate::infer::{kind_of, modules_of};
 use crate::methods::AdapterConfig;
 use crate::model_card::{SaveMeta, model_card};
 use crate::peft_dir::expected;
+use crate::peft_dir::tied::take_head_if_tied;
 use crate::plan::{AdapterPlan, PREFIX, plan_for_load};
 use crate::slot::ModuleShape;
 use crate::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, read_tensors};
@@ -52,7 +53,8 @@ impl AdapterFacts {
     /// Files that are missing, damaged or for another method.
     pub fn read(dir: &Path) -> Result<Self> {
         let config = load_config(dir)?;
-        let stored = read_tensors(dir)?;
+        let mut stored = read_tensors(dir, &config)?.tensors;
+        take_head_if_tied(&config, &mut stored);
         let shapes: Vec<_> = stored
             .iter()
             .map(|(k, s)| (k.as_str(), s.shape.as_slice()))

@@ -40,7 +40,7 @@ const OWN: [&str; 24] = [
 ];
 
 /// Module and own name of a key.
-fn split(key: &str) -> Option<(&str, &str)> {
+pub(crate) fn split(key: &str) -> Option<(&str, &str)> {
     let key = key.strip_prefix(PREFIX).unwrap_or(key);
     let ends = OWN
         .iter()

@@ -21,6 +21,7 @@ pub mod error;
 pub mod eva;
 mod exact_json;
 pub mod facts;
+mod foreign;
 pub mod frozen;
 pub mod host;
 pub mod infer;
@@ -72,10 +73,10 @@ pub use peft_dir::{
     LoadedAdapter, SaveForm, hotswap, load_pretrained, load_pretrained_as, save_pretrained,
     save_pretrained_as,
 };
-pub use plan::{AdapterPlan, SavedPlan, TargetPlan, plan, plan_for_load};
+pub use plan::{AdapterPlan, SavedPlan, TargetPlan, plan, plan_for_load, takes_head};
 pub use routing::{DEFAULT, Routing};
 pub use slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
-pub use store::{AdapterFile, check_name, load_config};
+pub use store::{AdapterFile, base_identity, check_name, load_config, notes};
 pub use trainable::{
     HostTensor, export_gradients, export_params_of, export_trainable, for_each_param_of,
     for_each_param_of_mut, for_each_trainable, for_each_trainable_mut, import_trainable, trainable,

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use crate::foreign::shown;
 use crate::methods::AdapterConfig;
 use crate::plan::AdapterPlan;
 
@@ -14,6 +15,8 @@ pub struct SaveMeta {
     pub base_model_name_or_path: Option<String>,
     /// The base model's revision.
     pub revision: Option<String>,
+    /// What identifies the base's weights, to be written into the adapter's file.
+    pub base_identity: Option<String>,
     /// `CAUSAL_LM` for a language model.
     pub task_type: Option<String>,
     /// Markdown to put at the end of the model card.
@@ -73,8 +76,7 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
     };
     let base = config.base_model_name_or_path();
     if let Some(base) = base {
-        // A JSON string is a YAML string, whatever is in it.
-        line(format!("base_model: {}", json!(base)));
+        line(format!("base_model: {}", quoted(base)));
     }
     line("library_name: peft".into());
     if config.task_type() == Some("CAUSAL_LM") {
@@ -85,7 +87,7 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
     let name = method_name(config);
     line(format!(
         "# {name} adapter for {}\n",
-        base.unwrap_or("its base model")
+        base.map_or("its base model".to_owned(), inline)
     ));
     line(format!(
         "{} trained parameters{}, in {} adapted modules{}.\n",
@@ -122,27 +124,118 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
         let idle =
             matches!(config, AdapterConfig::AdaLora(_)) && ["r", "rank_pattern"].contains(&key);
         if !empty && !idle {
-            line(format!("- {key}: {value}"));
+            line(format!("- {key}: {}", inline(&value.to_string())));
         }
     }
     line(String::new());
     line("## Use\n\nWith Enamel:\n".into());
     let reference = base.unwrap_or("BASE");
     line(format!(
-        "```sh\nenamel chat --model {reference:?} --adapter THIS_DIRECTORY\n```\n"
+        "```sh\nenamel chat --model {} --adapter THIS_DIRECTORY\n```\n",
+        for_shell(reference)
     ));
     line("With PEFT:\n".into());
     let revision = config
         .revision()
-        .map_or(String::new(), |r| format!(", revision={}", json!(r)));
+        .map_or(String::new(), |r| format!(", revision={}", quoted(r)));
     line(format!(
         "```python\nfrom transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n\
          base = AutoModelForCausalLM.from_pretrained({}{revision})\n\
          model = PeftModel.from_pretrained(base, \"THIS_DIRECTORY\")\n```",
-        json!(reference)
+        quoted(reference)
     ));
     if let Some(extra) = &meta.extra_readme {
         let _ = write!(card, "\n{}\n", extra.trim_end());
     }
     card
+}
+
+/// A string of YAML, of JSON and of Python, on one line whatever is in it.
+fn quoted(text: &str) -> String {
+    let json = json!(text).to_string();
+    // What JSON leaves and YAML has no place for.
+    let plain =
+        |c: char| !c.is_control() && !('\u{2028}'..='\u{2029}').contains(&c) && c != '\u{feff}';
+    json.chars().fold(String::new(), |mut all, c| {
+        match plain(c) {
+            true => all.push(c),
+            false => drop(write!(all, "\\u{:04x}", u32::from(c))),
+        }
+        all
+    })
+}
+
+/// Text that Markdown shows as it is, on one line.
+fn inline(text: &str) -> String {
+    shown(text)
+        .replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('`', "&#96;")
+}
+
+/// One word of a shell's command, which does nothing in it.
+fn for_shell(text: &str) -> String {
+    let tame = |c: char| c.is_ascii_alphanumeric() || "/._-@:+".contains(c);
+    if !text.is_empty() && !text.starts_with('-') && text.chars().all(tame) {
+        return text.to_owned();
+    }
+    format!("'{}'", shown(text).replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::config::LoraConfig;
+
+    fn card_of(base: &str) -> String {
+        let config = LoraConfig {
+            base_model_name_or_path: Some(base.into()),
+            modules_to_save: Some(vec!["<img src=x>".into()]),
+            ..LoraConfig::default()
+        };
+        model_card(
+            &config.into(),
+            &AdapterPlan::default(),
+            &SaveMeta::default(),
+        )
+    }
+
+    /// The heading, the YAML and the commands hold one line of the name and obey nothing in it.
+    #[test]
+    fn a_name_from_elsewhere_stays_text() {
+        let card = card_of("a\nb: c\u{1b}[2J\u{7f}<script>\"'`$(touch x)");
+        assert!(
+            card.starts_with(
+                "---\nbase_model: \"a\\nb: c\\u001b[2J\\u007f<script>\\\"'`$(touch x)\"\nlibrary_name"
+            ),
+            "{card}"
+        );
+        let heading = card
+            .lines()
+            .find(|line| line.starts_with("# LoRA"))
+            .unwrap();
+        assert_eq!(
+            heading,
+            "# LoRA adapter for a\\nb: c\\u{1b}[2J\\u{7f}&lt;script&gt;\"'&#96;$(touch x)"
+        );
+        assert!(
+            card.contains("- modules_to_save: [\"&lt;img src=x&gt;\"]"),
+            "{card}"
+        );
+        assert!(
+            card.contains(
+                "--model 'a\\nb: c\\u{1b}[2J\\u{7f}<script>\"'\\''`$(touch x)' --adapter"
+            ),
+            "{card}"
+        );
+        assert!(!card.chars().any(|c| c.is_control() && c != '\n'));
+    }
+
+    #[test]
+    fn a_plain_name_is_not_quoted_for_the_shell() {
+        assert!(card_of("org/name-1.0").contains("--model org/name-1.0 --adapter"));
+        assert!(card_of("-x").contains("--model '-x' --adapter"));
+    }
 }

@@ -7,7 +7,7 @@ use crate::config::{Purpose, Targets};
 use crate::error::{AdapterError, Result};
 use crate::methods::MethodConfig;
 use crate::slot::{ModuleKind, ModuleShape};
-use crate::target::{Matcher, Role, Selection, nearest};
+use crate::target::{Matcher, Role, Selection, Tie, nearest};
 
 /// PEFT's prefix of every name in an adapter's file.
 pub(crate) const PREFIX: &str = "base_model.model.";
@@ -88,6 +88,8 @@ pub struct AdapterPlan {
     pub biases: Vec<BiasPlan>,
     /// Single embedding rows.
     pub tokens: Vec<TokensPlan>,
+    /// Whether the head, which shares the embedding's weights, follows what is done to the embedding.
+    pub tied: bool,
     /// Frozen tensors that all targets share, under their key in PEFT's file.
     pub shared: Vec<(&'static str, [usize; 2])>,
     /// Elements that are trained.
@@ -131,6 +133,23 @@ pub fn plan_for_load<C: MethodConfig>(modules: &[ModuleShape], cfg: &C) -> Resul
     build(modules, cfg, Purpose::Load)
 }
 
+/// Whether an adapter takes hold of the head of a model with these modules: of a low-rank update beside it or
+/// of a copy of its own. On a model whose head shares the embedding's weights it does so only where that model
+/// gives the head a matrix of its own, as PEFT does.
+pub fn takes_head<C: MethodConfig>(cfg: &C, modules: &[ModuleShape]) -> bool {
+    let selection = cfg.selection();
+    if cfg.trains_everything() || cfg.xlora().is_some() || selection.tie != Tie::No {
+        return false;
+    }
+    let Ok(mut matcher) = Matcher::new(&selection) else {
+        return false;
+    };
+    let mut heads = modules
+        .iter()
+        .filter(|module| module.kind == ModuleKind::Head);
+    heads.any(|head| matches!(matcher.role(head), Ok(Role::Target | Role::Saved)))
+}
+
 fn build<C: MethodConfig>(
     modules: &[ModuleShape],
     cfg: &C,
@@ -143,6 +162,12 @@ fn build<C: MethodConfig>(
     let mut matcher =
         Matcher::new(&selection).map_err(|problems| AdapterError::Plan { problems })?;
     let mut problems = Vec::new();
+    let shares = !modules.iter().any(|module| module.kind == ModuleKind::Head);
+    let may_tie = shares && selection.tie != Tie::No;
+    if may_tie {
+        matcher.tie();
+    }
+    let mut tied = false;
     let (mut targets, mut saved) = (Vec::new(), Vec::new());
     let (mut biases, mut tokens) = (Vec::new(), Vec::new());
     for module in modules {
@@ -153,6 +178,16 @@ fn build<C: MethodConfig>(
                 continue;
             }
         };
+        if may_tie && module.kind == ModuleKind::Embedding && role != Role::Neither {
+            tied = true;
+            if let (Role::Target, Tie::Not(option)) = (&role, selection.tie) {
+                problems.push(format!(
+                    "ensure_weight_tying: {} is the head as well, and {option} means another thing there; leave \
+                     one of them out, or {} out of target_modules",
+                    module.name, module.name
+                ));
+            }
+        }
         match role {
             Role::Target => match target(module, cfg, &selection, &mut matcher, purpose) {
                 Ok(plan) => targets.push(plan),
@@ -225,6 +260,7 @@ fn build<C: MethodConfig>(
             .sum::<usize>();
     Ok(AdapterPlan {
         shared: cfg.shared(&targets),
+        tied,
         trainable: new + biases.iter().map(|b| b.len).sum::<usize>(),
         total: base + new,
         targets,

@@ -1,21 +1,29 @@
 //! An adapter's two files, without a model: `adapter_config.json`, `adapter_model.safetensors`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::Write;
-use std::path::Path;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Map, Value, json};
 
 use crate::error::{AdapterError, Result};
 use crate::exact_json;
+use crate::foreign::{self, MLX_WEIGHTS, shown};
 use crate::methods::AdapterConfig;
+use crate::slot::ModuleShape;
 use crate::trainable::HostTensor;
 
 pub(crate) const CONFIG: &str = "adapter_config.json";
 pub(crate) const WEIGHTS: &str = "adapter_model.safetensors";
 const PICKLE: &str = "adapter_model.bin";
+/// The key in the weights' metadata under which an adapter says which base it was trained on. PEFT reads
+/// the tensors alone and is silent about it; of a key in `adapter_config.json` it would warn.
+const BASE: &str = "enamel_base";
+/// The longest header that the format allows.
+const MAX_HEADER: u64 = 100_000_000;
 
 /// An adapter on the host: all that its directory holds.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +32,8 @@ pub struct AdapterFile {
     pub config: AdapterConfig,
     /// Its tensors under PEFT's keys, sorted by key.
     pub tensors: Vec<HostTensor>,
+    /// What identifies the weights of the base that it was trained on, where that is known.
+    pub base: Option<String>,
 }
 
 impl AdapterFile {
@@ -36,7 +46,8 @@ impl AdapterFile {
         let path = dir.join(WEIGHTS);
         let mut problems = Vec::new();
         let mut tensors = Vec::new();
-        for (key, stored) in read_tensors(dir)? {
+        let read = read_tensors(dir, &config)?;
+        for (key, stored) in read.tensors {
             match stored.values {
                 None => problems.push(stored.unreadable(&key)),
                 Some(values) if values.iter().any(|v| !v.is_finite()) => {
@@ -46,7 +57,11 @@ impl AdapterFile {
             }
         }
         if problems.is_empty() {
-            return Ok(Self { config, tensors });
+            return Ok(Self {
+                config,
+                tensors,
+                base: read.base,
+            });
         }
         Err(AdapterError::Mismatch {
             path,
@@ -70,8 +85,8 @@ impl AdapterFile {
         }
         let format =
             |path: std::path::PathBuf, reason: String| AdapterError::Format { path, reason };
-        let bytes =
-            serialize(&self.tensors).map_err(|e| format(dir.join(WEIGHTS), e.to_string()))?;
+        let bytes = serialize(&self.tensors, self.base.as_deref())
+            .map_err(|e| format(dir.join(WEIGHTS), e))?;
         let mut json = serde_json::to_string_pretty(&self.config.to_json())
             .map_err(|e| format(dir.join(CONFIG), e.to_string()))?;
         json.push('\n');
@@ -89,14 +104,23 @@ impl AdapterFile {
 }
 
 /// Reads `adapter_config.json`; what is not supported is refused by name. Experts of an X-LoRA that lie
-/// beside it are named so that they are found from the working directory.
+/// beside it are named so that they are found from the working directory. mlx-lm's configuration is read as
+/// the LoRA that it means.
 pub fn load_config(dir: &Path) -> Result<AdapterConfig> {
     let path = dir.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, e))?;
-    let value = exact_json(&text).map_err(|e| AdapterError::Format {
+    let mut value = exact_json(&text).map_err(|e| AdapterError::Format {
         path: path.clone(),
         reason: format!("not JSON: {e}"),
     })?;
+    if foreign::is_mlx(&value) {
+        let (keys, _) = header(&mlx_weights(dir)?)?;
+        let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+        value = foreign::mlx_config(&value, &keys).map_err(|problems| AdapterError::Config {
+            origin: path.display().to_string(),
+            problems,
+        })?;
+    }
     let config = AdapterConfig::from_json(&value, &path.display().to_string())?;
     Ok(match config {
         AdapterConfig::XLora(config) => config.located(dir).into(),
@@ -104,14 +128,79 @@ pub fn load_config(dir: &Path) -> Result<AdapterConfig> {
     })
 }
 
+/// mlx-lm's file of weights.
+fn mlx_weights(dir: &Path) -> Result<PathBuf> {
+    let path = dir.join(MLX_WEIGHTS);
+    if path.exists() {
+        return Ok(path);
+    }
+    let there = foreign::what_is_there(dir).map_or(String::new(), |what| format!(" ({what})"));
+    Err(AdapterError::Format {
+        path: dir.join(CONFIG),
+        reason: format!("this is an mlx-lm adapter, and its {MLX_WEIGHTS} is not there{there}"),
+    })
+}
+
+/// What is to be known of an adapter before it is used, whatever the base: where its files are not as PEFT
+/// writes them, and settings that are on and have no effect here. Only headers are read; a file that cannot
+/// be read has no notes, since loading will say why. `modules` are the base's, where there is one.
+pub fn notes(dir: &Path, modules: Option<&[ModuleShape]>) -> Vec<String> {
+    let mut notes = Vec::new();
+    let Ok(config) = load_config(dir) else {
+        return notes;
+    };
+    let mlx = dir.join(MLX_WEIGHTS);
+    if !dir.join(WEIGHTS).exists() && mlx.exists() {
+        notes.push(
+            "it is an mlx-lm adapter; read as the LoRA that it is in PEFT's format".to_owned(),
+        );
+    } else if let Ok((keys, _)) = header(&dir.join(WEIGHTS))
+        && !whole(&config)
+        && let Ok((keys, of_keys)) =
+            foreign::canonical(keys.into_iter().map(|key| (key, ())).collect())
+    {
+        notes.extend(of_keys);
+        let modules = modules.unwrap_or_default();
+        if keys
+            .keys()
+            .any(|key| foreign::moved(key, modules).is_some())
+        {
+            notes.push(
+                "its keys have another start of the modules' names than this model; read as if they had the model's"
+                    .to_owned(),
+            );
+        }
+    }
+    notes.extend(config.unknown_settings().into_iter().map(|setting| {
+        format!("adapter_config.json: {setting} is not known here and has no effect")
+    }));
+    if let AdapterConfig::XLora(config) = &config {
+        for (name, expert) in &config.adapters {
+            let of_expert = self::notes(Path::new(expert), modules).into_iter();
+            notes.extend(of_expert.map(|note| format!("expert {}: {note}", shown(name))));
+        }
+    }
+    notes
+}
+
+/// What identifies the weights that an adapter was trained on, if it says so.
+pub fn base_identity(dir: &Path) -> Option<String> {
+    header(&dir.join(WEIGHTS)).ok()?.1
+}
+
+/// Whether the file's keys are a model's own, and not an adapter's.
+fn whole(config: &AdapterConfig) -> bool {
+    crate::methods::MethodConfig::trains_everything(config)
+}
+
 /// Writes tensors on the host as one safetensors file, whole or not at all.
 ///
 /// # Errors
 /// When the disk refuses.
 pub fn write_tensors(path: &Path, tensors: &[HostTensor]) -> Result<()> {
-    let bytes = serialize(tensors).map_err(|e| AdapterError::Format {
+    let bytes = serialize(tensors, None).map_err(|reason| AdapterError::Format {
         path: path.to_path_buf(),
-        reason: e.to_string(),
+        reason,
     })?;
     write(path, &bytes)
 }
@@ -121,7 +210,7 @@ pub fn write_tensors(path: &Path, tensors: &[HostTensor]) -> Result<()> {
 /// # Errors
 /// A file that is missing or damaged.
 pub fn read_tensor_file(path: &Path) -> Result<Vec<HostTensor>> {
-    let all = read_file(path)?.into_iter();
+    let all = read_file(path)?.0.into_iter();
     Ok(all
         .filter_map(|(key, stored)| Some((key, stored.shape, stored.values?)))
         .collect())
@@ -158,7 +247,42 @@ pub(crate) struct Stored {
 
 impl Stored {
     pub fn unreadable(&self, key: &str) -> String {
+        let key = shown(key);
         format!("{key} is {:?}; only F32, F16 and BF16 are read", self.dtype)
+    }
+
+    /// A matrix with rows and columns exchanged.
+    pub fn transposed(self) -> Self {
+        let (rows, cols) = match self.shape.as_slice() {
+            [rows, cols] => (*rows, *cols),
+            _ => return self,
+        };
+        let values = self.values.map(|values| {
+            // A shape may be long on one side and hold nothing.
+            let cols = if values.is_empty() { 0 } else { cols };
+            let column = |c| values.iter().skip(c).step_by(cols.max(1));
+            (0..cols).flat_map(column).copied().collect()
+        });
+        Self {
+            shape: vec![cols, rows],
+            values,
+            ..self
+        }
+    }
+
+    /// Whether this is `other` with rows and columns exchanged.
+    pub fn is_transpose_of(&self, other: &Self) -> bool {
+        let ([rows, cols], [other_rows, other_cols]) =
+            (self.shape.as_slice(), other.shape.as_slice())
+        else {
+            return false;
+        };
+        let (Some(own), Some(values)) = (&self.values, &other.values) else {
+            return false;
+        };
+        let columns = (0..if values.is_empty() { 0 } else { *other_cols })
+            .flat_map(|c| values.iter().skip(c).step_by((*other_cols).max(1)));
+        rows == other_cols && cols == other_rows && own.iter().eq(columns)
     }
 
     /// Whether the file's values are these, rounded as the file's type rounds them.
@@ -178,40 +302,63 @@ impl Stored {
 }
 
 pub(crate) fn not_finite(key: &str) -> String {
-    format!("{key} holds a value that is not finite")
+    format!("{} holds a value that is not finite", shown(key))
 }
 
-/// Every tensor of a directory's `adapter_model.safetensors`, by key.
-pub(crate) fn read_tensors(dir: &Path) -> Result<BTreeMap<String, Stored>> {
+/// The tensors of a directory under PEFT's keys, and what its file says of the base.
+pub(crate) struct ReadTensors {
+    pub tensors: BTreeMap<String, Stored>,
+    pub base: Option<String>,
+}
+
+/// Every tensor of a directory's `adapter_model.safetensors` (or mlx-lm's file), by PEFT's key.
+pub(crate) fn read_tensors(dir: &Path, config: &AdapterConfig) -> Result<ReadTensors> {
     let path = dir.join(WEIGHTS);
+    let mlx = dir.join(MLX_WEIGHTS);
+    if !path.exists() && mlx.exists() {
+        let (tensors, base) = read_file(&mlx)?;
+        let tensors = foreign::mlx_tensors(tensors).map_err(|problems| AdapterError::Mismatch {
+            path: mlx,
+            problems,
+            note: "This is an mlx-lm adapter; mlx_lm.fuse makes a model of it.".into(),
+        })?;
+        return Ok(ReadTensors { tensors, base });
+    }
     if !path.exists() && dir.join(PICKLE).exists() {
         return Err(AdapterError::Pickle(dir.to_path_buf()));
     }
-    read_file(&path)
+    let (tensors, base) = read_file(&path)?;
+    if whole(config) {
+        return Ok(ReadTensors { tensors, base });
+    }
+    let (tensors, _) = foreign::canonical(tensors).map_err(|problems| AdapterError::Mismatch {
+        path,
+        problems,
+        note: "Nothing was read of it.".into(),
+    })?;
+    Ok(ReadTensors { tensors, base })
 }
 
-fn read_file(path: &Path) -> Result<BTreeMap<String, Stored>> {
+/// Every tensor of a file and what its metadata say of the base. The file is read as a whole: were it
+/// mapped, another process that cuts it short could end this one.
+fn read_file(path: &Path) -> Result<(BTreeMap<String, Stored>, Option<String>)> {
     let format = |reason: String| AdapterError::Format {
         path: path.to_path_buf(),
         reason,
     };
-    let io = |source| AdapterError::Io {
-        path: path.to_path_buf(),
-        source,
-    };
-    let file = File::open(path).map_err(|e| unreadable(path, e))?;
-    if file.metadata().map_err(io)?.len() == 0 {
+    let bytes = std::fs::read(path).map_err(|e| unreadable(path, e))?;
+    if bytes.is_empty() {
         return Err(format("the file is empty".into()));
     }
-    // SAFETY: the map is only read, and dropped before this function returns; a file that another
-    // process cuts short meanwhile is the one case that cannot be guarded against.
-    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-    // Checks that the header fits the file and that the tensors cover it without gap or overlap.
-    let file = SafeTensors::deserialize(&map).map_err(|e| {
+    let broken = |e: safetensors::SafeTensorError| {
         format(format!(
-            "not a whole safetensors file ({e}); copy or download it again"
+            "not a whole safetensors file ({}); copy or download it again",
+            shown(&e.to_string())
         ))
-    })?;
+    };
+    // Checks that the header fits the file and that the tensors cover it without gap or overlap.
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
+    let file = SafeTensors::deserialize(&bytes).map_err(broken)?;
     let all = file.iter().map(|(key, view)| {
         let stored = Stored {
             dtype: view.dtype(),
@@ -220,46 +367,104 @@ fn read_file(path: &Path) -> Result<BTreeMap<String, Stored>> {
         };
         (key.to_string(), stored)
     });
-    Ok(all.collect())
+    let base = metadata.metadata().as_ref().and_then(|all| all.get(BASE));
+    Ok((all.collect(), base.cloned()))
+}
+
+/// The keys of a safetensors file and what its metadata say of the base, without its values.
+fn header(path: &Path) -> Result<(BTreeSet<String>, Option<String>)> {
+    let format = |reason: String| AdapterError::Format {
+        path: path.to_path_buf(),
+        reason,
+    };
+    let mut file = File::open(path).map_err(|e| unreadable(path, e))?;
+    let mut length = [0; 8];
+    let short = |e: std::io::Error| format(format!("not a whole safetensors file ({e})"));
+    file.read_exact(&mut length).map_err(short)?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_HEADER {
+        return Err(format(format!(
+            "not a safetensors file: its header would be {length} bytes long"
+        )));
+    }
+    let mut text = Vec::new();
+    let read = file.take(length).read_to_end(&mut text).map_err(short)?;
+    if read as u64 != length {
+        return Err(format(
+            "not a whole safetensors file; copy or download it again".into(),
+        ));
+    }
+    let all: Map<String, Value> = serde_json::from_slice(&text)
+        .map_err(|e| format(format!("its header is not JSON: {e}")))?;
+    let metadata = all.get("__metadata__");
+    let base = metadata
+        .and_then(|all| all.get(BASE))
+        .and_then(Value::as_str);
+    let base = base.map(str::to_owned);
+    let keys = all.into_iter().map(|(key, _)| key);
+    Ok((keys.filter(|key| key != "__metadata__").collect(), base))
 }
 
 /// A file that an adapter directory must have.
 fn unreadable(path: &Path, source: std::io::Error) -> AdapterError {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let there = foreign::what_is_there(dir).map_or(String::new(), |what| format!("; {what}"));
     let path = path.to_path_buf();
     match source.kind() {
         std::io::ErrorKind::NotFound => AdapterError::Format {
             path,
-            reason: "there is no such file; an adapter directory has adapter_config.json and \
-                     adapter_model.safetensors"
-                .into(),
+            reason: format!(
+                "there is no such file; an adapter directory has adapter_config.json and \
+                 adapter_model.safetensors{there}"
+            ),
         },
         _ => AdapterError::Io { path, source },
     }
 }
 
-fn serialize(tensors: &[HostTensor]) -> std::result::Result<Vec<u8>, safetensors::SafeTensorError> {
-    let bytes = |values: &[f32]| {
-        values
-            .iter()
-            .flat_map(|v| v.to_le_bytes())
-            .collect::<Vec<u8>>()
-    };
-    let raw: Vec<_> = tensors
-        .iter()
-        .map(|(key, shape, values)| (key, shape, bytes(values)))
-        .collect();
-    let mut views = Vec::with_capacity(raw.len());
-    for (key, shape, bytes) in &raw {
-        views.push((
-            key.as_str(),
-            TensorView::new(Dtype::F32, shape.to_vec(), bytes)?,
-        ));
+/// A safetensors file of f32 tensors, sorted by name. Written here and not by the format's own crate, which
+/// puts several metadata in another order each time.
+fn serialize(tensors: &[HostTensor], base: Option<&str>) -> std::result::Result<Vec<u8>, String> {
+    let mut sorted: Vec<&HostTensor> = tensors.iter().collect();
+    sorted.sort_by(|a, b| a.0.cmp(&b.0));
+    // Transformers wants to know who wrote the file.
+    let mut metadata = Map::new();
+    if let Some(base) = base {
+        metadata.insert(BASE.to_owned(), json!(base));
     }
-    // Tensors are sorted by name on the way out. Transformers wants to know who wrote the file.
-    safetensors::serialize(
-        views,
-        Some(HashMap::from([("format".to_string(), "pt".to_string())])),
-    )
+    metadata.insert("format".to_owned(), json!("pt"));
+    let mut header = Map::new();
+    header.insert("__metadata__".to_owned(), Value::Object(metadata));
+    let mut start = 0_usize;
+    for (key, shape, values) in &sorted {
+        let size = values.len().saturating_mul(4);
+        if shape.iter().product::<usize>() != values.len() {
+            return Err(format!("{key} {shape:?} has {} values", values.len()));
+        }
+        let end = start.saturating_add(size);
+        let place = json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, end] });
+        if header.insert(key.clone(), place).is_some() {
+            return Err(format!("{key} is there twice"));
+        }
+        start = end;
+    }
+    let mut header = Value::Object(header).to_string();
+    // The format aligns the data to eight bytes, with spaces.
+    header.push_str(
+        &" ".repeat(
+            header
+                .len()
+                .next_multiple_of(8)
+                .saturating_sub(header.len()),
+        ),
+    );
+    let mut bytes = Vec::with_capacity(start.saturating_add(header.len()).saturating_add(8));
+    bytes.extend((header.len() as u64).to_le_bytes());
+    bytes.extend(header.as_bytes());
+    for (_, _, values) in sorted {
+        bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    }
+    Ok(bytes)
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -284,15 +489,15 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 fn decode(view: &TensorView<'_>) -> Option<Vec<f32>> {
-    let data = view.data();
-    let halves = || data.chunks_exact(2).map(|b| [b[0], b[1]]);
+    let (halves, _) = view.data().as_chunks::<2>();
+    let halves = halves.iter().copied();
     Some(match view.dtype() {
-        Dtype::F32 => data
-            .chunks_exact(4)
-            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-            .collect(),
-        Dtype::F16 => halves().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::BF16 => halves().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::F32 => {
+            let (words, _) = view.data().as_chunks::<4>();
+            words.iter().map(|b| f32::from_le_bytes(*b)).collect()
+        }
+        Dtype::F16 => halves.map(|b| f16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::BF16 => halves.map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
         _ => return None,
     })
 }

@@ -28,6 +28,20 @@ pub struct Selection<'a> {
     pub rank_pattern: &'a [(String, usize)],
     /// Other alphas.
     pub alpha_pattern: &'a [(String, f64)],
+    /// Whether a head that shares the embedding's weights follows what is done to the embedding.
+    pub tie: Tie,
+}
+
+/// What becomes of a head that shares the embedding's weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tie {
+    /// It stays as it was.
+    #[default]
+    No,
+    /// It follows the embedding (`ensure_weight_tying`).
+    Follows,
+    /// It would, but for this option, which means another thing on a head than on an embedding.
+    Not(&'static str),
 }
 
 impl Selection<'_> {
@@ -43,6 +57,7 @@ impl Selection<'_> {
         alpha: 1.0,
         rank_pattern: &[],
         alpha_pattern: &[],
+        tie: Tie::No,
     };
 }
 
@@ -58,6 +73,8 @@ pub(crate) struct Matcher {
     layer_patterns: Vec<Regex>,
     rank: Vec<(Entry, Regex, usize)>,
     alpha: Vec<(Entry, Regex, f64)>,
+    /// Whether what is meant for a head means the embedding whose weights it shares.
+    tied: bool,
 }
 
 /// One thing the user wrote, and whether it has matched a module.
@@ -148,6 +165,7 @@ impl Matcher {
             layer_patterns,
             rank,
             alpha,
+            tied: false,
         };
         if s.save.iter().any(String::is_empty) {
             problems.push("modules_to_save: an empty name would mean every module".into());
@@ -159,9 +177,58 @@ impl Matcher {
         }
     }
 
+    /// From now on, what names the head or the embedding means the embedding, which the head follows.
+    pub fn tie(&mut self) {
+        self.tied = true;
+    }
+
+    /// What an embedding is to an adapter whose head follows it, as PEFT's `_check_tied_modules` has it:
+    /// names count by their last part, an expression by whether it matches one of the two bare names.
+    fn tied_role(&mut self) -> Result<Option<Role>, String> {
+        const BOTH: [&str; 2] = ["embed_tokens", "lm_head"];
+        let is_one = |text: &str| {
+            text.rsplit('.')
+                .next()
+                .is_some_and(|end| BOTH.contains(&end))
+        };
+        let mut saved = false;
+        for (entry, _) in self
+            .save
+            .iter_mut()
+            .filter(|(entry, _)| is_one(&entry.text))
+        {
+            entry.used = true;
+            saved = true;
+        }
+        if saved {
+            return Ok(Some(Role::Saved));
+        }
+        let hits = match &self.target {
+            Names::List(list) => {
+                let all = list.iter().enumerate();
+                all.filter(|(_, entry)| is_one(&entry.text))
+                    .map(|(i, _)| i)
+                    .collect()
+            }
+            Names::Regex(..) => {
+                let [table, head] = BOTH.map(|name| self.target.hits(name));
+                [table?, head?].concat()
+            }
+            Names::Nothing | Names::AllLinear => Vec::new(),
+        };
+        self.target.mark(&hits);
+        Ok((!hits.is_empty()).then_some(Role::Target))
+    }
+
     /// Decides about one module. `Err` holds a regular expression's failure on this name.
     pub fn role(&mut self, module: &ModuleShape) -> Result<Role, String> {
         let name = module.name.as_str();
+        if self.tied
+            && module.kind == ModuleKind::Embedding
+            && let Some(role) = self.tied_role()?
+        {
+            return Ok(role);
+        }
         let excluded = self.exclude.hits(name)?;
         self.exclude.mark(&excluded);
         if self.is_saved(name) {

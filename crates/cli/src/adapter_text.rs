@@ -115,12 +115,7 @@ pub fn inspect(out: &mut impl Write, report: &AdapterReport) -> Result<()> {
         }
         table(out, &rows)?;
     }
-    for key in &report.unknown_keys {
-        writeln!(
-            out,
-            "unknown setting: {key} (kept in the file, without effect)"
-        )?;
-    }
+    notes(out, &report.notes)?;
     if !report.kinds.is_empty() {
         writeln!(out)?;
         kinds(out, &report.kinds, report.delta_norm)?;
@@ -200,6 +195,7 @@ fn some(out: &mut impl Write, what: &str, lines: &[String]) -> Result<()> {
 }
 
 pub fn diff(out: &mut impl Write, report: &AdapterDiff) -> Result<()> {
+    notes(out, &report.notes)?;
     if report.same {
         return writeln!(out, "the same settings and the same values");
     }
@@ -250,7 +246,14 @@ pub fn diff(out: &mut impl Write, report: &AdapterDiff) -> Result<()> {
     table(out, &rows)
 }
 
+fn notes(out: &mut impl Write, notes: &[String]) -> Result<()> {
+    notes
+        .iter()
+        .try_for_each(|note| writeln!(out, "note        {note}"))
+}
+
 pub fn combined(out: &mut impl Write, report: &Combined) -> Result<()> {
+    notes(out, &report.notes)?;
     writeln!(
         out,
         "combined    {} modules, {}, r = lora_alpha = {}",
@@ -277,6 +280,7 @@ pub fn combined(out: &mut impl Write, report: &Combined) -> Result<()> {
 }
 
 pub fn converted(out: &mut impl Write, report: &Converted) -> Result<()> {
+    notes(out, &report.notes)?;
     let modules: usize = report.kinds.iter().map(|k| k.modules).sum();
     writeln!(
         out,

@@ -45,7 +45,7 @@ impl Args {
         for note in &report.notes {
             writeln!(out, "note        {note}")?;
         }
-        if let Some(note) = report.note {
+        for note in &report.adapter_notes {
             writeln!(out, "note        {note}")?;
         }
         Ok(Outcome::Done)

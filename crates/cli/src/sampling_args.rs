@@ -6,7 +6,7 @@ use anyhow::bail;
 use enamel_model::{Loading, Sampling};
 use enamel_train::loaded::{LoadedBase, OpenBase, base_of};
 use enamel_train::recipe::TemplateArguments;
-use enamel_train::{Compute, device, loftq};
+use enamel_train::{Compute, device, loftq, provenance};
 
 use crate::pull_progress::Bars;
 use crate::quantization_args::QuantizationArgs;
@@ -54,6 +54,9 @@ impl ModelArgs {
         let mut base = OpenBase::open(&reference, None, &mut Bars::default())?;
         base.tokenizer
             .set_template_arguments(self.chat_template_kwargs.0.clone());
+        if let Some(adapter) = &self.adapter {
+            base.for_adapter_dirs(std::slice::from_ref(adapter))?;
+        }
         let loading = Loading {
             compute: self.compute_dtype,
             quantization: self.quantization.quantization(),
@@ -61,8 +64,10 @@ impl ModelArgs {
         let mut base = base.load(&device, &loading)?;
         if let Some(adapter) = &self.adapter {
             let loaded = enamel_adapter::load_pretrained(&mut base.model, adapter, false)?;
-            if let Some(note) = loftq::beside_dense(&loaded.config, &base.model) {
-                terminal::note(note);
+            let mut notes = provenance::notes(adapter, Some(&base.open));
+            notes.extend(loftq::beside_dense(&loaded.config, &base.model).map(str::to_owned));
+            for note in notes {
+                terminal::note(&note);
             }
         }
         Ok(base)

@@ -14,13 +14,11 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::arch::Llama;
-use crate::checkpoint::{CheckpointError, TensorSource};
+use crate::checkpoint::{CheckpointError, EMBEDDING, HEAD, TensorSource};
 use crate::config::{LlamaConfig, bullets};
 use crate::kv_cache::KvCache;
 use crate::loading::{Loading, Quantization};
 
-const HEAD: &str = "lm_head.weight";
-const EMBEDDING: &str = "model.embed_tokens.weight";
 /// How many tensors of a kind an error spells out.
 const LISTED: usize = 40;
 /// Random values drawn from one stream; an even number, as they come in pairs.

@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::error::TrainError;
 use crate::inputs::Inputs;
 use crate::loftq;
+use crate::provenance;
 use crate::recipe::Recipe;
 use crate::steps::EvalLoader;
 use crate::trainee::Trainee;
@@ -35,8 +36,8 @@ pub struct EvalReport {
     #[serde(skip)]
     pub notes: Vec<Note>,
     /// What is to be known of the adapter on this base.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub note: Option<&'static str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub adapter_notes: Vec<String>,
 }
 
 /// Evaluates the recipe's base, with `adapter` if one is given, on the validation rows.
@@ -48,18 +49,22 @@ pub fn evaluate(
     adapter: Option<&Path>,
     progress: &mut dyn PullProgress,
 ) -> Result<EvalReport, TrainError> {
-    let inputs = Inputs::open(recipe, None, progress)?;
+    let mut inputs = Inputs::open(recipe, None, progress)?;
     if inputs.valid.is_empty() {
         return Err(TrainError::Mismatch(
             "the recipe has no validation rows\n  help: set data.valid or data.valid_fraction"
                 .to_string(),
         ));
     }
+    if let Some(dir) = adapter {
+        inputs.base.for_adapter_dirs(&[dir.to_owned()])?;
+    }
     let mut model = inputs.base.weights(&inputs.device, &inputs.loading())?;
-    let mut note = None;
+    let mut notes = Vec::new();
     if let Some(dir) = adapter {
         let loaded = enamel_adapter::load_pretrained(&mut model, dir, false)?;
-        note = loftq::beside_dense(&loaded.config, &model);
+        notes = provenance::notes(dir, Some(&inputs.base));
+        notes.extend(loftq::beside_dense(&loaded.config, &model).map(str::to_owned));
     }
     let trainee = Trainee { model };
     let pad = inputs.base.tokenizer.padding_id();
@@ -81,6 +86,6 @@ pub fn evaluate(
         device: inputs.device_name,
         compute_dtype: inputs.compute.name(),
         notes: inputs.train.notes,
-        note,
+        adapter_notes: notes,
     })
 }

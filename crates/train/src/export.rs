@@ -17,6 +17,7 @@ use crate::error::TrainError;
 use crate::loaded::{OpenBase, base_of};
 use crate::loftq;
 use crate::merge::{MergeBase, Merging, for_export, plainly, stored, trained_quantised};
+use crate::provenance;
 
 /// What to export, and where to.
 #[derive(Clone, Debug)]
@@ -137,11 +138,17 @@ pub fn export(
             (model, None)
         }
     };
-    let base = OpenBase::open(&reference, None, progress)?;
-    let (exported, file) = match (&adapter, options.adapter_only) {
+    let mut base = OpenBase::open(&reference, None, progress)?;
+    base.for_adapter_dirs(adapter.as_slice())?;
+    let notes = match &adapter {
+        Some(dir) => provenance::notes(dir, Some(&base)),
+        None => Vec::new(),
+    };
+    let (exported, mut file) = match (&adapter, options.adapter_only) {
         (Some(dir), true) => write_lora(&base, dir, &output, &to, device)?,
         _ => write_model(base, adapter, &output, &to, device)?,
     };
+    file.notes.extend(notes);
     Ok(ExportReport {
         output,
         outtype,
@@ -237,7 +244,7 @@ fn write_model(
         true => Exported::Model,
         false => Exported::Merged {
             modules: merging.changed(),
-            untied: merging.unties,
+            untied: merging.unties(),
         },
     };
     Ok((exported, file))
@@ -268,6 +275,11 @@ fn write_lora(
     };
     let adapter = HostAdapter::read(dir, &shapes, Some(&read))?;
     problems.extend(unfit(&adapter, &config));
+    if base.tied.is_some() {
+        problems.push(
+            "it is on lm_head, for which a model whose head is its embedding has no tensor in llama.cpp".to_owned(),
+        );
+    }
     if !problems.is_empty() {
         return Err(no_lora(dir, &problems));
     }

@@ -17,6 +17,7 @@ use crate::eva;
 use crate::loaded::OpenBase;
 use crate::loftq;
 use crate::plan::step_counts;
+use crate::provenance;
 use crate::recipe::{AdapterSettings, FileHash, LockInfo, Recipe};
 
 /// The inputs of a run.
@@ -73,6 +74,7 @@ impl Inputs {
             // How many steps there are is known once the data are; no other setting depends on it.
             None => recipe.adapter.config(usize::MAX),
         };
+        base.for_adapters(std::slice::from_ref(&adapter))?;
         // An adapter from elsewhere may name modules that this model lacks; PEFT loads it all the same.
         let plan = match &recipe.adapter.init_from {
             Some(_) => enamel_adapter::plan_for_load(&base.config.modules(), &adapter)?,
@@ -179,12 +181,22 @@ impl Inputs {
         let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
             Some(dir) => {
                 let config = enamel_adapter::load_pretrained(&mut model, dir, true)?.config;
+                if checkpoint.is_none() {
+                    for note in provenance::notes(dir, Some(&self.base)) {
+                        say(&format!("note     {note}"));
+                    }
+                }
                 if let Some(note) = loftq::beside_dense(&config, &model) {
                     say(&format!("note     {note}"));
                 }
                 config
             }
-            None => self.first(&mut model, recipe, say)?,
+            None => {
+                if let Some(note) = provenance::head_note(&self.adapter, &self.base) {
+                    say(&format!("note     {note}"));
+                }
+                self.first(&mut model, recipe, say)?
+            }
         };
         Ok((model, config))
     }

@@ -29,6 +29,7 @@ pub mod memory;
 pub mod merge;
 pub mod optimizer;
 pub mod plan;
+pub mod provenance;
 pub mod quantize;
 pub mod recipe;
 mod renderer;

@@ -1,8 +1,9 @@
 //! A base model: found, opened, cross-checked, and only then loaded.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
+use enamel_adapter::{AdapterConfig, MethodConfig, load_config, takes_head};
 use enamel_data::Tokenizer;
 use enamel_kernels::Compute;
 use enamel_model::checkpoint::Checkpoint;
@@ -14,6 +15,7 @@ use serde_json::Value;
 
 use crate::error::TrainError;
 use crate::footprint::Packed;
+use crate::provenance;
 
 /// A `tokenizer.json` in place of one that is not there: it refuses every text, and shows token 7
 /// as `<7>`.
@@ -41,6 +43,9 @@ pub struct OpenBase {
     pub tokenizer: Tokenizer,
     /// Whether it comes with a tokenizer.
     pub has_tokenizer: bool,
+    /// The shape that its files say, where [`Self::config`] gives a tied head a matrix of its own for an
+    /// adapter's sake.
+    pub tied: Option<LlamaConfig>,
 }
 
 /// The same with its weights on a device.
@@ -85,7 +90,51 @@ impl OpenBase {
             config,
             tokenizer,
             has_tokenizer,
+            tied: None,
         })
+    }
+
+    /// Makes the base ready for these adapters: where one of them takes hold of a head that shares the
+    /// embedding's weights (a target or a copy of its own), the head gets a matrix of its own that begins as
+    /// the embedding's, as in PEFT; where none does, it shares them.
+    ///
+    /// # Errors
+    /// An adapter on the head beside single rows of the embedding, which a tied head follows.
+    pub fn for_adapters(&mut self, adapters: &[AdapterConfig]) -> Result<(), TrainError> {
+        if let Some(tied) = self.tied.take() {
+            self.config = tied;
+        }
+        if !self.config.tie_word_embeddings {
+            return Ok(());
+        }
+        let untied = self.config.untied();
+        let modules = untied.modules();
+        if !adapters.iter().any(|adapter| takes_head(adapter, &modules)) {
+            return Ok(());
+        }
+        if adapters
+            .iter()
+            .any(|adapter| adapter.token_indices().is_some())
+        {
+            return Err(TrainError::Mismatch(
+                "trainable_token_indices trains rows of the embedding, which this model's lm_head shares and \
+                 follows, and lm_head is to be adapted or saved by itself\n  \
+                 help: choose one of the two"
+                    .to_owned(),
+            ));
+        }
+        self.checkpoint.show_head_apart();
+        self.tied = Some(std::mem::replace(&mut self.config, untied));
+        Ok(())
+    }
+
+    /// [`Self::for_adapters`] of the adapters in these directories.
+    ///
+    /// # Errors
+    /// As there; a configuration that cannot be read.
+    pub fn for_adapter_dirs(&mut self, dirs: &[PathBuf]) -> Result<(), TrainError> {
+        let configs: Result<Vec<_>, _> = dirs.iter().map(|dir| load_config(dir)).collect();
+        self.for_adapters(&configs?)
     }
 
     /// What an adapter's `base_model_name_or_path` should say for PEFT to find the same base: the
@@ -105,6 +154,11 @@ impl OpenBase {
         let is_commit =
             |text: &String| text.len() == 40 && text.bytes().all(|b| b.is_ascii_hexdigit());
         self.local.revision.clone().filter(is_commit)
+    }
+
+    /// What identifies its weights: see [`provenance::identity`].
+    pub fn identity(&self) -> Option<String> {
+        provenance::identity(&self.checkpoint.files())
     }
 
     /// The model on a device, frozen: its weights, read one tensor after the other, rounded if products are

@@ -19,6 +19,7 @@ use serde::Serialize;
 pub(crate) use self::folding::{Merging, stored};
 use crate::error::TrainError;
 use crate::loaded::{OpenBase, base_of};
+use crate::provenance;
 
 pub use drift::{ChoiceDrift, Drift, DriftReport};
 
@@ -181,7 +182,8 @@ pub fn merge(
     // Rows of a run have to be rendered as in it; a template that has gone matters to them alone.
     let template = runs.iter().flatten().next();
     let template = template.and_then(|run| run.recipe.model.chat_template_text().ok().flatten());
-    let base = OpenBase::open(&reference, template.as_deref(), progress)?;
+    let mut base = OpenBase::open(&reference, template.as_deref(), progress)?;
+    base.for_adapter_dirs(&options.adapters)?;
     let dtype = options
         .dtype
         .unwrap_or_else(|| SaveDtype::native(&base.checkpoint));
@@ -206,7 +208,8 @@ pub fn merge(
     merging.trained = trained.as_ref().map(|trained| trained.loading.clone());
     let unknown =
         |reason: String| format!("how the base was held in training is not known: {reason}");
-    let mut notes: Vec<String> = unreadable.into_iter().map(unknown).collect();
+    let mut notes = provenance::notes_of_all(&options.adapters, Some(&merging.base));
+    notes.extend(unreadable.into_iter().map(unknown));
     if choice.base != belongs && belongs == MergeBase::Dequantized {
         notes.push(format!(
             "{LOFTQ} makes up for what its quantised base lost, which the dense one has not lost"
@@ -259,7 +262,7 @@ pub fn merge(
         drift,
         dtype,
         modules: merging.changed(),
-        untied: merging.unties,
+        untied: merging.unties(),
         check,
     })
 }

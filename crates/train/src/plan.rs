@@ -119,6 +119,15 @@ pub fn plan_model(
         packed,
     } = known(recipe, progress)?;
     let config = recipe.adapter.config(PLAN_STEPS);
+    // A tied head that the adapter takes hold of becomes a matrix of its own.
+    let untied = llama.as_ref().map(LlamaConfig::untied);
+    let (llama, modules) = match untied {
+        Some(untied) if enamel_adapter::takes_head(&config, &untied.modules()) => {
+            let modules = untied.modules();
+            (Some(untied), modules)
+        }
+        _ => (llama, modules),
+    };
     let adapter = enamel_adapter::plan(&modules, &config)?;
     let device = device::open(recipe.device.parse()?).ok();
     let memory = llama.map(|llama| {

@@ -428,6 +428,7 @@ fn save_meta(inputs: &Inputs, extra_readme: Option<String>) -> SaveMeta {
         base_model_name_or_path: inputs.base.name_for_peft(),
         revision: inputs.base.revision_for_peft(),
         task_type: Some("CAUSAL_LM".to_string()),
+        base_identity: inputs.base.identity(),
         extra_readme,
     }
 }

@@ -122,14 +122,26 @@ impl Reader {
     }
 }
 
+/// A foreign setting on one line; a value that would fill pages is cut.
+pub(crate) fn setting(key: &str, value: &Value) -> String {
+    const LONGEST: usize = 80;
+    let value = value.to_string();
+    let mut short: String = value.chars().take(LONGEST).collect();
+    if short.len() < value.len() {
+        short.push('…');
+    }
+    crate::foreign::shown(&format!("{key} = {short}"))
+}
+
 /// Whether a value switches its feature on.
 pub(crate) fn asks(value: &Value) -> bool {
     match value {
         Value::Null => false,
         Value::Bool(on) => *on,
+        Value::String(text) => !text.is_empty(),
+        Value::Number(number) => number.as_f64() != Some(0.0),
         Value::Array(list) => !list.is_empty(),
         Value::Object(map) => !map.is_empty(),
-        _ => true,
     }
 }
 
@@ -232,6 +244,13 @@ macro_rules! peft_config {
                     !known(key) && $crate::config::fields::asks(value)
                 });
                 idle.map(|(key, _)| key.as_str()).collect()
+            }
+
+            /// [`Self::unknown_keys`] with their values, for people.
+            pub fn unknown_settings(&self) -> Vec<String> {
+                let keys = self.unknown_keys().into_iter();
+                keys.filter_map(|key| Some($crate::config::fields::setting(key, self.other.get(key)?)))
+                    .collect()
             }
 
             /// One line for each key that asks for what is not here, and for a `task_type` PEFT does

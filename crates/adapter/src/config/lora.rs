@@ -182,6 +182,9 @@ peft_config! {
         lora_bias: bool = false;
         /// Tokens of which the embedding's row is trained.
         trainable_token_indices: Option<TokenIndices> = None;
+        /// On a model whose head shares the embedding's weights: whether the head follows what is trained
+        /// of the embedding.
+        ensure_weight_tying: bool = false;
     }
     written {
         // About the base's own storage, which is `[out, in]` here whatever a file says.
@@ -189,7 +192,6 @@ peft_config! {
         "alora_invocation_tokens": Value::Null;
         "arrow_config": Value::Null;
         "corda_config": Value::Null;
-        "ensure_weight_tying": json!(false);
         "eva_config": Value::Null;
         "layer_replication": Value::Null;
         "loftq_config": json!({});
@@ -210,7 +212,6 @@ peft_config! {
         "velora_config": "VeLoRA";
         "monteclora_config": "Monte Carlo LoRA";
         "kasa_config": "KaSA";
-        "ensure_weight_tying": "adapters shared between tied layers";
     }
 }
 

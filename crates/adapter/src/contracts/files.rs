@@ -216,7 +216,7 @@ fn a_directory_says_which_modules_and_is_for_inference() {
             base_model_name_or_path: Some("org/tiny".into()),
             revision: Some("v2".into()),
             task_type: Some("CAUSAL_LM".into()),
-            extra_readme: None,
+            ..SaveMeta::default()
         };
         let dir = TempDir::new().unwrap();
         save_pretrained(&model, &case.config, &meta, dir.path()).unwrap();

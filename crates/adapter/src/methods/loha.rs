@@ -220,6 +220,7 @@ impl MethodConfig for LohaConfig {
             alpha: self.alpha,
             rank_pattern: &self.rank_pattern,
             alpha_pattern: &self.alpha_pattern,
+            ..Selection::NOTHING
         }
     }
 

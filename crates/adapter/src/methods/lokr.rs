@@ -277,6 +277,7 @@ impl MethodConfig for LokrConfig {
             alpha: self.alpha,
             rank_pattern: &self.rank_pattern,
             alpha_pattern: &self.alpha_pattern,
+            ..Selection::NOTHING
         }
     }
 

@@ -20,7 +20,7 @@ use crate::config::{Bias, LoraConfig, Purpose, TokenIndices};
 use crate::error::Result;
 use crate::linear::Base;
 use crate::plan::TargetPlan;
-use crate::target::{DEFAULT_TARGETS, Selection};
+use crate::target::{DEFAULT_TARGETS, Selection, Tie};
 
 pub(super) const A: &str = "lora_A.weight";
 pub(super) const B: &str = "lora_B.weight";
@@ -268,6 +268,12 @@ impl MethodConfig for LoraConfig {
             alpha: self.lora_alpha,
             rank_pattern: &self.rank_pattern,
             alpha_pattern: &self.alpha_pattern,
+            tie: match (self.ensure_weight_tying, self.use_dora, self.lora_bias) {
+                (false, _, _) => Tie::No,
+                (true, true, _) => Tie::Not("use_dora"),
+                (true, _, true) => Tie::Not("lora_bias"),
+                (true, false, false) => Tie::Follows,
+            },
         }
     }
 

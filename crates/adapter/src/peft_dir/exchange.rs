@@ -63,5 +63,6 @@ pub(crate) fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFi
     AdapterFile {
         tensors: tensors.collect(),
         config: config.into(),
+        base: file.base,
     }
 }

@@ -173,7 +173,7 @@ pub(crate) fn load<M: Adaptable>(
 ) -> Result<LoadedAdapter> {
     let prepared = ready(model, name, &config)?;
     let path = dir.join(WEIGHTS);
-    let mut stored = read_tensors(dir)?;
+    let mut stored = read_tensors(dir, &config.clone().into())?.tensors;
     let empty = stored.is_empty();
     let mut problems = Vec::new();
     let mut take = |key: String, shape: &[usize]| -> Vec<f32> {
@@ -377,7 +377,13 @@ pub(crate) fn save<M: Adaptable>(
     );
     plan.targets.truncate(gate.mixing.layers);
     let card = model_card(&config, &plan, meta);
-    AdapterFile { config, tensors }.write(dir, Some(&card))
+    let base = meta.base_identity.clone();
+    let file = AdapterFile {
+        config,
+        tensors,
+        base,
+    };
+    file.write(dir, Some(&card))
 }
 
 /// How the expert in `from` is named in a configuration in `dir`.

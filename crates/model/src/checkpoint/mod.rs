@@ -25,6 +25,11 @@ use self::gguf::GgufFile;
 pub use self::error::{CheckpointError, Problems};
 pub use self::mapped::mapped_at;
 
+/// The output head's matrix.
+pub(crate) const HEAD: &str = "lm_head.weight";
+/// The embedding's.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// The element type a tensor has in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SourceDtype {
@@ -128,6 +133,29 @@ impl Checkpoint {
             index,
             backing,
         })
+    }
+
+    /// Shows the one matrix of a tied embedding and head under both names, for a head that is to be held, and
+    /// changed, by itself. A name that the file has stays as it is.
+    pub fn show_head_apart(&mut self) {
+        for (name, other) in [(HEAD, EMBEDDING), (EMBEDDING, HEAD)] {
+            let Some(&at) = self.index.get(other) else {
+                continue;
+            };
+            let Some(info) = self
+                .tensors
+                .get(at)
+                .filter(|_| !self.index.contains_key(name))
+            else {
+                continue;
+            };
+            let info = TensorInfo {
+                name: name.to_owned(),
+                ..info.clone()
+            };
+            self.tensors.push(info);
+            self.index.insert(name.to_owned(), at);
+        }
     }
 
     /// The path it was opened from.
@@ -276,7 +304,9 @@ impl Checkpoint {
             Backing::Directory(directory) => directory.packed_bytes(index),
             Backing::Gguf(gguf) => gguf.packed_bytes(index),
         };
-        let all = self.tensors.iter().enumerate();
+        // A second name of a tensor has no bytes of its own.
+        let own = |(index, info): &(usize, &TensorInfo)| self.index.get(&info.name) == Some(index);
+        let all = self.tensors.iter().enumerate().filter(own);
         all.filter_map(|(index, info)| {
             let stored = StoredPacked {
                 bytes: bytes(index)?,

@@ -17,6 +17,7 @@ use serde::Serialize;
 use super::inspect::linalg;
 use super::{ByKind, refuse_occupied, relative};
 use crate::error::TrainError;
+use crate::provenance;
 
 /// What to combine, how, and where to.
 #[derive(Clone, Debug)]
@@ -48,6 +49,8 @@ pub struct Combined {
     pub error: f64,
     /// Modules that only some of the adapters adapt.
     pub partial: usize,
+    /// What is to be known of the adapters' files.
+    pub notes: Vec<String>,
 }
 
 /// One module of the result, and how far it is from the weighted sum: squares of the difference and of the
@@ -143,10 +146,12 @@ pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
             .collect(),
         error: relative(all[0], all[1]),
         partial: modules.len() - modules.iter().filter(touches).count(),
+        notes: provenance::notes_of_all(&request.adapters, None),
     };
     let file = AdapterFile {
         config: config.into(),
         tensors,
+        base: provenance::common_base(&request.adapters),
     };
     facts::write_new(
         &file,
@@ -197,6 +202,12 @@ fn plain<'a>(
         }
         if !adapter.plan().saved.is_empty() {
             refuse("modules_to_save: modules trained whole are not combined; merge instead");
+        }
+        if adapter.plan().tied {
+            refuse(
+                "ensure_weight_tying: an adapter whose output head follows its embedding is not combined; merge \
+                 instead",
+            );
         }
         if !adapter.plan().tokens.is_empty() {
             refuse("trainable_token_indices: trained rows are not combined; merge instead");

@@ -19,6 +19,7 @@ use super::inspect::linalg;
 use super::{ByKind, method, refuse_occupied, relative};
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
+use crate::provenance;
 
 /// What to convert, how closely, and where to.
 #[derive(Clone, Debug)]
@@ -48,6 +49,8 @@ pub struct Converted {
     pub parameters: [usize; 2],
     /// Tensors that were taken over as they are: copies, biases, rows.
     pub kept: usize,
+    /// What is to be known of the adapter's files.
+    pub notes: Vec<String>,
 }
 
 /// The modules of one kind.
@@ -78,8 +81,13 @@ struct Base {
 }
 
 impl Base {
-    fn open(reference: &str, progress: &mut dyn PullProgress) -> Result<Self, TrainError> {
-        let open = OpenBase::open(reference, None, progress)?;
+    fn open(
+        reference: &str,
+        adapter: &Path,
+        progress: &mut dyn PullProgress,
+    ) -> Result<Self, TrainError> {
+        let mut open = OpenBase::open(reference, None, progress)?;
+        open.for_adapter_dirs(&[adapter.to_owned()])?;
         let (config, embedding) = CausalLm::fit(&open.config, &open.checkpoint)?;
         Ok(Self {
             modules: config.modules(),
@@ -110,7 +118,7 @@ pub fn convert(
     let base = request
         .model
         .as_ref()
-        .map(|r| Base::open(r, progress))
+        .map(|r| Base::open(r, &request.adapter, progress))
         .transpose()?;
     let adapter = match &base {
         None => facts::open(&request.adapter, None, None)?,
@@ -179,10 +187,12 @@ pub fn convert(
                 .sum(),
         ],
         kept,
+        notes: provenance::notes(&request.adapter, base.as_ref().map(|base| &base.open)),
     };
     let file = AdapterFile {
         config: config.into(),
         tensors: all,
+        base: enamel_adapter::base_identity(&request.adapter),
     };
     facts::write_new(
         &file,
@@ -222,6 +232,15 @@ fn refuse_unfit(
     if !adapter.own_biases().is_empty() {
         let help = "use the adapter as it is, or merge it";
         return refuse("lora_bias: its biases would be lost".to_owned(), help);
+    }
+    if adapter.plan().tied {
+        let help = "use the adapter as it is, or merge it";
+        return refuse(
+            "ensure_weight_tying: its output head follows its embedding, which what it is converted to would not \
+             say"
+                .to_owned(),
+            help,
+        );
     }
     match adapter.needs_base() {
         Some(reason) if !has_base => refuse(reason.to_owned(), "name the base with --model"),

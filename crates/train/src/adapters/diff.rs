@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::ByKind;
 use super::inspect::linalg;
 use crate::error::TrainError;
+use crate::provenance;
 
 /// All differences of two adapters.
 #[derive(Clone, Debug, Serialize)]
@@ -33,6 +34,8 @@ pub struct AdapterDiff {
     pub not_compared: Option<String>,
     /// Whether the files say the same, tensor by tensor and setting by setting.
     pub same: bool,
+    /// What is to be known of the adapters' files.
+    pub notes: Vec<String>,
 }
 
 /// A setting that differs.
@@ -84,6 +87,7 @@ pub fn diff(first: &Path, second: &Path) -> Result<AdapterDiff, TrainError> {
         total: None,
         not_compared: None,
         same: false,
+        notes: provenance::notes_of_all(&[first.to_owned(), second.to_owned()], None),
     };
     let wrong = [first, second]
         .into_iter()

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::{ByKind, method, parameters, rank_alpha};
 use crate::error::TrainError;
+use crate::provenance;
 
 /// All that two files say.
 #[derive(Clone, Debug, Serialize)]
@@ -56,6 +57,8 @@ pub struct AdapterReport {
     pub untrained: bool,
     /// What is wrong with it.
     pub problems: Vec<String>,
+    /// What is to be known of its files.
+    pub notes: Vec<String>,
 }
 
 /// A setting that is not PEFT's default.
@@ -134,6 +137,7 @@ pub fn inspect(dir: &Path) -> Result<AdapterReport, TrainError> {
             .collect(),
         untrained: false,
         problems: facts.problems.clone(),
+        notes: provenance::notes(dir, None),
     };
     report.dtypes = facts.tensors.iter().map(|t| t.dtype.clone()).collect();
     report.dtypes.sort();

@@ -28,8 +28,9 @@ pub(crate) struct Merging<'a> {
     pub trained: Option<Loading>,
     /// The element type that is written.
     pub dtype: SaveDtype,
-    /// Whether a head that shared the embedding's weights needs its own from now on.
-    pub unties: bool,
+    /// Whether a head that shared the embedding's weights needs its own from now on, for what is done to the
+    /// embedding alone.
+    pub(super) unties: bool,
     pub device: &'a Device,
 }
 
@@ -59,8 +60,9 @@ impl<'a> Merging<'a> {
         let parts = |name: &str| {
             adapters.iter().any(|(adapter, _)| {
                 let plan = adapter.plan();
-                plan.targets.iter().any(|t| t.name == name)
-                    || plan.saved.iter().any(|s| s.name == name)
+                let takes = plan.targets.iter().any(|t| t.name == name)
+                    || plan.saved.iter().any(|s| s.name == name);
+                takes && !plan.tied
             })
         };
         let mut tables = modules.iter().filter(|m| m.kind == ModuleKind::Embedding);
@@ -102,6 +104,11 @@ impl<'a> Merging<'a> {
         self.adapters
             .iter()
             .any(|(adapter, _)| adapter.touches(module))
+    }
+
+    /// Whether a head that shared the embedding's weights has its own from now on.
+    pub fn unties(&self) -> bool {
+        self.unties || self.base.tied.is_some()
     }
 
     /// How many modules the adapters change.

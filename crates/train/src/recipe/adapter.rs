@@ -64,6 +64,10 @@ section! {
         /// LoRA, DoRA: tokens of which the embedding's row is trained: a list of ids, or a table from
         /// embedding to such a list.
         trainable_token_indices: Option<TokenIndices> = None, any;
+        /// LoRA, DoRA, head: on a model whose `lm_head` shares the embedding's weights, have it follow what is
+        /// trained of the embedding. Left at false, an embedding or head that is adapted or saved is so by itself,
+        /// and merging gives the head a matrix of its own.
+        ensure_weight_tying: bool = false, any;
         /// LoRA, DoRA: first values. `true` for Kaiming-uniform A and zero B, `false` for a B that is not
         /// zero, `"gaussian"`, `"orthogonal"`, `"pissa"`, `"pissa_niter_N"` (N power iterations),
         /// `"olora"`, `"eva"` (from the inputs of the layers on the training data), or `"loftq"` (from what
@@ -172,6 +176,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("bias", LORA),
     ("lora_bias", &["lora"]),
     ("trainable_token_indices", LORA),
+    ("ensure_weight_tying", &["lora", "dora", "head"]),
     ("init_lora_weights", LORA),
     ("eva_rho", LORA),
     ("loftq_config", LORA),

@@ -147,6 +147,7 @@ impl AdapterSettings {
             "head" => LoraConfig {
                 target_modules: Some(Targets::Nothing),
                 modules_to_save,
+                ensure_weight_tying: self.ensure_weight_tying,
                 task_type,
                 ..LoraConfig::default()
             }
@@ -169,6 +170,7 @@ impl AdapterSettings {
                     bias: self.bias,
                     lora_bias: self.lora_bias,
                     trainable_token_indices: self.trainable_token_indices.clone(),
+                    ensure_weight_tying: self.ensure_weight_tying,
                     task_type,
                     ..LoraConfig::default()
                 };
