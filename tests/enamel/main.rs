@@ -46,6 +46,7 @@ mod peft_files;
 mod pseudo_terminal;
 mod quantised;
 mod quantize;
+mod repositories;
 mod schedules;
 mod several;
 mod smollm2;

@@ -7,6 +7,7 @@ use enamel_adapter::combine::{CombinationType, CombineOptions, MajoritySign, Ran
 use enamel_train::adapters::{self, CombineRequest, ConvertRequest};
 use serde_json::json;
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 use crate::adapter_text as text;
 use crate::pull_progress::Bars;
@@ -35,7 +36,7 @@ enum Verb {
 #[derive(clap::Args)]
 struct List {
     /// Directories to look in
-    #[arg(value_name = "DIR", required = true)]
+    #[arg(value_name = "DIR", required = true, value_parser = path())]
     dirs: Vec<PathBuf>,
     /// Print JSON
     #[arg(long)]
@@ -45,7 +46,7 @@ struct List {
 #[derive(clap::Args)]
 struct Inspect {
     /// Adapter directory
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", value_parser = path())]
     dir: PathBuf,
     /// Print JSON
     #[arg(long)]
@@ -55,7 +56,7 @@ struct Inspect {
 #[derive(clap::Args)]
 struct Combine {
     /// LoRA directory; give it once for each adapter
-    #[arg(long, value_name = "DIR", required = true)]
+    #[arg(long, value_name = "DIR", required = true, value_parser = path())]
     adapter: Vec<PathBuf>,
     /// A weight for each adapter
     #[arg(
@@ -86,17 +87,17 @@ struct Combine {
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
     /// Directory to write
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     output: PathBuf,
 }
 
 #[derive(clap::Args)]
 struct Diff {
     /// Adapter directory
-    #[arg(value_name = "A")]
+    #[arg(value_name = "A", value_parser = path())]
     first: PathBuf,
     /// Adapter directory
-    #[arg(value_name = "B")]
+    #[arg(value_name = "B", value_parser = path())]
     second: PathBuf,
     /// Print JSON
     #[arg(long)]
@@ -106,7 +107,7 @@ struct Diff {
 #[derive(clap::Args)]
 struct Convert {
     /// Adapter directory
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", value_parser = path())]
     dir: PathBuf,
     /// What to make of it
     #[arg(long, value_name = "METHOD", default_value = "lora")]
@@ -121,7 +122,7 @@ struct Convert {
     #[arg(long, value_name = "REF")]
     model: Option<String>,
     /// Directory to write
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     output: PathBuf,
 }
 

@@ -8,19 +8,20 @@ use anyhow::{Context, anyhow, bail};
 use enamel_train::compare::{Row, finished, folder, table, write};
 use enamel_train::recipe::RecipeFile;
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 
 /// Arguments of `enamel compare`.
 #[derive(clap::Args)]
 pub struct Args {
     /// A recipe with [[compare]] tables, each with a name and a list `set` of overrides
-    #[arg(value_name = "RECIPE")]
+    #[arg(value_name = "RECIPE", value_parser = path())]
     recipe: PathBuf,
     /// Train only the variants of these names; the table has all that are done
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
     /// Where the runs go [default: the recipe's output directory]
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     output: Option<PathBuf>,
     /// Overrides for all of them, as section.name=value
     #[arg(long, value_name = "NAME=VALUE")]

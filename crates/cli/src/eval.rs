@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use enamel_train::eval;
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::recipe_args::RecipeArgs;
@@ -15,7 +16,7 @@ pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
     /// Adapter directory in PEFT's format; without it, the base alone
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     adapter: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]

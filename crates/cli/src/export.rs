@@ -7,6 +7,7 @@ use enamel_model::save::OutType;
 use enamel_train::device;
 use enamel_train::export::{ExportOptions, Exported, export};
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 
@@ -29,7 +30,7 @@ pub struct Args {
     #[arg(long)]
     adapter_only: bool,
     /// File to write; without it NAME-TYPE.gguf here
-    #[arg(long, visible_aliases = ["out", "outfile"], value_name = "FILE")]
+    #[arg(long, visible_aliases = ["out", "outfile"], value_name = "FILE", value_parser = path())]
     output: Option<PathBuf>,
     /// Replace the file if it is there
     #[arg(long)]

@@ -5,6 +5,7 @@ mod adapter_text;
 mod allocator;
 mod bench_text;
 mod failure;
+mod paths;
 mod pull_progress;
 mod quantization_args;
 mod recipe_args;

@@ -7,6 +7,7 @@ use enamel_model::save::SaveDtype;
 use enamel_train::device;
 use enamel_train::merge::{MergeBase, MergeOptions, MergeReport, merge};
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::quantization_args::QuantizationArgs;
@@ -18,7 +19,7 @@ pub struct Args {
     #[arg(long, value_name = "REF")]
     model: Option<String>,
     /// Adapter directory in PEFT's format; several are added up
-    #[arg(long, value_name = "DIR", required = true)]
+    #[arg(long, value_name = "DIR", required = true, value_parser = path())]
     adapter: Vec<PathBuf>,
     /// A weight for each adapter; without it, 1 each
     #[arg(
@@ -29,7 +30,7 @@ pub struct Args {
     )]
     weights: Vec<f64>,
     /// Directory to write
-    #[arg(long, value_name = "DIR", required_unless_present = "compare_bases")]
+    #[arg(long, value_name = "DIR", required_unless_present = "compare_bases", value_parser = path())]
     output: Option<PathBuf>,
     /// For an adapter trained on a quantised base: the weights to merge into, those in the base's files or the
     /// quantised and dequantised ones that it was trained on [default: dense; dequantized after LoftQ's start]

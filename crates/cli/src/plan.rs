@@ -8,6 +8,7 @@ use enamel_train::footprint::{self, Proposal};
 use enamel_train::plan;
 use enamel_train::recipe::Recipe;
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::recipe_args::{Changes, RecipeArgs};
@@ -19,7 +20,8 @@ pub struct Args {
     #[arg(
         value_name = "RECIPE",
         required_unless_present = "model",
-        conflicts_with = "model"
+        conflicts_with = "model",
+        value_parser = path()
     )]
     recipe: Option<PathBuf>,
     /// Count for this model alone, with --set adapter.… as the adapter; a directory with nothing but

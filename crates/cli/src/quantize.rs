@@ -8,6 +8,7 @@ use enamel_model::save::SaveDtype;
 use enamel_train::quantize::{QuantizeOptions, quantize};
 use enamel_train::recipe::{FourBitCompute, FourBitType, QuantizationSettings};
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 
@@ -18,7 +19,7 @@ pub struct Args {
     #[arg(value_name = "MODEL")]
     model: String,
     /// Directory to write
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     output: PathBuf,
     /// Linear layers in 4 bits (the default)
     #[arg(long, conflicts_with = "load_in_8bit")]

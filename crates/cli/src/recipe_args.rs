@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use enamel_train::recipe::{LockInfo, Recipe, RecipeFile};
 
+use crate::paths::path;
+
 /// A recipe and what the command line changes in it.
 #[derive(clap::Args)]
 pub struct RecipeArgs {
     /// The recipe, or the recipe.lock.toml of an earlier run
-    #[arg(value_name = "RECIPE")]
+    #[arg(value_name = "RECIPE", value_parser = path())]
     pub recipe: PathBuf,
     #[command(flatten)]
     pub changes: Changes,

@@ -8,6 +8,7 @@ use enamel_train::loaded::{LoadedBase, OpenBase, base_of};
 use enamel_train::recipe::TemplateArguments;
 use enamel_train::{Compute, device, loftq, provenance};
 
+use crate::paths::path;
 use crate::pull_progress::Bars;
 use crate::quantization_args::QuantizationArgs;
 use crate::terminal;
@@ -19,7 +20,7 @@ pub struct ModelArgs {
     #[arg(long, value_name = "REF", required_unless_present = "adapter")]
     pub model: Option<String>,
     /// Adapter directory in PEFT's format; without --model, on the base that it names
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     pub adapter: Option<PathBuf>,
     /// Where to compute: auto, flex, ndarray, cuda, cuda:N, wgpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]

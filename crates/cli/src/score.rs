@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use enamel_data::{DataSpec, load_examples};
 use enamel_train::score::score;
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 use crate::sampling_args::ModelArgs;
 
@@ -15,13 +16,13 @@ pub struct Args {
     #[command(flatten)]
     model: ModelArgs,
     /// Rows in any format that trains: messages, prompt and completion, text, input_ids
-    #[arg(long, value_name = "ROWS.jsonl")]
+    #[arg(long, value_name = "ROWS.jsonl", value_parser = path())]
     input: PathBuf,
     /// One JSON line a row: loss, and log_probs of its tokens
-    #[arg(long, value_name = "SCORES.jsonl")]
+    #[arg(long, value_name = "SCORES.jsonl", value_parser = path())]
     output: PathBuf,
     /// Logits too: one f32 tensor `logits.<row>` [tokens, vocabulary] a row
-    #[arg(long, value_name = "OUT.safetensors")]
+    #[arg(long, value_name = "OUT.safetensors", value_parser = path())]
     logits: Option<PathBuf>,
     /// Rows a forward pass; shorter ones are padded
     #[arg(long, value_name = "N", default_value_t = 1,

@@ -8,6 +8,7 @@ use anyhow::Context;
 use enamel_train::signals::{Listener, StopFlag};
 use enamel_train::{Resume, RunOutcome, TrainOptions, thousands};
 
+use crate::paths::path;
 use crate::{Outcome, terminal};
 use crate::pull_progress::Bars;
 use crate::recipe_args::RecipeArgs;
@@ -18,13 +19,13 @@ pub struct Args {
     #[command(flatten)]
     recipe: RecipeArgs,
     /// Run directory, instead of the recipe's output.dir
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path())]
     output: Option<PathBuf>,
     /// Replace a run that is already there
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
     /// Go on from the newest checkpoint of the run directory, or from the checkpoint DIR
-    #[arg(long, value_name = "DIR", num_args = 0..=1)]
+    #[arg(long, value_name = "DIR", num_args = 0..=1, value_parser = path())]
     resume: Option<Option<PathBuf>>,
     /// With --resume: go on although the run began on another device, CPU path or version, and end at other bits
     #[arg(long, requires = "resume")]

@@ -124,6 +124,12 @@ pub enum BadReason {
     /// The row is a conversation and the tokenizer has no chat template.
     #[error("a conversation needs a chat template and this tokenizer has none")]
     NoChatTemplate,
+    /// The row is text and the model has no tokenizer.
+    #[error("text needs a tokenizer: {reason}")]
+    NoTokenizer {
+        /// Why there is none.
+        reason: String,
+    },
     /// The chat template failed on the conversation.
     #[error(transparent)]
     Template(#[from] TemplateError),
@@ -223,13 +229,41 @@ pub enum DataError {
         /// What is wrong with it.
         detail: String,
     },
-    /// `tokenizer_config.json` has a field of the wrong shape.
-    #[error("tokenizer_config.json: `{field}` {detail}")]
+    /// A file beside `tokenizer.json` has a field of the wrong shape.
+    #[error("{file}: `{field}` {detail}")]
     TokenizerConfig {
+        /// The file.
+        file: &'static str,
         /// The field.
         field: String,
         /// What is wrong with it.
         detail: String,
+    },
+    /// The text begins or ends with a token that there is none of.
+    #[error(
+        "{file}: `{field}` names {token:?}, which no file of the tokenizer declares, and the embedding's {rows} \
+         rows have none for a new token\n  help: name a token of the vocabulary there, or bring the added_tokens.json \
+         that belongs to the model"
+    )]
+    SpecialToken {
+        /// The file that names it.
+        file: &'static str,
+        /// `bos_token` or `eos_token`.
+        field: String,
+        /// The token.
+        token: String,
+        /// Rows of the embedding.
+        rows: usize,
+    },
+    /// Files that contradict each other about ids.
+    #[error(
+        "the tokenizer's files contradict each other:{}\n  help: all must be of one model; remove the file that is \
+         of another, or correct it",
+        show_list(wrong)
+    )]
+    TokenIds {
+        /// Each token with the files and their ids.
+        wrong: Vec<String>,
     },
     /// The chat template cannot be used.
     #[error(transparent)]
@@ -242,6 +276,14 @@ pub enum DataError {
     NoChatTemplate {
         /// The first row that needs it.
         row: RowRef,
+    },
+    /// There is text and no tokenizer.
+    #[error("{}text needs a tokenizer: {reason}", row.as_ref().map(|row| format!("{row}: ")).unwrap_or_default())]
+    NoTokenizer {
+        /// The first row that is text, if it comes from rows.
+        row: Option<RowRef>,
+        /// Why there is none and what to do.
+        reason: String,
     },
     /// Rows that cannot be trained on, all of them.
     #[error("{}", show_bad_rows(rows, *total))]
@@ -308,6 +350,19 @@ pub(crate) fn shown(text: &str) -> String {
         out.push('…');
     }
     out
+}
+
+/// The first of a list, one a line.
+fn show_list(lines: &[String]) -> String {
+    let mut text: String = lines
+        .iter()
+        .take(20)
+        .map(|line| format!("\n  - {line}"))
+        .collect();
+    if let Some(more) = lines.len().checked_sub(20).filter(|more| *more > 0) {
+        text.push_str(&format!("\n  - and {more} more"));
+    }
+    text
 }
 
 fn show_bad_rows(rows: &[BadRow], total: usize) -> String {

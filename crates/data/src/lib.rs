@@ -31,4 +31,4 @@ pub use masks::{IGNORED, TrainOn};
 pub use message::Message;
 pub use records::{RecordFormat, Remark, check_arguments};
 pub use token_stream::TokenStream;
-pub use tokenizer::{Encoded, Tokenizer};
+pub use tokenizer::{Encoded, Tokenizer, TokenizerFiles};

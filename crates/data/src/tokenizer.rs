@@ -1,5 +1,12 @@
 //! The tokenizer: text to ids with offsets, ids to text, special tokens and the chat template.
 
+mod added;
+#[cfg(test)]
+mod added_tests;
+mod guard;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 
 use serde_json::{Map, Value};
@@ -9,16 +16,7 @@ use crate::error::DataError;
 use crate::files::sha256_hex;
 use crate::message::Message;
 
-/// The named special tokens of `tokenizer_config.json`.
-const SPECIAL_TOKEN_NAMES: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-];
+use self::guard::{damaged, guarded};
 
 /// End-of-turn tokens of published chat templates, for models whose `eos_token` is another one.
 const END_OF_TURN_TOKENS: [&str; 9] = [
@@ -49,9 +47,31 @@ pub struct Tokenizer {
     special_ids: Vec<u32>,
     end_of_turn_ids: Vec<u32>,
     vocab_size: usize,
+    /// Ids from here on have no row in the embedding.
+    rows: Option<usize>,
     chat_template: Option<ChatTemplate>,
     template_arguments: Map<String, Value>,
+    notes: Vec<String>,
     sha256: String,
+    /// Why there is no other, for one that stands in.
+    missing: Option<String>,
+}
+
+/// The files of a repository that make up its tokenizer, parsed but for the first.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TokenizerFiles<'a> {
+    /// The bytes of `tokenizer.json`.
+    pub tokenizer_json: &'a [u8],
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: Option<&'a Value>,
+    /// `special_tokens_map.json`.
+    pub special_tokens_map: Option<&'a Value>,
+    /// `added_tokens.json`.
+    pub added_tokens: Option<&'a Value>,
+    /// A chat template that takes precedence over the configuration's.
+    pub chat_template: Option<&'a str>,
+    /// Rows of the model's embedding, where they are known: no text gives an id beyond them.
+    pub embedding_rows: Option<usize>,
 }
 
 /// Token ids with the byte range of the text each of them covers.
@@ -74,23 +94,40 @@ impl Tokenizer {
         tokenizer_config: Option<&Value>,
         chat_template: Option<&str>,
     ) -> Result<Self, DataError> {
-        let mut json: Value =
-            serde_json::from_slice(tokenizer_json).map_err(|error| DataError::Tokenizer {
-                detail: error.to_string(),
-            })?;
-        keep_whitespace_in_offsets(&mut json);
-        let mut inner: tokenizers::Tokenizer =
-            serde_json::from_value(json).map_err(|error| DataError::Tokenizer {
-                detail: error.to_string(),
-            })?;
-        inner
-            .with_truncation(None)
-            .map_err(|error| DataError::Tokenizer {
-                detail: error.to_string(),
-            })?;
-        inner.with_padding(None);
+        Self::from_files(&TokenizerFiles {
+            tokenizer_json,
+            tokenizer_config,
+            chat_template,
+            ..TokenizerFiles::default()
+        })
+    }
 
-        let special_tokens = special_tokens(tokenizer_config)?;
+    /// A tokenizer from all the files that say something of it. Tokens may be declared in any of them;
+    /// `added_tokens_decoder` in the configuration makes the two older files count for nothing, but for
+    /// contradictions.
+    ///
+    /// # Errors
+    /// Where one of them is malformed or they contradict each other; a template error names the template's line.
+    pub fn from_files(files: &TokenizerFiles<'_>) -> Result<Self, DataError> {
+        let bytes = files.tokenizer_json;
+        let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
+        let mut json: Value = serde_json::from_slice(bytes)
+            .map_err(|error| damaged(&format!("it is not valid JSON: {error}")))?;
+        guard::check(&json)?;
+        prepare(&mut json);
+        let own = json.get("added_tokens").cloned();
+        let mut inner: tokenizers::Tokenizer = guarded(|| serde_json::from_value(json))?;
+        let tokens = added::add(
+            &mut inner,
+            added::Files {
+                own: own.as_ref(),
+                config: files.tokenizer_config,
+                map: files.special_tokens_map,
+                added: files.added_tokens,
+                rows: files.embedding_rows,
+            },
+        )?;
+        let special_tokens = tokens.named;
         let id_of = |name: &str| {
             special_tokens
                 .iter()
@@ -112,9 +149,9 @@ impl Tokenizer {
         let vocab = inner.get_vocab(true);
         let vocab_size = vocab.values().max().map_or(0, |id| *id as usize + 1);
 
-        let template_source = match chat_template {
+        let template_source = match files.chat_template {
             Some(source) => Some(source.to_owned()),
-            None => default_template(tokenizer_config)?,
+            None => default_template(files.tokenizer_config)?,
         };
         let chat_template = template_source
             .map(|source| ChatTemplate::new(&source, &special_tokens))
@@ -126,17 +163,44 @@ impl Tokenizer {
             bos_id,
             eos_id,
             pad_id,
-            add_bos: flag(tokenizer_config, "add_bos_token")?,
-            add_eos: flag(tokenizer_config, "add_eos_token")?,
+            add_bos: flag(files.tokenizer_config, "add_bos_token")?,
+            add_eos: flag(files.tokenizer_config, "add_eos_token")?,
             special_ids,
             end_of_turn_ids: Vec::new(),
             vocab_size,
+            rows: files.embedding_rows,
             chat_template,
             template_arguments: Map::new(),
-            sha256: sha256_hex(tokenizer_json),
+            notes: tokens.notes,
+            sha256: sha256_hex(files.tokenizer_json),
+            missing: None,
         };
         tokenizer.end_of_turn_ids = tokenizer.find_end_of_turn_ids();
         Ok(tokenizer)
+    }
+
+    /// A tokenizer in place of one that is not there: it refuses every text with `reason`, and shows token 7 as
+    /// `<7>`.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn stand_in(vocabulary: usize, reason: &str) -> Result<Self, DataError> {
+        let vocab: serde_json::Map<String, Value> = (0..vocabulary)
+            .map(|id| (format!("<{id}>"), id.into()))
+            .collect();
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"},
+        });
+        let mut tokenizer = Self::from_parts(json.to_string().as_bytes(), None, None)?;
+        tokenizer.missing = Some(reason.to_owned());
+        Ok(tokenizer)
+    }
+
+    /// Why there is no other, if it is one that stands in ([`Self::stand_in`]).
+    pub fn stands_in(&self) -> Option<&str> {
+        self.missing.as_deref()
     }
 
     /// Token ids of `text`. With `add_special`, the tokenizer's own BOS and EOS are added as its
@@ -155,12 +219,12 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`] where the tokenizer refuses the text.
     pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Encoded, DataError> {
-        let encoding =
-            self.inner
-                .encode(text, add_special)
-                .map_err(|error| DataError::Tokenizer {
-                    detail: error.to_string(),
-                })?;
+        if let Some(reason) = self.stands_in() {
+            let reason = reason.to_owned();
+            return Err(DataError::NoTokenizer { row: None, reason });
+        }
+        let encoding = guarded(|| self.inner.encode(text, add_special))?;
+        self.check_encoding(&encoding, text)?;
         let mut encoded = Encoded {
             ids: encoding.get_ids().to_vec(),
             offsets: encoding
@@ -180,11 +244,7 @@ impl Tokenizer {
     /// # Errors
     /// [`DataError::Tokenizer`] where the decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, DataError> {
-        self.inner
-            .decode(ids, skip_special)
-            .map_err(|error| DataError::Tokenizer {
-                detail: error.to_string(),
-            })
+        guarded(|| self.inner.decode(ids, skip_special))
     }
 
     /// The conversation rendered by the chat template and tokenized. The template alone writes
@@ -201,6 +261,7 @@ impl Tokenizer {
             .chat_template
             .as_ref()
             .ok_or_else(|| DataError::TokenizerConfig {
+                file: "tokenizer_config.json",
                 field: "chat_template".to_owned(),
                 detail: "is missing: this tokenizer has no chat template".to_owned(),
             })?;
@@ -235,7 +296,41 @@ impl Tokenizer {
     /// The id to pad batches with: the padding token, else EOS, else 0. Padding is masked, so the
     /// choice changes nothing that is computed for real tokens.
     pub fn padding_id(&self) -> u32 {
-        self.pad_id.or(self.eos_id).unwrap_or(0)
+        let has_row = |id: &u32| self.rows.is_none_or(|rows| (*id as usize) < rows);
+        self.pad_id.filter(has_row).or(self.eos_id).unwrap_or(0)
+    }
+
+    /// What a person should know of the files it was read from.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// The added tokens of all files by id, as `tokenizer.json` lists its own.
+    pub fn added_tokens(&self) -> Value {
+        let mut tokens: Vec<_> = self.inner.get_added_tokens_decoder().into_iter().collect();
+        tokens.sort_unstable_by_key(|(id, _)| *id);
+        let tokens = tokens.into_iter().map(|(id, token)| {
+            serde_json::json!({
+                "id": id, "content": token.content, "single_word": token.single_word, "lstrip": token.lstrip,
+                "rstrip": token.rstrip, "normalized": token.normalized, "special": token.special,
+            })
+        });
+        tokens.collect()
+    }
+
+    /// Tokens that the embedding has no row for, by id.
+    pub fn without_row(&self) -> Vec<(u32, String)> {
+        let Some(rows) = self.rows else {
+            return Vec::new();
+        };
+        let beyond = |id: &u32| *id as usize >= rows;
+        let vocab = self.inner.get_vocab(true).into_iter();
+        let mut tokens: Vec<_> = vocab
+            .map(|(token, id)| (id, token))
+            .filter(|(id, _)| beyond(id))
+            .collect();
+        tokens.sort_unstable();
+        tokens
     }
 
     /// The tokens generation stops at: EOS, the token the chat template ends an assistant's turn
@@ -307,6 +402,26 @@ impl Tokenizer {
             .then_some(trimmed.len())
     }
 
+    /// What models and masks rely on: ids that have a row, places that are in the text.
+    fn check_encoding(&self, encoding: &tokenizers::Encoding, text: &str) -> Result<(), DataError> {
+        let limit = self
+            .rows
+            .map_or(self.vocab_size, |rows| rows.min(self.vocab_size));
+        if let Some(id) = encoding.get_ids().iter().find(|id| **id as usize >= limit) {
+            let token = self.inner.id_to_token(*id).unwrap_or_default();
+            return Err(damaged(&format!(
+                "it makes token {id} ({token:?}) of the text, and there are {limit}"
+            )));
+        }
+        let in_text = |&(start, end): &(usize, usize)| {
+            start <= end && text.is_char_boundary(start) && text.is_char_boundary(end)
+        };
+        match encoding.get_offsets().iter().all(in_text) {
+            true => Ok(()),
+            false => Err(damaged("it places a token outside the text")),
+        }
+    }
+
     /// `add_bos_token` and `add_eos_token`, where given, decide over the post-processor; and a text
     /// that already starts with BOS, or ends with EOS, keeps one.
     fn apply_special_flags(&self, encoded: &mut Encoded, text_len: usize) {
@@ -370,9 +485,10 @@ impl Tokenizer {
     }
 }
 
-/// Sets `trim_offsets` to false everywhere: trimmed offsets would move a token made of white space to
-/// the text after it, and with it across a mask's boundary. Ids do not depend on it.
-fn keep_whitespace_in_offsets(json: &mut Value) {
+/// Takes out what is not the tokenizer's to decide, truncation and padding, and sets `trim_offsets` to false
+/// everywhere: trimmed offsets would move a token made of white space to the text after it, and with it across a
+/// mask's boundary. Ids do not depend on it.
+fn prepare(json: &mut Value) {
     fn visit(value: &mut Value) {
         match value {
             Value::Object(map) => {
@@ -388,29 +504,16 @@ fn keep_whitespace_in_offsets(json: &mut Value) {
             _ => {}
         }
     }
+    for part in ["truncation", "padding"] {
+        if let Some(value) = json.get_mut(part) {
+            *value = Value::Null;
+        }
+    }
     for part in ["pre_tokenizer", "post_processor"] {
         if let Some(value) = json.get_mut(part) {
             visit(value);
         }
     }
-}
-
-fn special_tokens(config: Option<&Value>) -> Result<Vec<(String, String)>, DataError> {
-    let mut tokens = Vec::new();
-    for name in SPECIAL_TOKEN_NAMES {
-        let token = match config.and_then(|c| c.get(name)) {
-            None | Some(Value::Null) => continue,
-            Some(Value::String(token)) => token,
-            // An AddedToken as transformers serialises it.
-            Some(Value::Object(map)) => match map.get("content") {
-                Some(Value::String(token)) => token,
-                _ => return Err(bad_config(name, "has no text in `content`")),
-            },
-            Some(_) => return Err(bad_config(name, "must be a string or an AddedToken object")),
-        };
-        tokens.push((name.to_owned(), token.clone()));
-    }
-    Ok(tokens)
 }
 
 /// The template of `tokenizer_config.json`: a string, or the one called "default" of a list or map.
@@ -464,150 +567,8 @@ fn flag(config: Option<&Value>, name: &str) -> Result<Option<bool>, DataError> {
 
 fn bad_config(field: &str, detail: &str) -> DataError {
     DataError::TokenizerConfig {
+        file: "tokenizer_config.json",
         field: field.to_owned(),
         detail: detail.to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use crate::testing::{
-        CHATML, SPECIALS, bos_post_processor, config, tokenizer, tokenizer_json, tokenizer_with,
-    };
-    use serde_json::json;
-
-    #[test]
-    fn special_tokens_come_from_strings_and_objects() {
-        let t = tokenizer(None);
-        let id = |token| t.token_to_id(token);
-        assert_eq!(t.bos_id(), id("<s>"));
-        assert_eq!(t.eos_id(), id("</s>"));
-        assert_eq!(t.pad_id(), id("<pad>"));
-        assert_eq!(t.vocab_size(), 256 + 7 + SPECIALS.len());
-        assert!(t.is_special(t.eos_id().unwrap()) && !t.is_special(0));
-        assert_eq!(
-            t.sha256(),
-            sha256_hex(tokenizer_json().to_string().as_bytes())
-        );
-        // FIPS 180-4's example "abc".
-        assert!(sha256_hex(b"abc").starts_with("ba7816bf8f01cfea414140de5dae2223"));
-    }
-
-    #[test]
-    fn truncation_and_padding_of_the_file_are_off() {
-        let t = tokenizer(None);
-        assert_eq!(t.encode("abcdefghijkl", true).unwrap().len(), 12);
-        assert_eq!(t.encode("ab", true).unwrap().len(), 2);
-    }
-
-    #[test]
-    fn offsets_keep_white_space_and_whole_characters() {
-        let text = "a \n é yes";
-        let encoded = tokenizer(None).encode_with_offsets(text, false).unwrap();
-        let covered: Vec<&str> = encoded.offsets.iter().map(|o| &text[o.clone()]).collect();
-        assert_eq!(covered, ["a", " ", "\n", " ", "é", "é", " yes"]);
-    }
-
-    #[test]
-    fn bos_is_added_once_and_the_flags_decide() {
-        let mut json = tokenizer_json();
-        json["post_processor"] = bos_post_processor(&json);
-        let t = tokenizer_with(json.clone(), config(), None);
-        let (bos, eos) = (t.bos_id().unwrap(), t.eos_id().unwrap());
-        let a = t.encode("a", false).unwrap()[0];
-        assert_eq!(t.encode("a", true).unwrap(), [bos, a]);
-        assert_eq!(t.encode("<s>a", true).unwrap(), [bos, a]);
-        assert_eq!(t.encode("<s>a", false).unwrap(), [bos, a]);
-        assert_eq!(t.encode("", true).unwrap(), [bos]);
-
-        let mut off = config();
-        off["add_bos_token"] = json!(false);
-        off["add_eos_token"] = json!(true);
-        let t = tokenizer_with(json, off, None);
-        assert_eq!(t.encode("a", true).unwrap(), [a, eos]);
-        assert_eq!(t.encode("a</s>", true).unwrap(), [a, eos]);
-        assert_eq!(t.encode("a", false).unwrap(), [a]);
-
-        let mut on = config();
-        on["add_bos_token"] = json!(true);
-        let t = tokenizer_with(tokenizer_json(), on, None);
-        assert_eq!(t.encode("a", true).unwrap(), [bos, a]);
-    }
-
-    #[test]
-    fn templates_are_found_by_name_and_the_override_wins() {
-        let mut named = config();
-        named["chat_template"] =
-            json!([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]);
-        let source = |c: &Value, o| {
-            let t = tokenizer_with(tokenizer_json(), c.clone(), o);
-            t.chat_template().map(|t| t.source().to_owned())
-        };
-        assert_eq!(source(&named, None).as_deref(), Some("d"));
-        assert_eq!(source(&named, Some("o")).as_deref(), Some("o"));
-        assert_eq!(source(&config(), None), None);
-        named["chat_template"] = json!([{"name": "rag", "template": "t"}]);
-        let error =
-            Tokenizer::from_parts(tokenizer_json().to_string().as_bytes(), Some(&named), None);
-        assert!(error.unwrap_err().to_string().contains("only: rag"));
-    }
-
-    #[test]
-    fn end_of_turn_tokens_come_from_eos_template_and_vocabulary() {
-        let t = tokenizer(Some(
-            "{% for m in messages %}{{ m.content }}<pad>{% endfor %}",
-        ));
-        let expected: Vec<u32> = ["</s>", "<pad>", "<|im_end|>"]
-            .iter()
-            .map(|token| t.token_to_id(token).unwrap())
-            .collect();
-        assert_eq!(t.end_of_turn_ids(), expected);
-    }
-
-    #[test]
-    fn a_chat_has_one_bos() {
-        let mut json = tokenizer_json();
-        json["post_processor"] = bos_post_processor(&json);
-        let t = tokenizer_with(
-            json,
-            config(),
-            Some(&format!("{{{{ bos_token }}}}{CHATML}")),
-        );
-        let ids = t.encode_chat(&[Message::user("a")], true).unwrap();
-        assert_eq!(ids.iter().filter(|&&id| Some(id) == t.bos_id()).count(), 1);
-        assert_eq!(
-            t.decode(&ids, false).unwrap(),
-            "<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-        );
-    }
-
-    #[test]
-    fn malformed_parts_are_errors() {
-        let parse = |json: &[u8], config: Value| Tokenizer::from_parts(json, Some(&config), None);
-        let good = tokenizer_json().to_string();
-        assert!(matches!(
-            parse(b"{", json!({})),
-            Err(DataError::Tokenizer { .. })
-        ));
-        assert!(matches!(
-            parse(b"{}", json!({})),
-            Err(DataError::Tokenizer { .. })
-        ));
-        for config in [
-            json!({"eos_token": 3}),
-            json!({"eos_token": {"text": "x"}}),
-            json!({"chat_template": 1}),
-            json!({"add_bos_token": "yes"}),
-        ] {
-            let error = parse(good.as_bytes(), config).unwrap_err();
-            assert!(
-                matches!(error, DataError::TokenizerConfig { .. }),
-                "{error}"
-            );
-        }
-        let error = parse(good.as_bytes(), json!({"chat_template": "{% if %}"})).unwrap_err();
-        assert!(matches!(error, DataError::Template(_)));
     }
 }

@@ -14,7 +14,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::arch::Llama;
-use crate::checkpoint::{CheckpointError, EMBEDDING, HEAD, TensorSource};
+use crate::checkpoint::{CheckpointError, EMBEDDING, HEAD, TensorSource, is_buffer};
 use crate::config::{LlamaConfig, bullets};
 use crate::kv_cache::KvCache;
 use crate::loading::{Loading, Quantization};
@@ -419,7 +419,7 @@ fn check_tensors(
         .collect();
     let unexpected: Vec<_> = found
         .keys()
-        .filter(|name| !expected.contains_key(**name) && !is_derived(name))
+        .filter(|name| !expected.contains_key(**name) && !is_buffer(name))
         .map(|name| (*name).to_owned())
         .collect();
     let misshapen: Vec<_> = expected
@@ -442,11 +442,6 @@ fn check_tensors(
             misshapen,
         })
     }
-}
-
-/// Buffers that old checkpoints hold though they follow from the configuration.
-fn is_derived(name: &str) -> bool {
-    name.ends_with(".rotary_emb.inv_freq")
 }
 
 /// Normal values by Box and Muller's method, the same for any number of threads.

@@ -18,7 +18,9 @@ use crate::config::ConfigError;
 
 mod gguf;
 
-pub use gguf::{GgufLora, GgufOptions, OutType, SavedGguf, write_gguf, write_gguf_lora};
+pub use gguf::{
+    GgufLora, GgufOptions, GgufTokens, OutType, SavedGguf, write_gguf, write_gguf_lora,
+};
 
 /// The element type of a saved model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -97,6 +97,14 @@ pub enum TrainError {
     /// More memory is wanted than there is.
     #[error("{0}")]
     Memory(String),
+    /// The base model's tokenizer.
+    #[error("{}: {source}", path.display())]
+    Tokenizer {
+        /// The model.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: enamel_data::DataError,
+    },
     /// The tokenizer and the model disagree.
     #[error("{0}")]
     Mismatch(String),

@@ -8,9 +8,9 @@ use enamel_adapter::AdapterConfig;
 use enamel_adapter::host::{Delta, HostAdapter};
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::save::{
-    GgufLora, GgufOptions, OutType, SaveDtype, SavedGguf, write_gguf, write_gguf_lora,
+    GgufLora, GgufOptions, GgufTokens, OutType, SaveDtype, SavedGguf, write_gguf, write_gguf_lora,
 };
-use enamel_model::source::PullProgress;
+use enamel_model::source::{PullProgress, expand_home};
 use enamel_model::{CausalLm, LlamaConfig};
 
 use crate::error::TrainError;
@@ -80,7 +80,8 @@ enum Source {
 
 /// A directory with an adapter, a run with one, or with a model trained whole; all else is a model.
 fn find(source: &str) -> Source {
-    let dir = Path::new(source);
+    // What a `~` does not stand for is said where the model is looked for.
+    let dir = &expand_home(Path::new(source)).unwrap_or_else(|_| source.into());
     let adapter = |dir: &Path| dir.join("adapter_config.json").is_file();
     let run = [dir.to_owned(), dir.join("adapter")];
     if let Some(found) = run.into_iter().find(|dir| adapter(dir)) {
@@ -123,11 +124,6 @@ pub fn export(
         .clone()
         .unwrap_or_else(|| PathBuf::from(format!("{name}-{kind}{}.gguf", outtype.name())));
     refuse_occupied(&output, options.overwrite)?;
-    let to = GgufOptions {
-        outtype,
-        overwrite: options.overwrite,
-        name: Some(name),
-    };
     let (reference, adapter) = match find(&options.source) {
         Source::Adapter(dir) => match &options.model {
             Some(reference) => (reference.clone(), Some(dir)),
@@ -143,6 +139,15 @@ pub fn export(
     let notes = match &adapter {
         Some(dir) => provenance::notes(dir, Some(&base)),
         None => Vec::new(),
+    };
+    let to = GgufOptions {
+        outtype,
+        overwrite: options.overwrite,
+        name: Some(name),
+        tokens: (base.has_tokenizer && !base.checkpoint.is_gguf()).then(|| GgufTokens {
+            added: base.tokenizer.added_tokens(),
+            named: base.tokenizer.special_tokens().to_vec(),
+        }),
     };
     let (exported, mut file) = match (&adapter, options.adapter_only) {
         (Some(dir), true) => write_lora(&base, dir, &output, &to, device)?,

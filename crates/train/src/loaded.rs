@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, MethodConfig, load_config, takes_head};
-use enamel_data::Tokenizer;
+use enamel_data::{DataError, Tokenizer, TokenizerFiles};
 use enamel_kernels::Compute;
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::source::{
@@ -16,20 +16,6 @@ use serde_json::Value;
 use crate::error::TrainError;
 use crate::footprint::Packed;
 use crate::provenance;
-
-/// A `tokenizer.json` in place of one that is not there: it refuses every text, and shows token 7
-/// as `<7>`.
-fn stand_in(vocabulary: usize) -> Vec<u8> {
-    let vocab: serde_json::Map<String, Value> = (0..vocabulary)
-        .map(|id| (format!("<{id}>"), id.into()))
-        .collect();
-    let json = serde_json::json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-        "normalizer": null, "pre_tokenizer": null, "post_processor": null, "decoder": null,
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"},
-    });
-    json.to_string().into_bytes()
-}
 
 /// A base model whose files are open and agree with each other. None of its weights are in memory.
 pub struct OpenBase {
@@ -71,19 +57,21 @@ impl OpenBase {
         )?;
         let checkpoint = Checkpoint::open(&local.path)?;
         let config = LlamaConfig::from_json(checkpoint.config_json())?;
-        let own_template = checkpoint.chat_template();
         // Rows of token ids need no tokenizer, and small models for tests come without one.
         let has_tokenizer = checkpoint.has_tokenizer();
-        let tokenizer_json = match has_tokenizer {
-            true => checkpoint.tokenizer_json()?,
-            false => stand_in(config.vocab_size),
+        let tokenizer = match has_tokenizer {
+            true => tokenizer(&checkpoint, &config, chat_template)?,
+            false => {
+                let reason = checkpoint.tokenizer_json().err();
+                let reason = reason.map_or_else(String::new, |error| error.to_string());
+                Tokenizer::stand_in(config.vocab_size, &reason)?
+            }
         };
-        let tokenizer = Tokenizer::from_parts(
-            &tokenizer_json,
-            checkpoint.tokenizer_config().as_ref(),
-            chat_template.or(own_template.as_deref()),
-        )?;
         check_vocabulary(&local.path, &tokenizer, &config)?;
+        let notes = tokenizer.notes().iter().map(String::as_str);
+        for note in checkpoint.notes().chain(notes) {
+            progress.note(&format!("note: {}: {note}", local.path.display()));
+        }
         Ok(Self {
             local,
             checkpoint,
@@ -192,14 +180,14 @@ impl OpenBase {
 
     /// Refuses a model that cannot read text.
     pub(crate) fn require_tokenizer(&self) -> Result<(), TrainError> {
-        if self.has_tokenizer {
-            return Ok(());
+        match self.tokenizer.stands_in() {
+            None => Ok(()),
+            Some(reason) => Err(DataError::NoTokenizer {
+                row: None,
+                reason: reason.to_owned(),
+            }
+            .into()),
         }
-        Err(TrainError::Run {
-            path: self.local.path.clone(),
-            reason: "the model comes without tokenizer.json, so it cannot read text".to_owned(),
-            help: "put its tokenizer.json beside config.json".to_owned(),
-        })
     }
 
     /// The tokens at which an answer ends: the tokenizer's and those of `generation_config.json`.
@@ -209,6 +197,31 @@ impl OpenBase {
             self.checkpoint.generation_config().as_ref(),
         )
     }
+}
+
+/// The tokenizer of a model's files, with `chat_template` instead of theirs if it is given.
+fn tokenizer(
+    checkpoint: &Checkpoint,
+    config: &LlamaConfig,
+    chat_template: Option<&str>,
+) -> Result<Tokenizer, TrainError> {
+    let own_template = checkpoint.chat_template();
+    let tokenizer = Tokenizer::from_files(&TokenizerFiles {
+        tokenizer_json: &checkpoint.tokenizer_json()?,
+        tokenizer_config: checkpoint.tokenizer_config().as_ref(),
+        special_tokens_map: checkpoint.special_tokens_map().as_ref(),
+        added_tokens: checkpoint.added_tokens().as_ref(),
+        chat_template: chat_template.or(own_template.as_deref()),
+        embedding_rows: Some(config.vocab_size),
+    });
+    tokenizer.map_err(|source| match source {
+        // That one is the user's, not the model's.
+        source @ DataError::Template(_) if chat_template.is_some() => source.into(),
+        source => TrainError::Tokenizer {
+            path: checkpoint.path().to_owned(),
+            source,
+        },
+    })
 }
 
 /// The hub repository among a catalogue entry's sources.
@@ -265,11 +278,18 @@ fn check_vocabulary(
     tokenizer: &Tokenizer,
     config: &LlamaConfig,
 ) -> Result<(), TrainError> {
-    if tokenizer.vocab_size() <= config.vocab_size {
+    let mut beyond = tokenizer.without_row();
+    // Padding is masked, so another token does as well.
+    beyond.retain(|(id, _)| Some(*id) != tokenizer.pad_id());
+    let Some((id, token)) = beyond.first() else {
         return Ok(());
-    }
+    };
+    let more = match beyond.len() {
+        1 => String::new(),
+        n => format!(", and so of {} more", n - 1),
+    };
     Err(TrainError::Mismatch(format!(
-        "{}: the tokenizer has {} tokens, the embedding {} rows\n  \
+        "{}: the tokenizer has {} tokens, the embedding {} rows: there is none of token {id} ({token:?}){more}\n  \
          help: use the tokenizer that came with this model",
         path.display(),
         tokenizer.vocab_size(),

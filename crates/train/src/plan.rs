@@ -8,6 +8,7 @@ use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
 use enamel_data::Note;
 use enamel_kernels::Compute;
 use enamel_model::LlamaConfig;
+use enamel_model::checkpoint::parse_json;
 use enamel_model::config::vit_modules;
 use enamel_model::source::PullProgress;
 use serde_json::Value;
@@ -216,17 +217,21 @@ fn config_only(path: &Path) -> Result<Option<Value>, TrainError> {
         Some(extension) if extension == "json" => path.to_owned(),
         _ => path.join("config.json"),
     };
-    let has_weights = |name: &str| path.join(name).exists();
-    if !file.is_file()
-        || has_weights("model.safetensors")
-        || has_weights("model.safetensors.index.json")
-    {
+    let is_weights = |name: &str| {
+        !name.starts_with('.')
+            && [".safetensors", ".safetensors.index.json"]
+                .iter()
+                .any(|end| name.ends_with(end))
+    };
+    let entries = path.read_dir().into_iter().flatten().flatten();
+    let mut names = entries.map(|entry| entry.file_name());
+    if !file.is_file() || names.any(|name| is_weights(&name.to_string_lossy())) {
         return Ok(None);
     }
     let bytes = std::fs::read(&file).map_err(TrainError::io(&file, "reading it"))?;
-    let json = serde_json::from_slice(&bytes).map_err(|error| TrainError::Run {
+    let json = parse_json(&bytes).map_err(|reason| TrainError::Run {
         path: file.clone(),
-        reason: format!("is not JSON: {error}"),
+        reason,
         help: "give a directory with the model's config.json".to_owned(),
     })?;
     Ok(Some(json))

@@ -223,6 +223,10 @@ pub fn load_examples(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Examples,
                 Err(BadReason::NoChatTemplate) => {
                     return Err(DataError::NoChatTemplate { row: source });
                 }
+                Err(BadReason::NoTokenizer { reason }) => {
+                    let row = Some(source);
+                    return Err(DataError::NoTokenizer { row, reason });
+                }
                 Err(reason) => bad.push(BadRow { source, reason }),
             }
         }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::chat_template::ChatTemplate;
-use crate::error::{BadReason, shown};
+use crate::error::{BadReason, DataError, shown};
 use crate::masks::{IGNORED, TrainOn};
 use crate::tokenizer::{Encoded, Tokenizer};
 
@@ -195,6 +195,10 @@ impl RecordFormat {
 
 impl<'a> RecordContext<'a> {
     fn template(&self) -> Result<&'a ChatTemplate, BadReason> {
+        if let Some(reason) = self.tokenizer.stands_in() {
+            let reason = reason.to_owned();
+            return Err(BadReason::NoTokenizer { reason });
+        }
         self.tokenizer
             .chat_template()
             .ok_or(BadReason::NoChatTemplate)
@@ -203,8 +207,11 @@ impl<'a> RecordContext<'a> {
     fn encode_text(&self, text: &str, add_special: bool) -> Result<Encoded, BadReason> {
         self.tokenizer
             .encode_with_offsets(text, add_special)
-            .map_err(|error| BadReason::Tokenizer {
-                detail: error.to_string(),
+            .map_err(|error| match error {
+                DataError::NoTokenizer { reason, .. } => BadReason::NoTokenizer { reason },
+                error => BadReason::Tokenizer {
+                    detail: error.to_string(),
+                },
             })
     }
 }

@@ -1,5 +1,7 @@
 //! A model directory in Hugging Face layout.
 
+use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use enamel_kernels::PackedRows;
@@ -7,8 +9,10 @@ use enamel_kernels::quant::FloatKind;
 use serde_json::Value;
 
 use super::bitsandbytes::{Quantised, Settings};
+use super::error::Problems;
 use super::safetensors::{INDEX_FILE, SafetensorsSet};
-use super::{CheckpointError, TensorInfo};
+use super::sentencepiece::{Converted, Fault};
+use super::{CheckpointError, TensorInfo, json, sentencepiece};
 
 /// Files beside the weights that belong to a model. All but the first are optional.
 pub(crate) const SIDE_FILES: [&str; 11] = [
@@ -25,6 +29,28 @@ pub(crate) const SIDE_FILES: [&str; 11] = [
     "merges.txt",
 ];
 
+/// The JSON files among them that are read, besides `config.json`.
+const JSON_FILES: [&str; 5] = [
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+];
+const TEMPLATE: &str = "chat_template.jinja";
+const TOKENIZER: &str = "tokenizer.json";
+const PIECES: &str = "tokenizer.model";
+/// Files of other forms of tokenizers.
+const OTHER_TOKENIZERS: [&str; 7] = [
+    PIECES,
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+    "vocab.json",
+    "vocab.txt",
+];
+
 /// An opened directory.
 #[derive(Debug)]
 pub(crate) struct Directory {
@@ -32,26 +58,147 @@ pub(crate) struct Directory {
     weights: SafetensorsSet,
     /// How the tensors are made of the stored ones, where these are quantised.
     quantised: Option<Quantised>,
+    side: Side,
+    /// What `tokenizer.model` amounts to where there is no `tokenizer.json`.
+    pieces: Option<Result<Converted, Fault>>,
+}
+
+/// What lies beside the weights and says something of the model.
+#[derive(Debug, Default)]
+struct Side {
+    json: BTreeMap<&'static str, Value>,
+    /// `chat_template.jinja`.
+    template: Option<String>,
+    notes: Vec<String>,
+}
+
+impl Side {
+    /// Reads all files of `dir` that are there.
+    ///
+    /// # Errors
+    /// Every file that is there and cannot be read, at once: what it says must not be taken for absent.
+    fn read(dir: &Path) -> Result<(Value, Self), CheckpointError> {
+        let mut side = Self::default();
+        let mut config = None;
+        let mut faults: Vec<(PathBuf, String)> = Vec::new();
+        for name in ["config.json"].into_iter().chain(JSON_FILES) {
+            let path = dir.join(name);
+            let read = present(&path).map(|bytes| {
+                let value: Value = json::parse(&bytes?)?;
+                match value.is_object() {
+                    true => Ok(value),
+                    false => Err("not a JSON object".to_owned()),
+                }
+            });
+            match read {
+                None => {}
+                Some(Ok(value)) if name == "config.json" => config = Some(value),
+                Some(Ok(value)) => {
+                    side.json.insert(name, value);
+                }
+                Some(Err(fault)) => faults.push((path, fault)),
+            }
+        }
+        let path = dir.join(TEMPLATE);
+        match present(&path).map(|bytes| text(bytes?)) {
+            None => {}
+            Some(Ok((template, marked))) => {
+                if marked {
+                    side.notes.push(format!(
+                        "{TEMPLATE}: starts with a byte order mark, which is not taken for text"
+                    ));
+                }
+                side.template = Some(template);
+            }
+            Some(Err(fault)) => faults.push((path, fault)),
+        }
+        match (faults.as_slice(), config) {
+            ([], Some(config)) => Ok((config, side)),
+            ([], None) => Err(CheckpointError::NotACheckpoint {
+                path: dir.to_owned(),
+                reason: "config.json is not in it".into(),
+            }),
+            ([(path, fault)], _) => Err(CheckpointError::malformed(path, fault)),
+            (faults, _) => {
+                let name = |path: &Path| path.file_name().map(|name| name.display().to_string());
+                let lines = faults
+                    .iter()
+                    .map(|(path, fault)| format!("{}: {fault}", name(path).unwrap_or_default()));
+                let mut problems = Problems::default();
+                lines.for_each(|line| problems.push(line));
+                Err(CheckpointError::Malformed {
+                    path: dir.to_owned(),
+                    problems,
+                })
+            }
+        }
+    }
+}
+
+impl Side {
+    fn pieces(&mut self, dir: &Path, config: &Value) -> Option<Result<Converted, Fault>> {
+        if dir.join(TOKENIZER).symlink_metadata().is_ok() {
+            return None;
+        }
+        let bytes = match present(&dir.join(PIECES))? {
+            Ok(bytes) => bytes,
+            Err(fault) => return Some(Err(Fault::Malformed(fault))),
+        };
+        let model_type = config.get("model_type").and_then(Value::as_str);
+        let settings = self.json.get("tokenizer_config.json");
+        let converted = match json::instead(&bytes) {
+            Some(instead) => Err(Fault::Malformed(instead.to_owned())),
+            None => sentencepiece::convert(&bytes, model_type.unwrap_or_default(), settings),
+        };
+        if let Ok(converted) = &converted {
+            self.notes.push(format!(
+                "there is no {TOKENIZER}; {PIECES} is read as transformers 5 reads it"
+            ));
+            self.notes.extend(converted.notes.iter().cloned());
+        }
+        Some(converted)
+    }
+}
+
+/// The bytes of a file; nothing where there is none. A link to nowhere is there.
+fn present(path: &Path) -> Option<Result<Vec<u8>, String>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Some(Ok(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound && path.symlink_metadata().is_err() => {
+            None
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => Some(Err(
+            "it is a link to a file that is not there; fetch it again".to_owned(),
+        )),
+        Err(error) => Some(Err(error.to_string())),
+    }
+}
+
+/// A text, and whether it started with a byte order mark.
+fn text(bytes: Vec<u8>) -> Result<(String, bool), String> {
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let good = error
+            .as_bytes()
+            .get(..error.utf8_error().valid_up_to())
+            .unwrap_or_default();
+        let line = good
+            .iter()
+            .filter(|byte| **byte == b'\n')
+            .count()
+            .saturating_add(1);
+        format!("line {line} is not UTF-8")
+    })?;
+    Ok(match text.strip_prefix('\u{FEFF}') {
+        Some(rest) => (rest.to_owned(), true),
+        None => (text, false),
+    })
 }
 
 impl Directory {
     pub(crate) fn open(path: &Path) -> Result<(Self, Vec<TensorInfo>, Value), CheckpointError> {
         let config_path = path.join("config.json");
-        if !config_path.is_file() {
-            return Err(CheckpointError::NotACheckpoint {
-                path: path.to_owned(),
-                reason: "config.json is not in it".into(),
-            });
-        }
-        let text = std::fs::read(&config_path).map_err(|e| CheckpointError::io(&config_path, e))?;
-        let config: Value = serde_json::from_slice(&text)
-            .map_err(|e| CheckpointError::malformed(&config_path, format!("not JSON ({e})")))?;
-        if !config.is_object() {
-            return Err(CheckpointError::malformed(
-                &config_path,
-                "not a JSON object",
-            ));
-        }
+        let (config, mut side) = Side::read(path)?;
+        let pieces = side.pieces(path, &config);
         let settings = Settings::of(&config, &config_path)?;
         let (weights, stored) = SafetensorsSet::open(path, settings.is_some())?;
         let (quantised, tensors) = match settings {
@@ -65,6 +212,8 @@ impl Directory {
             path: path.to_owned(),
             weights,
             quantised,
+            side,
+            pieces,
         };
         Ok((directory, tensors, config))
     }
@@ -122,38 +271,91 @@ impl Directory {
         self.weights.read_bf16(index, info)
     }
 
-    pub(crate) fn tokenizer_json(&self) -> Result<Vec<u8>, CheckpointError> {
-        let path = self.path.join("tokenizer.json");
-        if path.is_file() {
-            return std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e));
+    pub(crate) fn has_tokenizer(&self) -> bool {
+        match &self.pieces {
+            Some(Ok(_) | Err(Fault::Malformed(_))) => true,
+            Some(Err(Fault::Unsupported(_))) => false,
+            // A link to nowhere is there, and reading it says so.
+            None => self.path.join(TOKENIZER).symlink_metadata().is_ok(),
         }
-        let old = ["tokenizer.model", "vocab.json"]
+    }
+
+    /// `tokenizer_config.json`, with what `tokenizer.model` adds to it if that is the tokenizer.
+    pub(crate) fn tokenizer_config(&self) -> Option<Value> {
+        match &self.pieces {
+            Some(Ok(converted)) => Some(converted.config.clone()),
+            _ => self.json("tokenizer_config.json"),
+        }
+    }
+
+    pub(crate) fn tokenizer_json(&self) -> Result<Vec<u8>, CheckpointError> {
+        let path = self.path.join(TOKENIZER);
+        let mut other = None;
+        match &self.pieces {
+            Some(Ok(converted)) => {
+                let json = serde_json::to_vec(&converted.json);
+                return json.map_err(|e| CheckpointError::malformed(&path, e.to_string()));
+            }
+            Some(Err(Fault::Malformed(fault))) => {
+                return Err(CheckpointError::malformed(&self.path.join(PIECES), fault));
+            }
+            Some(Err(Fault::Unsupported(what))) => other = Some(what),
+            None => {}
+        }
+        if self.has_tokenizer() {
+            let bytes = std::fs::read(&path).map_err(|e| CheckpointError::io(&path, e))?;
+            return match json::instead(&bytes) {
+                Some(instead) => Err(CheckpointError::malformed(&path, instead)),
+                None => Ok(bytes),
+            };
+        }
+        let old = OTHER_TOKENIZERS
             .into_iter()
             .find(|name| self.path.join(name).is_file());
-        Err(CheckpointError::NotACheckpoint {
-            path,
-            reason: match old {
-                Some(old) => format!(
-                    "the model has only {old}; load its tokenizer with transformers and save it \
-                     with save_pretrained to get tokenizer.json"
+        let (reason, help) = match old {
+            Some(old) => (
+                match other {
+                    Some(what) => format!("there is no {TOKENIZER}, only {old}: {what}"),
+                    None => format!("there is no {TOKENIZER}, only {old}"),
+                },
+                format!(
+                    "convert it once: python -c \"from transformers import AutoTokenizer as T; \
+                     T.from_pretrained('{0}').save_pretrained('{0}')\"",
+                    self.path.display()
                 ),
-                None => "the model comes without a tokenizer".into(),
-            },
+            ),
+            None => (
+                "the model comes without a tokenizer".to_owned(),
+                format!(
+                    "put its {TOKENIZER} beside config.json, or give rows of token ids (input_ids)"
+                ),
+            ),
+        };
+        Err(CheckpointError::NoTokenizer {
+            path: self.path.clone(),
+            reason,
+            help,
         })
     }
 
-    /// A JSON file of the directory, where there is a valid one.
+    /// A JSON file of the directory, by its name.
     pub(crate) fn json(&self, name: &str) -> Option<Value> {
-        serde_json::from_slice(&std::fs::read(self.path.join(name)).ok()?).ok()
+        self.side.json.get(name).cloned()
+    }
+
+    /// What a person should know of the files.
+    pub(crate) fn notes(&self) -> impl Iterator<Item = &str> {
+        let notes = self.side.notes.iter().chain(self.weights.notes());
+        notes.map(String::as_str)
     }
 
     pub(crate) fn chat_template(&self) -> Option<String> {
-        if let Ok(text) = std::fs::read_to_string(self.path.join("chat_template.jinja")) {
-            return Some(text);
+        if let Some(template) = &self.side.template {
+            return Some(template.clone());
         }
         ["tokenizer_config.json", "chat_template.json"]
             .into_iter()
-            .find_map(|name| default_template(self.json(name)?.get("chat_template")?))
+            .find_map(|name| default_template(self.side.json.get(name)?.get("chat_template")?))
     }
 
     pub(crate) fn side_files(&self) -> Vec<PathBuf> {

@@ -30,6 +30,16 @@ pub enum CheckpointError {
         /// What is missing and what to do.
         reason: String,
     },
+    /// The model cannot read text.
+    #[error("{}: {reason}\n  help: {help}", .path.display())]
+    NoTokenizer {
+        /// The model.
+        path: PathBuf,
+        /// What is there instead of a tokenizer.
+        reason: String,
+        /// What to do.
+        help: String,
+    },
     /// The file breaks its own format: truncated, oversized or contradictory.
     #[error("{} cannot be read: {problems}", .path.display())]
     Malformed {

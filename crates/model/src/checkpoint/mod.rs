@@ -4,8 +4,10 @@ mod bitsandbytes;
 mod directory;
 mod error;
 pub(crate) mod gguf;
+mod json;
 mod mapped;
 mod safetensors;
+mod sentencepiece;
 mod widen;
 
 use std::collections::HashMap;
@@ -23,7 +25,9 @@ use self::directory::Directory;
 use self::gguf::GgufFile;
 
 pub use self::error::{CheckpointError, Problems};
+pub use self::json::parse as parse_json;
 pub use self::mapped::mapped_at;
+pub(crate) use self::safetensors::is_buffer;
 
 /// The output head's matrix.
 pub(crate) const HEAD: &str = "lm_head.weight";
@@ -181,10 +185,19 @@ impl Checkpoint {
         }
     }
 
+    /// What a person should know of how its files were read.
+    pub fn notes(&self) -> impl Iterator<Item = &str> {
+        let notes = match &self.backing {
+            Backing::Directory(directory) => Some(directory.notes()),
+            Backing::Gguf(_) => None,
+        };
+        notes.into_iter().flatten()
+    }
+
     /// Whether it comes with a tokenizer. Models for tests may have none.
     pub fn has_tokenizer(&self) -> bool {
         match &self.backing {
-            Backing::Directory(_) => self.path.join("tokenizer.json").exists(),
+            Backing::Directory(directory) => directory.has_tokenizer(),
             Backing::Gguf(gguf) => gguf.has_tokenizer(),
         }
     }
@@ -200,8 +213,24 @@ impl Checkpoint {
     /// `tokenizer_config.json`, from its file or built from GGUF metadata.
     pub fn tokenizer_config(&self) -> Option<Value> {
         match &self.backing {
-            Backing::Directory(directory) => directory.json("tokenizer_config.json"),
+            Backing::Directory(directory) => directory.tokenizer_config(),
             Backing::Gguf(gguf) => gguf.tokenizer_config(),
+        }
+    }
+
+    /// `special_tokens_map.json`, where there is one; GGUF has no such file.
+    pub fn special_tokens_map(&self) -> Option<Value> {
+        match &self.backing {
+            Backing::Directory(directory) => directory.json("special_tokens_map.json"),
+            Backing::Gguf(_) => None,
+        }
+    }
+
+    /// `added_tokens.json`, where there is one; GGUF has no such file.
+    pub fn added_tokens(&self) -> Option<Value> {
+        match &self.backing {
+            Backing::Directory(directory) => directory.json("added_tokens.json"),
+            Backing::Gguf(_) => None,
         }
     }
 

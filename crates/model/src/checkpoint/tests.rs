@@ -102,7 +102,7 @@ fn faults_of_a_header_are_named() {
 fn all_faults_come_at_once() {
     let header = json!({
         "a": entry("F32", &[2], 0, 4),
-        "b": entry("I64", &[1], 4, 12),
+        "b": entry("F64", &[1], 4, 12),
         "c": entry("F16", &[1], 12, 400),
     });
     let error = open_single(file(&header.to_string(), 100))
@@ -180,10 +180,6 @@ fn an_index_is_checked_against_its_shards() {
         (
             json!({"a": "1.safetensors", "b": "3.safetensors"}),
             "'3.safetensors' is missing",
-        ),
-        (
-            json!({"a": "2.safetensors", "b": "1.safetensors"}),
-            "lies in",
         ),
         (
             json!({"a": "1.safetensors", "x": "2.safetensors"}),
@@ -276,5 +272,235 @@ fn the_template_is_found_in_each_of_its_places() {
     assert_eq!(
         with(&[config, ("chat_template.jinja", "j")]).as_deref(),
         Some("j")
+    );
+}
+
+/// A shard with one number under each name.
+fn shard(names: &[&str]) -> Vec<u8> {
+    let entries = names.iter().enumerate().map(|(i, name)| {
+        let at = 4 * i as u64;
+        ((*name).to_owned(), entry("F32", &[1], at, at + 4))
+    });
+    let header: serde_json::Map<String, Value> = entries.collect();
+    file(&Value::Object(header).to_string(), 4 * names.len())
+}
+
+fn names(checkpoint: &Checkpoint) -> Vec<&str> {
+    let mut names: Vec<_> = checkpoint
+        .tensors()
+        .iter()
+        .map(|t| t.name.as_str())
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+fn notes(checkpoint: &Checkpoint) -> String {
+    checkpoint.notes().collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn a_broken_file_beside_the_weights_is_never_taken_for_absent() {
+    let sound = |bytes: &[u8], name: &str| {
+        let dir = directory(&[("model.safetensors", shard(&["a"])), (name, bytes.to_vec())]);
+        Checkpoint::open(dir.path())
+            .map(|_| ())
+            .map_err(|e| e.to_string())
+    };
+    for name in [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.json",
+    ] {
+        assert_eq!(sound(b"\xEF\xBB\xBF{\"x\": NaN}", name), Ok(()), "{name}");
+        for (bytes, wanted) in [
+            (b"{\n  \"a\": 1\n  \"b\"}".as_slice(), "line 3 column 3"),
+            (b"[]", "not a JSON object"),
+            (b"", "empty"),
+            (
+                b"version https://git-lfs.github.com/spec/v1\n",
+                "Git LFS pointer",
+            ),
+        ] {
+            let error = sound(bytes, name).unwrap_err();
+            assert!(
+                error.contains(name) && error.contains(wanted),
+                "{name}: {error}"
+            );
+        }
+    }
+    let error = sound(b"a\n\xFF", "chat_template.jinja").unwrap_err();
+    assert!(
+        error.contains("chat_template.jinja") && error.contains("line 2"),
+        "{error}"
+    );
+    let dir = directory(&[
+        ("model.safetensors", shard(&["a"])),
+        ("added_tokens.json", b"{".to_vec()),
+        ("generation_config.json", b"{\"a\" 1}".to_vec()),
+        ("chat_template.jinja", "\u{FEFF}x".into()),
+    ]);
+    let error = Checkpoint::open(dir.path()).unwrap_err().to_string();
+    for part in [
+        "2 problems",
+        "added_tokens.json: not",
+        "generation_config.json: not",
+        "line 1 column 6",
+    ] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    for name in ["added_tokens.json", "generation_config.json"] {
+        fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.chat_template().as_deref(), Some("x"));
+    assert!(notes(&checkpoint).contains("byte order mark"));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_to_nowhere_is_named() {
+    for name in ["added_tokens.json", "model.safetensors", "tokenizer.json"] {
+        let dir = directory(&[]);
+        if name != "model.safetensors" {
+            fs::write(dir.path().join("model.safetensors"), shard(&["a"])).unwrap();
+        }
+        std::os::unix::fs::symlink("../blobs/0", dir.path().join(name)).unwrap();
+        let opened = Checkpoint::open(dir.path());
+        let error = opened
+            .and_then(|checkpoint| checkpoint.tokenizer_json())
+            .unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+    }
+}
+
+#[test]
+fn whole_numbers_and_masks_are_left_out_with_a_note() {
+    let header = json!({
+        "model.norm.weight": entry("F32", &[1], 0, 4),
+        "model.embeddings.position_ids": entry("I64", &[1, 2], 4, 20),
+        "model.layers.0.self_attn.bias": entry("BOOL", &[3], 20, 23),
+        "model.layers.0.self_attn.masked_bias": entry("F32", &[], 23, 27),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": entry("F64", &[1], 27, 35),
+        "model.steps": entry("I32", &[1], 35, 39),
+    });
+    let dir = directory(&[("model.safetensors", file(&header.to_string(), 39))]);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(names(&checkpoint), ["model.norm.weight"]);
+    let notes = notes(&checkpoint);
+    assert!(
+        notes.contains("5 tensors are left out") && notes.contains("position_ids"),
+        "{notes}"
+    );
+    for (name, dtype) in [
+        ("model.layers.0.mlp.up_proj.weight", "I8"),
+        ("a.qweight", "I32"),
+        ("a.bias", "F64"),
+    ] {
+        let width = if dtype == "I8" {
+            1
+        } else if dtype == "I32" {
+            4
+        } else {
+            8
+        };
+        let header = json!({name: entry(dtype, &[1], 0, width)});
+        let error = open_single(file(&header.to_string(), width as usize))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(name) && error.contains(dtype), "{error}");
+    }
+}
+
+#[test]
+fn names_of_wrapped_and_headless_models_are_read_with_a_note() {
+    let usual = [
+        "lm_head.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.norm.weight",
+    ];
+    for stored in [
+        [
+            "_orig_mod.lm_head.weight",
+            "_orig_mod.model.layers.0.mlp.up_proj.weight",
+            "_orig_mod.model.norm.weight",
+        ],
+        [
+            "lm_head.weight",
+            "layers.0.mlp.up_proj.weight",
+            "norm.weight",
+        ],
+    ] {
+        let dir = directory(&[("model.safetensors", shard(&stored))]);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(names(&checkpoint), usual);
+        assert_eq!(checkpoint.read_f32(usual[1]).unwrap(), [0.0]);
+        assert!(notes(&checkpoint).contains(stored[1]));
+    }
+    let both = directory(&[(
+        "model.safetensors",
+        shard(&["module.norm.weight", "norm.weight"]),
+    )]);
+    let error = Checkpoint::open(both.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("'module.norm.weight' and 'norm.weight'"),
+        "{error}"
+    );
+}
+
+/// As in transformers 5, the tensors of the shards count, wherever the index says that they lie.
+#[test]
+fn an_index_that_is_wrong_about_places_is_read_with_a_note() {
+    let index = json!({"weight_map": {"a": "2.safetensors", "b": "1.safetensors", "position_ids": "1.safetensors"}});
+    let dir = directory(&[
+        (
+            "model.safetensors.index.json",
+            index.to_string().into_bytes(),
+        ),
+        ("1.safetensors", shard(&["a", "c"])),
+        ("2.safetensors", shard(&["b"])),
+        ("model-00003-of-00003.safetensors", shard(&["d"])),
+        ("._1.safetensors", vec![0; 3]),
+    ]);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(names(&checkpoint), ["a", "b", "c"]);
+    let notes = notes(&checkpoint);
+    for part in [
+        "2 tensors lie elsewhere",
+        "1 tensors that it does not list",
+        "model-00003-of-00003",
+    ] {
+        assert!(notes.contains(part), "{part}: {notes}");
+    }
+}
+
+#[test]
+fn shards_without_an_index_are_read_if_they_are_a_whole_set() {
+    let shards: Vec<_> = (1..=3)
+        .map(|i| format!("model-0000{i}-of-00003.safetensors"))
+        .collect();
+    let with = |which: &[usize]| {
+        let dir = directory(&[("._model-00001-of-00003.safetensors", vec![0; 3])]);
+        for i in which {
+            fs::write(dir.path().join(&shards[*i]), shard(&[["a", "b", "c"][*i]])).unwrap();
+        }
+        Checkpoint::open(dir.path())
+    };
+    let checkpoint = with(&[0, 1, 2]).unwrap();
+    assert_eq!(names(&checkpoint), ["a", "b", "c"]);
+    assert!(notes(&checkpoint).contains("no model.safetensors.index.json"));
+    let error = with(&[0, 2]).unwrap_err().to_string();
+    assert!(
+        error.contains("not a whole set") && error.contains(&shards[2]),
+        "{error}"
+    );
+    let other = directory(&[("weights.safetensors", shard(&["a"]))]);
+    let error = Checkpoint::open(other.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("weights.safetensors") && error.contains("rename"),
+        "{error}"
     );
 }

@@ -9,14 +9,14 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use enamel_adapter::staging::{self, StagedFile};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{ReadTensor, SaveError, io};
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::gguf::{
     BlockType, DataFault, Described, Listed, Metadata, Permuted, ROPE_FACTORS, architecture, data,
     describe_config, describe_tokenizer, header, llama_cpp, permutation, permute, rope_factors,
 };
+use crate::checkpoint::{Checkpoint, parse_json};
 use crate::config::LlamaConfig;
 
 /// The element type of a GGUF file's matrices (`--outtype` of llama.cpp's converter).
@@ -84,6 +84,17 @@ pub struct GgufOptions {
     pub overwrite: bool,
     /// `general.name`; a base that is a GGUF file keeps its own.
     pub name: Option<String>,
+    /// The tokens of a directory, where other files than `tokenizer.json` and `tokenizer_config.json` have a say.
+    pub tokens: Option<GgufTokens>,
+}
+
+/// Tokens that a directory's files declare together.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GgufTokens {
+    /// The added ones, as `tokenizer.json` lists its own.
+    pub added: Value,
+    /// (`eos_token`, `</s>`), …
+    pub named: Vec<(String, String)>,
 }
 
 /// What was written.
@@ -146,7 +157,8 @@ pub fn write_gguf(
         if let Some(factors) = rope_factors(&config.rope, config.head_dim) {
             extra.push((ROPE_FACTORS.to_owned(), vec![factors.len()], factors));
         }
-        tokenizer(source, &config, &mut metadata, &mut problems, &mut notes)?
+        let to = (&mut metadata, &mut problems, &mut notes);
+        tokenizer(source, &config, options.tokens.as_ref(), to)?
     };
     let head = if tensors.iter().any(|(name, _)| name == "lm_head.weight") {
         "output.weight"
@@ -287,9 +299,8 @@ pub fn write_gguf_lora(
 fn tokenizer(
     source: &Checkpoint,
     config: &LlamaConfig,
-    metadata: &mut Metadata,
-    problems: &mut Vec<String>,
-    notes: &mut Vec<String>,
+    tokens: Option<&GgufTokens>,
+    (metadata, problems, notes): (&mut Metadata, &mut Vec<String>, &mut Vec<String>),
 ) -> Result<String, SaveError> {
     if !source.has_tokenizer() {
         metadata.string("tokenizer.ggml.model", "none");
@@ -308,13 +319,24 @@ fn tokenizer(
         );
         return Ok("none".to_owned());
     }
-    let json: Value = match serde_json::from_slice(&source.tokenizer_json()?) {
+    let mut json: Value = match parse_json(&source.tokenizer_json()?) {
         Ok(json) => json,
         Err(error) => {
-            problems.push(format!("tokenizer.json is not JSON: {error}"));
+            problems.push(format!("tokenizer.json: {error}"));
             return Ok(String::new());
         }
     };
+    let mut settings = source.tokenizer_config();
+    if let Some(tokens) = tokens {
+        if let Some(json) = json.as_object_mut() {
+            json.insert("added_tokens".to_owned(), tokens.added.clone());
+        }
+        let settings = settings.get_or_insert_with(|| Value::Object(Map::new()));
+        if let Some(settings) = settings.as_object_mut() {
+            let named = tokens.named.iter().cloned();
+            settings.extend(named.map(|(name, token)| (name, token.into())));
+        }
+    }
     let generation = source.generation_config();
     let stated = |key: &str| -> Vec<u32> {
         let value = generation.as_ref().and_then(|config| config.get(key));
@@ -331,7 +353,7 @@ fn tokenizer(
             eos.push(id);
         }
     }
-    let (settings, template) = (source.tokenizer_config(), source.chat_template());
+    let template = source.chat_template();
     let from = Described {
         tokenizer: &json,
         config: settings.as_ref(),

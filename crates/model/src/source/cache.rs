@@ -6,8 +6,8 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::home::expand_variable;
 use super::network::{Network, address};
-use super::reference::expand_home;
 use super::{PullProgress, SourceError};
 
 /// The hub that is asked when `HF_ENDPOINT` names no other.
@@ -78,7 +78,7 @@ impl Environment<'_> {
         let Some(text) = value.to_str() else {
             return Some(value.into());
         };
-        Some(expand_home(&self.expand_variables(text), self.home()))
+        Some(expand_variable(&self.expand_variables(text), self.home()))
     }
 
     fn home(&self) -> Option<PathBuf> {

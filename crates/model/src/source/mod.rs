@@ -3,6 +3,7 @@
 mod cache;
 mod catalogue;
 mod error;
+mod home;
 mod hub;
 mod lock;
 mod network;
@@ -15,6 +16,7 @@ use std::path::PathBuf;
 pub use self::cache::{PullOptions, cache_root};
 pub use self::catalogue::{Catalogue, Entry, EntrySource, WheelSource};
 pub use self::error::SourceError;
+pub use self::home::{HomeError, expand_home};
 #[doc(hidden)]
 pub use self::hub::{answer as hub_answer, shards as hub_shards};
 pub use self::network::Network;

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use super::SourceError;
 use super::catalogue::Catalogue;
+use super::{SourceError, expand_home};
 
 /// The four forms, for messages.
 pub(crate) const FORMS: &str = "a reference is one of\n  \
@@ -60,7 +60,7 @@ impl ModelRef {
         if catalogue.get(text).is_some() {
             return Ok(Self::Catalogue(text.to_owned()));
         }
-        let path = expand_home(text, std::env::var_os("HOME").map(PathBuf::from));
+        let path = expand_home(Path::new(text)).map_err(|error| bad(error.to_string()))?;
         if path
             .extension()
             .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
@@ -129,17 +129,6 @@ fn parse_hub(rest: &str) -> Result<HubRef, String> {
         repository: repository.to_owned(),
         revision: revision.map(str::to_owned),
     })
-}
-
-/// `~` and `~/x` under the home directory: neither a recipe nor a variable is read by a shell.
-pub(super) fn expand_home(text: &str, home: Option<PathBuf>) -> PathBuf {
-    match (text.strip_prefix('~'), home) {
-        (Some(""), Some(home)) => home,
-        (Some(rest), Some(home)) if rest.starts_with('/') => {
-            home.join(rest.trim_start_matches('/'))
-        }
-        _ => PathBuf::from(text),
-    }
 }
 
 fn missing_path(path: &Path) -> String {

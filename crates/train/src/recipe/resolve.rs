@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use enamel_model::source::expand_home;
+
 use super::Recipe;
 use super::adapter::misplaced;
 use super::error::{Origin, Problem};
@@ -18,11 +20,11 @@ pub(super) fn resolve(
 ) -> Recipe {
     // What could not be read has been reported, and stands at its default: no second complaint.
     let readable = problems.is_empty();
-    resolve_paths(&mut recipe, path, origins);
     let mut found = Findings {
         origins,
         list: Vec::new(),
     };
+    resolve_paths(&mut recipe, path, &mut found);
     quantization::check(&mut recipe.model, &mut found);
     quantization::check_method(&mut recipe, &mut found);
     quantization::check_loftq(&mut recipe, &mut found);
@@ -70,8 +72,7 @@ impl Findings<'_> {
 /// decide what a recipe means.
 pub(super) fn is_path_reference(reference: &str) -> bool {
     !reference.starts_with("hf:")
-        && !reference.starts_with('~')
-        && (reference.starts_with('.')
+        && (reference.starts_with(['.', '~'])
             || reference.contains(['/', '\\'])
             || reference.ends_with(".gguf"))
 }
@@ -79,19 +80,40 @@ pub(super) fn is_path_reference(reference: &str) -> bool {
 /// A model reference from the command line: paths are relative to the current directory.
 pub(super) fn model_reference(reference: &str) -> String {
     match is_path_reference(reference) {
-        true => tidy(&std::env::current_dir().unwrap_or_default().join(reference))
-            .display()
-            .to_string(),
+        true => {
+            let path = Path::new(reference);
+            // What a `~` does not stand for is said where the reference is opened.
+            let path = expand_home(path).unwrap_or_else(|_| path.to_owned());
+            tidy(&std::env::current_dir().unwrap_or_default().join(path))
+                .display()
+                .to_string()
+        }
         false => reference.to_owned(),
     }
 }
 
-fn resolve_paths(recipe: &mut Recipe, path: &Path, origins: &Origins) {
+/// Makes the paths of a recipe absolute, the run directory's aside: a leading `~` is the home directory, and
+/// what is relative is so to the recipe's folder, or to the current directory if the command line gave it.
+fn resolve_paths(recipe: &mut Recipe, path: &Path, found: &mut Findings<'_>) {
     let here = std::env::current_dir().unwrap_or_default();
     let folder = here.join(path.parent().unwrap_or(Path::new("")));
-    let resolved = |name: &str, path: &Path| match origins.get(name) {
-        Some(Origin::Override(_)) => tidy(&here.join(path)),
-        _ => tidy(&folder.join(path)),
+    let origins = found.origins;
+    let mut home = |name: &str, path: &Path| match expand_home(path) {
+        Ok(path) => path,
+        Err(error) => {
+            found.add(name, &format!("{name}: {error}"), "");
+            path.to_owned()
+        }
+    };
+    if let Some(dir) = &mut recipe.output.dir {
+        *dir = home("output.dir", dir);
+    }
+    let mut resolved = |name: &str, path: &Path| {
+        let path = home(name, path);
+        match origins.get(name) {
+            Some(Origin::Override(_)) => tidy(&here.join(path)),
+            _ => tidy(&folder.join(path)),
+        }
     };
     for (name, paths) in [
         ("data.train", &mut recipe.data.train),

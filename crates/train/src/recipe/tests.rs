@@ -65,6 +65,36 @@ fn paths_are_relative_to_the_recipe_and_those_of_overrides_to_the_current_direct
 }
 
 #[test]
+fn a_tilde_is_the_home_directory_in_every_path() {
+    let home = std::env::home_dir().unwrap();
+    let text = "[model]\nbase = '~/base'\nchat_template = '~/t.jinja'\n[adapter]\ninit_from = '~/a'\n\
+                [data]\ntrain = ['~/a.jsonl', './~/b.jsonl', '~old.jsonl']\n[output]\ndir = '~/run'\n";
+    let recipe = resolve(text, &["data.valid=~/v.jsonl"]).unwrap();
+    assert_eq!(Path::new(&recipe.model.base), home.join("base"));
+    assert_eq!(
+        recipe.model.chat_template,
+        Some(home.join("t.jinja").display().to_string())
+    );
+    assert_eq!(recipe.adapter.init_from, Some(home.join("a")));
+    let there = ["/proj/set/~/b.jsonl", "/proj/set/~old.jsonl"].map(PathBuf::from);
+    assert_eq!(recipe.data.train.0[0], home.join("a.jsonl"));
+    assert_eq!(recipe.data.train.0[1..], there);
+    assert_eq!(recipe.data.valid.0, [home.join("v.jsonl")]);
+    assert_eq!(recipe.output_dir(), home.join("run"));
+    let there = Recipe::for_model::<&str>("~/base", &[]).unwrap();
+    assert_eq!(Path::new(&there.model.base), home.join("base"));
+
+    let text = "[model]\nbase = '~bob/base'\n[data]\ntrain = 'a'\n[output]\ndir = '~bob/run'\n";
+    refuses(
+        text,
+        &[
+            "r.toml:2: model.base: ~bob/base: only ~/ is expanded",
+            "r.toml:6: output.dir: ~bob/run",
+        ],
+    );
+}
+
+#[test]
 fn every_problem_is_reported_at_once_with_its_line() {
     refuses(
         "sead = 1\n[train]\nlerning_rate = 1\nbatch_size = 0\nepochs = 'three'\n[adaptor]\nr = 4\n",

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::header::{Header, RawTensor};
+use super::keys;
 use super::quant::BlockType;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::error::Problems;
@@ -19,7 +20,11 @@ pub(crate) fn config_json(
     header: &Header,
     bytes: &[u8],
 ) -> Result<Value, CheckpointError> {
-    let arch = header.str("general.architecture").unwrap_or("(none)");
+    let arch = header.str("general.architecture");
+    let Some(arch) = arch else {
+        let problem = "metadata key 'general.architecture' is missing or no text; is this a model?";
+        return Err(CheckpointError::malformed(path, problem));
+    };
     if arch != "llama" {
         return Err(CheckpointError::unsupported(
             path,
@@ -33,13 +38,8 @@ pub(crate) fn config_json(
         ));
     }
     let mut problems = Problems::default();
-    let mut required = |key: &str| {
-        let value = header.u64(key).filter(|&n| n > 0 && n <= u32::MAX.into());
-        if value.is_none() {
-            problems.push(format!("metadata key '{key}' is missing or not a count"));
-        }
-        value.unwrap_or(1)
-    };
+    keys::check_model(header, &mut problems);
+    let required = |key: &str| header.u64(key).filter(|&n| n > 0).unwrap_or(1);
     let hidden = required("llama.embedding_length");
     let intermediate = required("llama.feed_forward_length");
     let layers = required("llama.block_count");
@@ -70,6 +70,14 @@ pub(crate) fn config_json(
         problems.into_malformed(path)?;
         return Err(CheckpointError::malformed(path, "no embedding"));
     };
+    for name in TOKENS {
+        let key = token_key(name);
+        if let Some(id) = token(header, name).filter(|id| *id >= vocab as u64) {
+            problems.push(format!(
+                "metadata key '{key}' is {id}, and the embedding has {vocab} rows"
+            ));
+        }
+    }
     let rope_scaling = match rope_scaling(header, bytes, head_dim, context) {
         Ok(scaling) => scaling,
         Err(problem) => {
@@ -80,7 +88,7 @@ pub(crate) fn config_json(
     problems.into_malformed(path)?;
 
     let has = |name: &str| header.tensors.iter().any(|t| t.name == name);
-    let token = |key: &str| header.u64(key).map_or(Value::Null, Value::from);
+    let token = |name: &str| token(header, name).map_or(Value::Null, Value::from);
     let dtype = dtype_name(&header.tensors);
     Ok(json!({
         "architectures": ["LlamaForCausalLM"],
@@ -100,18 +108,32 @@ pub(crate) fn config_json(
         "mlp_bias": has("blk.0.ffn_up.bias"),
         "tie_word_embeddings": !has("output.weight"),
         "vocab_size": vocab,
-        "bos_token_id": token("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": token("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": token("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": token("bos"),
+        "eos_token_id": token("eos"),
+        "pad_token_id": token("padding"),
         "torch_dtype": dtype,
         "use_cache": true,
     }))
 }
 
+/// The tokens that metadata has numbers of.
+const TOKENS: [&str; 6] = ["bos", "eos", "eot", "eom", "unknown", "padding"];
+
+fn token_key(name: &str) -> String {
+    format!("tokenizer.ggml.{name}_token_id")
+}
+
+/// The number of a special token; writers say by -1, of 32 bits with or without a sign, that there is none.
+pub(super) fn token(header: &Header, name: &str) -> Option<u64> {
+    header
+        .u64(&token_key(name))
+        .filter(|id| *id != u64::from(u32::MAX))
+}
+
 /// `generation_config.json`: where generation stops.
 pub(crate) fn generation_config(header: &Header) -> Value {
     let mut config = Map::new();
-    let token = |key: &str| header.u64(&format!("tokenizer.ggml.{key}_token_id"));
+    let token = |name: &str| token(header, name);
     if let Some(bos) = token("bos") {
         config.insert("bos_token_id".into(), bos.into());
     }

@@ -219,6 +219,19 @@ impl Header {
         self.metadata.get(key)
     }
 
+    /// Puts one number in the place of a list of equal ones, one a layer.
+    pub fn collapse(&mut self, key: &str, bytes: &[u8]) {
+        let Some(list) = self.ints(key, bytes) else {
+            return;
+        };
+        if let Some(first) = list
+            .first()
+            .filter(|first| list.iter().all(|n| n == *first))
+        {
+            self.metadata.insert(key.to_owned(), Value::Signed(*first));
+        }
+    }
+
     pub fn u64(&self, key: &str) -> Option<u64> {
         match self.get(key)? {
             Value::Unsigned(n) => Some(*n),

@@ -3,6 +3,7 @@
 mod config;
 mod header;
 mod hyper;
+mod keys;
 mod names;
 mod quant;
 mod quantise;
@@ -44,7 +45,10 @@ impl GgufFile {
     /// configuration its metadata amounts to.
     pub(crate) fn open(path: &Path) -> Result<(Self, Vec<TensorInfo>, Value), CheckpointError> {
         let file = MappedFile::open(path)?;
-        let header = header::read(path, file.bytes())?;
+        let mut header = header::read(path, file.bytes())?;
+        for key in keys::PER_LAYER {
+            header.collapse(key, file.bytes());
+        }
         if let Some(parts) = header.u64("split.count").filter(|&n| n > 1) {
             return Err(CheckpointError::unsupported(
                 path,
@@ -191,6 +195,17 @@ impl GgufFile {
 
     /// A `tokenizer.json` with the vocabulary and rules of the metadata.
     pub(crate) fn tokenizer_json(&self) -> Result<Vec<u8>, CheckpointError> {
+        if !self.has_tokenizer() {
+            let model = self.header.str("tokenizer.ggml.model");
+            return Err(CheckpointError::NoTokenizer {
+                path: self.path().to_owned(),
+                reason: format!(
+                    "the file comes without a tokenizer (tokenizer.ggml.model is {})",
+                    model.map_or_else(|| "missing".to_owned(), |model| format!("'{model}'"))
+                ),
+                help: "take a file with one, or give rows of token ids (input_ids)".to_owned(),
+            });
+        }
         tokenizer::tokenizer_json(self.path(), &self.header, self.file.bytes())
     }
 
@@ -207,8 +222,11 @@ impl GgufFile {
 
     /// Whether there is one that can be read; a file may say that it has "none".
     pub(crate) fn has_tokenizer(&self) -> bool {
-        let model = self.header.str("tokenizer.ggml.model");
-        model.is_some_and(|model| model != "none" && model != "no_vocab")
+        match self.header.str("tokenizer.ggml.model") {
+            Some(model) => model != "none" && model != "no_vocab",
+            // Its name is asked for where it is read.
+            None => self.header.get("tokenizer.ggml.tokens").is_some(),
+        }
     }
 
     /// Takes over the metadata that holds of every model of this shape and tokenizer, as the file has it.

@@ -32,6 +32,10 @@ impl Writer {
         self.entry(key, 4, &value.to_le_bytes())
     }
 
+    fn float(self, key: &str, value: f32) -> Self {
+        self.entry(key, 6, &value.to_le_bytes())
+    }
+
     fn string(self, key: &str, value: &str) -> Self {
         self.entry(key, 8, &text(value))
     }
@@ -97,6 +101,7 @@ fn small() -> Writer {
         .number("llama.attention.head_count", 4)
         .number("llama.attention.head_count_kv", 2)
         .number("llama.context_length", 64)
+        .float("llama.attention.layer_norm_rms_epsilon", 1e-5)
         .string("tokenizer.ggml.model", "gpt2")
         .string("tokenizer.ggml.pre", "smollm")
         .strings("tokenizer.ggml.tokens", &["<e>", "a", "b", "ab"])
@@ -318,25 +323,101 @@ fn faults_are_named() {
     );
 }
 
+/// llama.cpp refuses a file without these too; all are named at once, and so is what is of another kind.
+#[test]
+fn keys_that_must_be_there_are_asked_for_at_once() {
+    let scratch = Scratch::new();
+    let bare = Writer::default()
+        .string("general.architecture", "llama")
+        .number("llama.block_count", 0)
+        .string("llama.context_length", "long")
+        .ints("llama.attention.head_count_kv", &[2, 1])
+        .string("llama.rope.freq_base", "1e4")
+        .string("tokenizer.ggml.eos_token_id", "</s>");
+    let error = scratch.open(&bare.bytes().0).unwrap_err().to_string();
+    for wanted in [
+        "'llama.embedding_length' is missing",
+        "'llama.feed_forward_length' is missing",
+        "'llama.block_count' is 0; it must be a whole number of at least 1",
+        "'llama.attention.head_count' is missing",
+        "'llama.context_length' is the text \"long\"; it must be a whole number",
+        "'llama.attention.layer_norm_rms_epsilon' is missing; it must be a number",
+        "'llama.attention.head_count_kv' is a list",
+        "'llama.rope.freq_base' is the text \"1e4\"",
+        "'tokenizer.ggml.eos_token_id' is the text \"</s>\"",
+        "'token_embd.weight' is missing",
+    ] {
+        assert!(error.contains(wanted), "{wanted}: {error}");
+    }
+    let none = scratch.open(&Writer::default().bytes().0).unwrap_err();
+    assert!(
+        none.to_string()
+            .contains("'general.architecture' is missing")
+    );
+    let far = small().number("tokenizer.ggml.bos_token_id", 9);
+    let far = scratch.open(&far.bytes().0).unwrap_err().to_string();
+    assert!(
+        far.contains("bos_token_id' is 9, and the embedding has 4 rows"),
+        "{far}"
+    );
+}
+
+#[test]
+fn a_number_for_each_layer_is_one_if_all_are_equal_and_no_token_is_none() {
+    let mut writer = small();
+    writer.entries.remove(5);
+    let writer = writer
+        .ints("llama.attention.head_count_kv", &[2, 2])
+        .number("tokenizer.ggml.padding_token_id", u32::MAX);
+    let (_, _, config) = Scratch::new().open(&writer.bytes().0).unwrap();
+    assert_eq!(config["num_key_value_heads"], 2);
+    assert!(config["pad_token_id"].is_null());
+}
+
 #[test]
 fn tokenizers_that_cannot_be_built_say_why() {
     let scratch = Scratch::new();
     let base = || {
         let mut writer = small();
         // Without the tokenizer's entries.
-        writer.entries.truncate(7);
+        writer.entries.truncate(8);
         writer
     };
     let tokens = |writer: Writer| writer.strings("tokenizer.ggml.tokens", &["a", "b", "ab"]);
     let cases = [
-        (base(), "no 'tokenizer.ggml.tokens'"),
+        (
+            base(),
+            "without a tokenizer (tokenizer.ggml.model is missing)",
+        ),
+        (
+            base().string("tokenizer.ggml.model", "none"),
+            "tokenizer.ggml.model is 'none'",
+        ),
+        (tokens(base()), "'tokenizer.ggml.model' is missing"),
+        (
+            base().string("tokenizer.ggml.model", "gpt2"),
+            "'tokenizer.ggml.tokens' is missing",
+        ),
+        (
+            tokens(base().string("tokenizer.ggml.model", "gpt2"))
+                .number("tokenizer.ggml.add_bos_token", 1)
+                .number("tokenizer.ggml.pre", 7),
+            "'tokenizer.ggml.add_bos_token' is 1; it must be true or false",
+        ),
+        (
+            base()
+                .string("tokenizer.ggml.model", "gpt2")
+                .ints("tokenizer.ggml.tokens", &[1])
+                .strings("tokenizer.ggml.merges", &["a b"]),
+            "'tokenizer.ggml.tokens' is not a list of texts",
+        ),
         (
             tokens(base().string("tokenizer.ggml.model", "t5")),
             "model is 't5'",
         ),
         (
             tokens(base().string("tokenizer.ggml.model", "gpt2")),
-            "no 'tokenizer.ggml.merges'",
+            "'tokenizer.ggml.merges' is missing",
         ),
         (
             tokens(base().string("tokenizer.ggml.model", "gpt2"))
@@ -361,7 +442,8 @@ fn tokenizers_that_cannot_be_built_say_why() {
         (
             base()
                 .string("tokenizer.ggml.model", "gpt2")
-                .strings("tokenizer.ggml.tokens", &["a", "a"]),
+                .strings("tokenizer.ggml.tokens", &["a", "a"])
+                .strings("tokenizer.ggml.merges", &["a b"]),
             "has the ids 0 and 1",
         ),
         (
@@ -380,7 +462,7 @@ fn tokenizers_that_cannot_be_built_say_why() {
 /// The model without a tokenizer's entries.
 fn without_tokenizer() -> Writer {
     let mut writer = small();
-    writer.entries.truncate(7);
+    writer.entries.truncate(8);
     writer
 }
 

@@ -8,7 +8,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::config::token;
 use super::header::Header;
+use super::keys;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::error::Problems;
 
@@ -30,7 +32,7 @@ impl<'a> Vocabulary<'a> {
     fn read(header: &Header, bytes: &'a [u8]) -> Result<Self, String> {
         let tokens = header
             .strings("tokenizer.ggml.tokens", bytes)
-            .ok_or("metadata has no 'tokenizer.ggml.tokens', a list of texts")?;
+            .ok_or("metadata key 'tokenizer.ggml.tokens' is not a list of texts")?;
         let kinds = match header.get("tokenizer.ggml.token_type") {
             None => vec![NORMAL; tokens.len()],
             Some(_) => header
@@ -47,7 +49,7 @@ impl<'a> Vocabulary<'a> {
     }
 
     fn special(&self, header: &Header, name: &str) -> Option<&'a str> {
-        let id = header.u64(&format!("tokenizer.ggml.{name}_token_id"))?;
+        let id = token(header, name)?;
         self.tokens.get(usize::try_from(id).ok()?).copied()
     }
 
@@ -146,6 +148,9 @@ pub(crate) fn tokenizer_json(
     bytes: &[u8],
 ) -> Result<Vec<u8>, CheckpointError> {
     let malformed = |problem: String| CheckpointError::malformed(path, problem);
+    let mut problems = Problems::default();
+    keys::check_tokenizer(header, &mut problems);
+    problems.into_malformed(path)?;
     let vocabulary = Vocabulary::read(header, bytes).map_err(malformed)?;
     let mut problems = Problems::default();
     let ids = vocabulary.ids(&mut problems);
@@ -240,7 +245,9 @@ fn byte_level(
 ) -> Result<Parts, Fault> {
     let merges = header
         .strings("tokenizer.ggml.merges", bytes)
-        .ok_or_else(|| Fault::Malformed("metadata has no 'tokenizer.ggml.merges'".into()))?;
+        .ok_or_else(|| {
+            Fault::Malformed("metadata key 'tokenizer.ggml.merges' is not a list of texts".into())
+        })?;
     // Pairs rather than joined texts, since newer files hold merges of tokens with spaces.
     let mut pairs = Vec::with_capacity(merges.len());
     for (line, merge) in merges.iter().enumerate() {

@@ -26,6 +26,7 @@ fn options(outtype: OutType) -> GgufOptions {
         outtype,
         overwrite: false,
         name: Some("tiny".to_owned()),
+        tokens: None,
     }
 }
 

@@ -1,0 +1,165 @@
+//! The metadata keys that reading depends on: which must be there, and of which kind each is.
+
+use super::header::{Header, Value};
+use crate::checkpoint::error::Problems;
+
+/// What a key's value must be.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// A whole number from 1 to 2³²−1.
+    Count,
+    /// A whole number.
+    Whole,
+    /// The number of a token, or one that says that there is none.
+    Token,
+    Number,
+    Text,
+    Flag,
+    List,
+}
+
+use Kind::{Count, Flag, List, Number, Text, Token, Whole};
+
+/// Keys without which there is no model; llama.cpp asks for the same.
+const MODEL: [(&str, Kind); 6] = [
+    ("llama.embedding_length", Count),
+    ("llama.feed_forward_length", Count),
+    ("llama.block_count", Count),
+    ("llama.attention.head_count", Count),
+    ("llama.context_length", Count),
+    ("llama.attention.layer_norm_rms_epsilon", Number),
+];
+
+/// Keys that have a default or a meaning in their absence.
+const OPTIONAL: [(&str, Kind); 22] = [
+    ("llama.attention.head_count_kv", Count),
+    ("llama.attention.key_length", Count),
+    ("llama.rope.dimension_count", Count),
+    ("llama.rope.freq_base", Number),
+    ("llama.rope.scale_linear", Number),
+    ("llama.rope.scaling.type", Text),
+    ("llama.rope.scaling.factor", Number),
+    ("llama.rope.scaling.attn_factor", Number),
+    ("llama.rope.scaling.yarn_beta_fast", Number),
+    ("llama.rope.scaling.yarn_beta_slow", Number),
+    ("llama.rope.scaling.original_context_length", Count),
+    ("llama.expert_count", Whole),
+    ("split.count", Whole),
+    ("tokenizer.ggml.model", Text),
+    ("tokenizer.chat_template", Text),
+    ("tokenizer.ggml.bos_token_id", Token),
+    ("tokenizer.ggml.eos_token_id", Token),
+    ("tokenizer.ggml.eot_token_id", Token),
+    ("tokenizer.ggml.eom_token_id", Token),
+    ("tokenizer.ggml.unknown_token_id", Token),
+    ("tokenizer.ggml.padding_token_id", Token),
+    ("general.architecture", Text),
+];
+
+/// Keys of a tokenizer of either kind.
+const TOKENIZER: [(&str, Kind); 2] = [
+    ("tokenizer.ggml.model", Text),
+    ("tokenizer.ggml.tokens", List),
+];
+const BYTE_LEVEL: (&str, Kind) = ("tokenizer.ggml.merges", List);
+const PIECES: (&str, Kind) = ("tokenizer.ggml.scores", List);
+const TOKENIZER_OPTIONAL: [(&str, Kind); 5] = [
+    ("tokenizer.ggml.pre", Text),
+    ("tokenizer.ggml.token_type", List),
+    ("tokenizer.ggml.add_bos_token", Flag),
+    ("tokenizer.ggml.add_eos_token", Flag),
+    ("tokenizer.ggml.add_space_prefix", Flag),
+];
+
+/// Keys that may differ from layer to layer; a list of equal numbers stands for one.
+pub(super) const PER_LAYER: [&str; 3] = [
+    "llama.feed_forward_length",
+    "llama.attention.head_count",
+    "llama.attention.head_count_kv",
+];
+
+/// What is missing or of another kind among the keys of the model.
+pub(super) fn check_model(header: &Header, problems: &mut Problems) {
+    must(header, &MODEL, problems);
+    may(header, &OPTIONAL, problems);
+}
+
+/// The same among those of its tokenizer.
+pub(super) fn check_tokenizer(header: &Header, problems: &mut Problems) {
+    must(header, &TOKENIZER, problems);
+    match header.str("tokenizer.ggml.model") {
+        Some("gpt2") => must(header, &[BYTE_LEVEL], problems),
+        Some("llama") => must(header, &[PIECES], problems),
+        _ => {}
+    }
+    may(header, &TOKENIZER_OPTIONAL, problems);
+}
+
+fn must(header: &Header, keys: &[(&str, Kind)], problems: &mut Problems) {
+    for (key, kind) in keys {
+        if header.get(key).is_none() {
+            problems.push(format!(
+                "metadata key '{key}' is missing; it must be {}",
+                kind.words()
+            ));
+        }
+    }
+    may(header, keys, problems);
+}
+
+fn may(header: &Header, keys: &[(&str, Kind)], problems: &mut Problems) {
+    for (key, kind) in keys {
+        if let Some(value) = header.get(key).filter(|value| !kind.fits(value)) {
+            problems.push(format!(
+                "metadata key '{key}' is {}; it must be {}",
+                words(value),
+                kind.words()
+            ));
+        }
+    }
+}
+
+impl Kind {
+    fn fits(self, value: &Value) -> bool {
+        match (self, value) {
+            (Count, value) => whole(value).is_some_and(|n| (1..=i128::from(u32::MAX)).contains(&n)),
+            (Whole | Token, value) => whole(value).is_some(),
+            (Number, Value::Float(x)) => x.is_finite(),
+            (Number, value) => whole(value).is_some(),
+            (Text, Value::String(_)) | (Flag, Value::Bool(_)) | (List, Value::Array(_)) => true,
+            _ => false,
+        }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Count => "a whole number of at least 1",
+            Whole => "a whole number",
+            Token => "the number of a token",
+            Number => "a number",
+            Text => "a text",
+            Flag => "true or false",
+            List => "a list",
+        }
+    }
+}
+
+fn whole(value: &Value) -> Option<i128> {
+    match value {
+        Value::Unsigned(n) => Some((*n).into()),
+        Value::Signed(n) => Some((*n).into()),
+        _ => None,
+    }
+}
+
+/// A value in words.
+fn words(value: &Value) -> String {
+    match value {
+        Value::Unsigned(n) => n.to_string(),
+        Value::Signed(n) => n.to_string(),
+        Value::Float(x) => x.to_string(),
+        Value::Bool(b) => b.to_string(),
+        Value::String(text) => format!("the text {:?}", text.chars().take(40).collect::<String>()),
+        Value::Array(_) => "a list".to_owned(),
+    }
+}
