@@ -28,6 +28,22 @@ const MARK_OPEN: char = '\u{FDD2}';
 const MARK_CLOSE: char = '\u{FDD3}';
 const MARK_DIGIT: u32 = 0xFDD4;
 
+/// What a sentinel in a message stands for.
+#[derive(Clone, Copy)]
+enum Place {
+    /// All of its content.
+    Content,
+    /// The end of the last text in it, its tool calls' included.
+    Last,
+}
+
+impl Place {
+    const BOTH: [Self; 2] = [Self::Content, Self::Last];
+}
+
+/// The rendered text before and after a sentinel.
+type Around = Result<(String, String), BadReason>;
+
 /// A conversation and its rendering.
 pub(crate) struct TurnFinder<'a> {
     tokenizer: &'a Tokenizer,
@@ -150,6 +166,10 @@ impl<'a> TurnFinder<'a> {
             ..self.options
         };
         let rendered = self.template.render_with(messages, options);
+        // One that takes too long is not tried again with each turn.
+        if let Err(error @ TemplateError::Budget { .. }) = rendered {
+            return Err(error.into());
+        }
         // A failure may have taken as long as a rendering.
         let cost = rendered.as_ref().map_or(self.text.len(), String::len);
         self.rendered.set(spent.saturating_add(cost));
@@ -162,20 +182,14 @@ impl<'a> TurnFinder<'a> {
         start: Option<usize>,
         end: Option<usize>,
     ) -> Result<Range<usize>, BadReason> {
-        let (before, after) = self.around_sentinel(i, self.messages.len(), false)?;
-        let start = match start.or(self.start_behind_the_one_before(i, before.len())?) {
+        let content = self.around(i, self.messages.len(), false, Place::Content);
+        let start = match start {
             Some(start) => start,
-            None if self.text.starts_with(&before) => before.len(),
-            None => return Err(boundary(i, "what precedes the turn depends on its content")),
+            None => self.start(i, &content)?,
         };
         let end = match end {
             Some(end) => end,
-            None => {
-                let content_end = self.text.strip_suffix(after.as_str()).map(str::len);
-                let content_end = content_end
-                    .ok_or_else(|| boundary(i, "what follows the turn depends on its content"))?;
-                content_end.saturating_add(self.closing(i, &after)?)
-            }
+            None => self.end(i, content)?,
         };
         if start >= end {
             return Err(boundary(i, "the turn has no text of its own"));
@@ -183,44 +197,67 @@ impl<'a> TurnFinder<'a> {
         Ok(start..end)
     }
 
-    /// Where turn `i` starts by what a generation prompt puts between it and the text of the message before it, wherever
-    /// that text stands; `None` where that does not fit. Its content starts at `content`.
-    fn start_behind_the_one_before(
-        &self,
-        i: usize,
-        content: usize,
-    ) -> Result<Option<usize>, BadReason> {
-        let Some(before) = i.checked_sub(1) else {
-            return Ok(None);
-        };
-        let alone = self.around_sentinel(before, i, true);
-        let full = self.around_sentinel(before, self.messages.len(), false);
-        let (Ok((_, prompt)), Ok((_, rest))) = (alone, full) else {
-            return Ok(None);
-        };
-        let fits = rest.starts_with(&prompt) && self.text.ends_with(&rest);
-        let start = self
-            .text
-            .len()
-            .saturating_sub(rest.len())
-            .saturating_add(prompt.len());
-        Ok((fits && start <= content).then_some(start))
+    /// Where turn `i` starts; `content` is what stands around its content.
+    fn start(&self, i: usize, content: &Around) -> Result<usize, BadReason> {
+        let before = content.as_ref().map(|(before, _)| before.as_str());
+        let at_most = before.map_or(self.text.len(), str::len);
+        if let Some(start) = self.start_behind_the_one_before(i, at_most) {
+            return Ok(start);
+        }
+        match before {
+            Ok(before) if self.text.starts_with(before) => Ok(before.len()),
+            Ok(_) => Err(boundary(i, "what precedes the turn depends on its content")),
+            Err(error) => Err(error.clone()),
+        }
     }
 
-    /// How many bytes of `after`, which follows turn `i`'s content, close the turn.
-    fn closing(&self, i: usize, after: &str) -> Result<usize, BadReason> {
+    /// Where turn `i` starts by what a generation prompt puts between it and the text of the message before it, wherever
+    /// that text stands; `None` where that does not fit. It starts at `at_most` or before.
+    fn start_behind_the_one_before(&self, i: usize, at_most: usize) -> Option<usize> {
+        let before = i.checked_sub(1)?;
+        Place::BOTH.into_iter().find_map(|place| {
+            let (_, prompt) = self.around(before, i, true, place).ok()?;
+            let (_, rest) = self
+                .around(before, self.messages.len(), false, place)
+                .ok()?;
+            let fits = rest.starts_with(&prompt) && self.text.ends_with(&rest);
+            let start = self.text.len().checked_sub(rest.len())?;
+            let start = start.checked_add(prompt.len())?;
+            (fits && start <= at_most).then_some(start)
+        })
+    }
+
+    /// Where turn `i` ends; `content` is what stands around its content.
+    fn end(&self, i: usize, content: Around) -> Result<usize, BadReason> {
+        // A turn that calls tools may be written without its content.
+        let (place, after) = match content {
+            Ok((_, after)) => (Place::Content, after),
+            Err(error) => match self.around(i, self.messages.len(), false, Place::Last) {
+                Ok((_, after)) => (Place::Last, after),
+                Err(_) => return Err(error),
+            },
+        };
+        let content_end = self.text.strip_suffix(after.as_str()).map(str::len);
+        let content_end = content_end
+            .ok_or_else(|| boundary(i, "what follows the turn depends on its content"))?;
+        Ok(content_end.saturating_add(self.closing(i, &after, place)?))
+    }
+
+    /// How many bytes of `after`, which follows turn `i`'s text at `place`, close the turn.
+    fn closing(&self, i: usize, after: &str, place: Place) -> Result<usize, BadReason> {
+        let fits = |closing: &str| {
+            let either = [closing, closing.trim_end()].into_iter();
+            let mut fitting = either.filter(|c| !c.is_empty() && after.starts_with(c));
+            fitting.next().map(str::len)
+        };
         // What closes the turn when nothing follows it also closes it here.
         let count = i.saturating_add(1);
-        let alone = self.around_sentinel(i, count, false);
-        if let Ok((_, closing)) = &alone {
-            for closing in [closing.as_str(), closing.trim_end()] {
-                if !closing.is_empty() && after.starts_with(closing) {
-                    return Ok(closing.len());
-                }
-            }
+        let alone = self.around(i, count, false, place);
+        if let Some(length) = alone.as_ref().ok().and_then(|(_, closing)| fits(closing)) {
+            return Ok(length);
         }
         // Unless the conversation's end has a token of its own, which is not there before a generation prompt.
-        if let Ok((_, before_prompt)) = self.around_sentinel(i, count, true) {
+        if let Ok((_, before_prompt)) = self.around(i, count, true, place) {
             let prompt = self.generation_prompt(i)?;
             let closing = prompt.and_then(|prompt| before_prompt.strip_suffix(prompt.as_str()));
             if let Some(closing) = closing.filter(|c| !c.is_empty() && after.starts_with(c)) {
@@ -240,21 +277,17 @@ impl<'a> TurnFinder<'a> {
             let last = self.messages.len().saturating_sub(1);
             let role = self.messages.last().map(Message::role);
             if last != i && role == Some("assistant") {
-                let (_, closing) = self.around_sentinel(last, self.messages.len(), false)?;
-                for closing in [closing.as_str(), closing.trim_end()] {
-                    if !closing.is_empty() && after.starts_with(closing) {
-                        return Ok(closing.len());
-                    }
+                let (_, closing) = self.around(last, self.messages.len(), false, place)?;
+                if let Some(length) = fits(&closing) {
+                    return Ok(length);
                 }
             }
             let user = [Message::user("question")];
             let turn = self.messages.get(i).cloned();
             let probe: Vec<Message> = user.into_iter().chain(turn).collect();
-            let (_, closing) = self.around_sentinel_of(&probe, 1, false, i)?;
-            for closing in [closing.as_str(), closing.trim_end()] {
-                if !closing.is_empty() && after.starts_with(closing) {
-                    return Ok(closing.len());
-                }
+            let (_, closing) = self.around_of(&probe, 1, false, (i, place))?;
+            if let Some(length) = fits(&closing) {
+                return Ok(length);
             }
         }
         let closing = alone.map(|(_, closing)| closing).unwrap_or_default();
@@ -301,37 +334,34 @@ impl<'a> TurnFinder<'a> {
         None
     }
 
-    /// The rendered text before and after message `i`'s content, of the first `count` messages.
-    fn around_sentinel(
-        &self,
-        i: usize,
-        count: usize,
-        prompt: bool,
-    ) -> Result<(String, String), BadReason> {
+    /// The rendered text before and after a sentinel at `place` of message `i`, of the first `count` messages.
+    fn around(&self, i: usize, count: usize, prompt: bool, place: Place) -> Around {
         let messages = self.messages.get(..count).unwrap_or(self.messages);
-        self.around_sentinel_of(messages, i, prompt, i)
+        self.around_of(messages, i, prompt, (i, place))
     }
 
     /// The same for message `at` of others; errors name message `index`.
-    fn around_sentinel_of(
+    fn around_of(
         &self,
         messages: &[Message],
         at: usize,
         prompt: bool,
-        index: usize,
-    ) -> Result<(String, String), BadReason> {
+        (index, place): (usize, Place),
+    ) -> Around {
         let mut sentinel = String::from("EnamelTurnSentinel");
         while self.text.contains(&sentinel) {
             sentinel.push('x');
         }
+        let unwritten = || boundary(index, "the template does not write the message's content");
         let mut messages = messages.to_vec();
         if let Some(message) = messages.get_mut(at) {
-            *message = message.with_content(&sentinel);
+            *message = match place {
+                Place::Content => message.with_content(&sentinel),
+                Place::Last => message.with_mark(&sentinel).ok_or_else(unwritten)?,
+            };
         }
         let text = self.render(&messages, prompt)??;
-        let (before, after) = text
-            .split_once(&sentinel)
-            .ok_or_else(|| boundary(index, "the template does not write the message's content"))?;
+        let (before, after) = text.split_once(&sentinel).ok_or_else(unwritten)?;
         if after.contains(&sentinel) {
             return Err(boundary(
                 index,
