@@ -193,6 +193,9 @@ fn age(checkpoint: &Path, change: impl Fn(&mut serde_json::Map<String, Value>)) 
         "seconds",
         "first_valid_loss",
         "fingerprint",
+        // Of the run that the directory's marker names.
+        "run",
+        "line",
     ];
     map.retain(|name, _| known.contains(&name.as_str()));
     change(map);

@@ -331,11 +331,20 @@ fn compare_trains_each_variant_once_and_prints_one_table() {
     let again = workshop.run(&["compare", "c.toml", "--output", "table"]);
     assert_eq!(again.matches("done before").count(), 2, "{again}");
     assert!(again.contains(table.trim()));
-    // Another recipe is another comparison.
-    let said = workshop.run(&[
+    // Another recipe is another comparison, which takes the place of this one only when asked.
+    let other = [
         "compare", "c.toml", "--output", "table", "--set", "seed=9", "--only", "LoRA",
-    ]);
+    ];
+    let before = workshop.adapter("table/lora");
+    let error = workshop.fail(&other);
+    assert!(
+        error.contains("seed is 9, and was 3") && error.contains("--overwrite"),
+        "{error}"
+    );
+    assert!(workshop.adapter("table/lora") == before);
+    let said = workshop.run(&[&other[..], &["--overwrite"]].concat());
     assert!(!said.contains("done before"), "{said}");
+    assert!(workshop.adapter("table/lora") != before);
     let error = workshop.fail(&["compare", "c.toml", "--only", "LoHa"]);
     assert!(error.contains("there are LoRA, (IA)³"), "{error}");
     // The recipe itself is one like any other.

@@ -137,7 +137,7 @@ fn scores_are_transformers_and_padding_does_not_show() {
                     "--batch-size",
                     size,
                 ],
-                vec!["--device", "flex"],
+                vec!["--device", "flex", "--overwrite"],
                 more.clone(),
             ]
             .concat();

@@ -9,12 +9,16 @@ mod checkpoint_errors;
 mod cli_adapter;
 mod cli_adapter_refusals;
 mod cli_checkpoints;
+#[cfg(unix)]
+mod cli_disk_full;
 mod cli_export;
 mod cli_merge;
 mod cli_merge_quantised;
 mod cli_methods;
+mod cli_outputs;
 mod cli_pull;
 mod cli_rows;
+mod cli_run_directory;
 #[cfg(unix)]
 mod cli_signals;
 mod cli_terminal;

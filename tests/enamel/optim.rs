@@ -107,7 +107,9 @@ fn each_optimizer_killed_and_resumed_ends_at_the_same_bits_paged_or_not() {
         let output = child.wait_with_output().expect("a child of ours");
         assert!(!output.status.success(), "{}", said(&output));
         // As if it had been killed in the instant in which the paged file still has a name.
-        fs::write(workshop.path("parts/.optimizer-x"), "x").expect("room on the disk");
+        let id = crate::cli_run_directory::id(&workshop, "parts");
+        let paged = workshop.path(&format!("parts/.optimizer-{id}-x"));
+        fs::write(paged, "x").expect("room on the disk");
         run(&train("parts", "--resume"));
         assert!(
             workshop.adapter(&whole) == workshop.adapter("parts"),
@@ -155,20 +157,19 @@ fn resuming_with_another_optimizer_names_both_and_changes_nothing() {
     let lock = || fs::read_to_string(workshop.path("run/recipe.lock.toml")).expect("a lock");
     let before = lock();
     assert!(before.contains("optim = \"adamw_8bit\""), "{before}");
-    for other in ["adamw_torch", "paged_adamw_8bit"] {
-        let set = format!("train.optim={other}");
-        let again = [
-            "train", "o.toml", "--output", "run", "--resume", "--set", &set,
-        ];
-        let error = workshop.fail(&[&again[..], &short].concat());
-        for part in [
-            "\"adamw_8bit\"",
-            &format!("\"{other}\""),
-            "optimizer.bpk",
-            "help:",
-        ] {
-            assert!(error.contains(part), "{error}");
+    // Of a run that has ended, and of one that was killed before its end.
+    for file in ["recipe.lock.toml", "optimizer.bpk"] {
+        for other in ["adamw_torch", "paged_adamw_8bit"] {
+            let set = format!("train.optim={other}");
+            let again = [
+                "train", "o.toml", "--output", "run", "--resume", "--set", &set,
+            ];
+            let error = workshop.fail(&[&again[..], &short].concat());
+            for part in ["\"adamw_8bit\"", &format!("\"{other}\""), file, "help:"] {
+                assert!(error.contains(part), "{error}");
+            }
         }
+        let _ = fs::remove_file(workshop.path("run/summary.json"));
     }
     assert_eq!(lock(), before);
     let error = workshop.fail(&["plan", "o.toml", "--set", "train.optim=adafactor"]);

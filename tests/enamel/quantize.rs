@@ -318,8 +318,15 @@ fn an_output_that_is_there_is_kept_unless_it_may_be_overwritten() {
     let text = workshop.fail(&arguments[..4]);
     assert!(text.contains("something already"), "{text}");
     assert!(workshop.path("out/mine.txt").is_file());
+    // Nothing but a model is replaced.
+    let text = workshop.fail(&arguments);
+    assert!(text.contains("holds more"), "{text}");
+    fs::rename(
+        workshop.path("out/mine.txt"),
+        workshop.path("out/config.json"),
+    )
+    .expect("ours");
     workshop.run(&arguments);
-    assert!(!workshop.path("out/mine.txt").exists());
     assert!(Checkpoint::open(&workshop.path("out")).is_ok());
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, anyhow, bail};
-use enamel_train::compare::{Row, finished, folder, table, write};
+use enamel_train::compare::{Row, check_place, finished, folder, table, write};
 use enamel_train::recipe::RecipeFile;
 
 use crate::paths::path;
@@ -23,6 +23,9 @@ pub struct Args {
     /// Where the runs go [default: the recipe's output directory]
     #[arg(long, value_name = "DIR", value_parser = path())]
     output: Option<PathBuf>,
+    /// Replace runs that are there and were made with other settings
+    #[arg(long)]
+    overwrite: bool,
     /// Overrides for all of them, as section.name=value
     #[arg(long, value_name = "NAME=VALUE")]
     set: Vec<String>,
@@ -40,13 +43,17 @@ impl Args {
         }
         let names: Vec<&str> = variants.iter().map(|(v, _)| v.name.as_str()).collect();
         if let Some(stranger) = self.only.iter().find(|n| !names.contains(&n.as_str())) {
-            bail!("there is no variant {stranger:?}; there are {}", names.join(", "));
+            bail!(
+                "there is no variant {stranger:?}; there are {}",
+                names.join(", ")
+            );
         }
         let mut out = terminal::out();
         let root = match &self.output {
             Some(dir) => dir.clone(),
             None => file.resolve()?.output_dir(),
         };
+        check_place(&root)?;
         let mut rows = Vec::new();
         for (variant, recipe) in &variants {
             let dir = root.join(folder(&variant.name));
@@ -81,7 +88,11 @@ impl Args {
         let own = std::env::current_exe().context("finding this program")?;
         let mut command = Command::new(own);
         command.arg("train").arg(&self.recipe).arg("--no-tui");
-        command.arg("--output").arg(dir).arg("--overwrite");
+        command.arg("--output").arg(dir);
+        command.arg(match self.overwrite {
+            true => "--overwrite",
+            false => "--resume",
+        });
         for set in set {
             command.arg("--set").arg(set);
         }
@@ -89,7 +100,10 @@ impl Args {
         if status.success() {
             return Ok(());
         }
-        bail!("{name} did not finish ({status}); what it printed says why. Call the same command again to go on")
+        bail!(
+            "{name} did not finish ({status}); what it printed says why. Call the same command again to go on, or \
+             with --overwrite where another run is in its place"
+        )
     }
 }
 

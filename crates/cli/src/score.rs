@@ -4,11 +4,11 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use enamel_data::{DataSpec, load_examples};
-use enamel_train::score::score;
+use enamel_train::score::{ScoreFiles, score};
 
 use crate::paths::path;
-use crate::{Outcome, terminal};
 use crate::sampling_args::ModelArgs;
+use crate::{Outcome, terminal};
 
 /// Arguments of `enamel score`.
 #[derive(clap::Args)]
@@ -24,6 +24,9 @@ pub struct Args {
     /// Logits too: one f32 tensor `logits.<row>` [tokens, vocabulary] a row
     #[arg(long, value_name = "OUT.safetensors", value_parser = path())]
     logits: Option<PathBuf>,
+    /// Replace the files if they are there
+    #[arg(long)]
+    overwrite: bool,
     /// Rows a forward pass; shorter ones are padded
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u32).range(1..))]
@@ -32,7 +35,16 @@ pub struct Args {
 
 impl Args {
     pub fn run(self) -> anyhow::Result<Outcome> {
+        let files = ScoreFiles {
+            scores: self.output,
+            logits: self.logits,
+            overwrite: self.overwrite,
+        };
+        let mut inputs = vec![self.input.clone()];
+        inputs.extend(self.model.adapter.clone());
+        files.check(&inputs)?;
         let base = self.model.load()?;
+        files.check(std::slice::from_ref(&base.open.local.path))?;
         let spec = DataSpec {
             paths: vec![self.input],
             template_arguments: self.model.chat_template_kwargs.0,
@@ -49,8 +61,7 @@ impl Args {
             &rows,
             self.batch_size as usize,
             base.open.tokenizer.padding_id(),
-            &self.output,
-            self.logits.as_deref(),
+            &files,
         )?;
         writeln!(
             terminal::out(),

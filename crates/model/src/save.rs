@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
 use self::shard::{Group, PartType, Shard};
-use crate::checkpoint::{Checkpoint, CheckpointError, SourceDtype, TensorSource};
+use crate::checkpoint::{Checkpoint, CheckpointError, SIDE_FILES, SourceDtype, TensorSource};
 use crate::config::ConfigError;
 
 mod gguf;
@@ -290,6 +290,27 @@ fn write_directory(
     Ok(SavedModel {
         files,
         tensor_bytes,
+    })
+}
+
+/// Whether a directory holds nothing but what saving a model writes, and files called as in `extra`.
+pub fn is_only_a_model(dir: &Path, extra: &[&str]) -> bool {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return false;
+    };
+    entries.into_iter().all(|entry| {
+        let Ok(entry) = entry else {
+            return false;
+        };
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let weights = name.strip_prefix("model").is_some_and(|rest| {
+            rest == ".safetensors"
+                || rest == ".safetensors.index.json"
+                || (rest.starts_with('-') && rest.ends_with(".safetensors"))
+        });
+        let known = weights || SIDE_FILES.contains(&&*name) || extra.contains(&&*name);
+        known && entry.file_type().is_ok_and(|kind| kind.is_file())
     })
 }
 

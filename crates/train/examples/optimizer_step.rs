@@ -149,7 +149,7 @@ impl Trained {
         let grads: Vec<Tensor<2>> = grads.into_iter().map(|g| g.mul_scalar(0.5)).collect();
         let mut memory = Memory::new();
         let before = memory.resident() as i64;
-        let mut optimizer = match Optimizer::with_optim(SETTINGS, optim, folder, &model) {
+        let mut optimizer = match Optimizer::with_optim(SETTINGS, optim, (folder, ""), &model) {
             Ok(optimizer) => optimizer,
             Err(error) => panic!("{error}"),
         };

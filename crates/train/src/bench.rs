@@ -137,7 +137,7 @@ impl Lane {
             method: method.to_owned(),
             trainable: plan.trainable,
             sizes: Model::new(trainee.model.config(), &config, &plan),
-            optimizer: Optimizer::with_optim(settings, options.optim, &pages, &trainee)?,
+            optimizer: Optimizer::with_optim(settings, options.optim, (&pages, ""), &trainee)?,
             trainee,
             allocator,
             seconds: Vec::new(),

@@ -165,7 +165,7 @@ pub(crate) struct Sound {
 ///
 /// # Errors
 /// All that is wrong with it.
-fn examine(dir: &Path) -> Result<Sound, Vec<String>> {
+pub(crate) fn examine(dir: &Path) -> Result<Sound, Vec<String>> {
     let (state, files) = read(dir).map_err(|reason| vec![reason])?;
     let mut wrong = implausible(dir, &state);
     let unsealed = files.is_none();

@@ -7,8 +7,9 @@
 //! last checkpoint loadable. The schedule, the order of rows and dropout depend on the seed and the
 //! step alone, so the step is all the random state there is.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
@@ -62,6 +63,13 @@ pub struct RunState {
     pub ground: Option<Ground>,
     /// SHA-256 of what decides the numbers (recipe and files): a run resumes only under the same.
     pub fingerprint: String,
+    /// The id in the run directory's `run.lock`; empty in a checkpoint of an older version.
+    #[serde(default)]
+    pub run: String,
+    /// Number of the line that the checkpoint belongs to: a run that goes on from an older checkpoint than
+    /// its newest begins another.
+    #[serde(default)]
+    pub line: usize,
 }
 
 /// Sums over the steps since the last line.
@@ -99,6 +107,8 @@ pub(crate) const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.bpk";
 /// AdaLoRA's importance and ranks.
 const BUDGET: &str = "budget.safetensors";
+/// The folder of a run's checkpoints.
+pub(crate) const CHECKPOINTS: &str = "checkpoints";
 /// The adapter's folder within a checkpoint.
 pub const ADAPTER: &str = "adapter";
 
@@ -106,7 +116,7 @@ impl Checkpoints {
     /// The checkpoints under `run_dir`, of which the newest `keep` stay (and the best one).
     pub fn new(run_dir: &Path, keep: usize) -> Self {
         Self {
-            dir: run_dir.join("checkpoints"),
+            dir: run_dir.join(CHECKPOINTS),
             keep,
         }
     }
@@ -124,14 +134,20 @@ impl Checkpoints {
         let mut found: Vec<_> = entries
             .flatten()
             .filter_map(|e| {
-                let step = e
-                    .file_name()
-                    .to_str()?
-                    .strip_prefix("step-")?
-                    .parse()
-                    .ok()?;
+                let step = step_of(&e.file_name())?;
                 e.path().join(STATE).is_file().then(|| (step, e.path()))
             })
+            .collect();
+        found.sort();
+        found
+    }
+
+    /// All folders with a checkpoint's name, complete or not.
+    pub(crate) fn folders(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let mut found: Vec<_> = entries
+            .filter(|entry| step_of(&entry.file_name()).is_some())
+            .map(|entry| entry.path())
             .collect();
         found.sort();
         found
@@ -143,10 +159,11 @@ impl Checkpoints {
     }
 
     /// Writes the checkpoint of `state.step`; `write_adapter` fills the adapter's folder. Then
-    /// removes the oldest ones beyond the limit, never the best.
+    /// removes the oldest ones of its line beyond the limit, never the best.
     ///
     /// # Errors
-    /// When the disk refuses; what was there before stays.
+    /// When the disk refuses, the run directory is gone, or another run's checkpoint has the place; what was
+    /// there before stays.
     pub fn save(
         &self,
         state: &RunState,
@@ -154,11 +171,14 @@ impl Checkpoints {
         allocator: Option<&RankAllocator>,
         write_adapter: impl FnOnce(&Path) -> Result<(), TrainError>,
     ) -> Result<PathBuf, TrainError> {
-        fs::create_dir_all(&self.dir).map_err(TrainError::io(&self.dir, "creating the folder"))?;
-        let staging = tempfile::Builder::new()
-            .prefix(".saving-")
-            .tempdir_in(&self.dir)
-            .map_err(TrainError::io(&self.dir, "creating a folder in it"))?;
+        // Not with what leads to it: a run directory that is gone must not come back as an empty one.
+        match fs::create_dir(&self.dir) {
+            Err(error) if error.kind() != ErrorKind::AlreadyExists => {
+                return Err(TrainError::io(&self.dir, "creating the folder")(error));
+            }
+            _ => {}
+        }
+        let staging = staging(&self.dir, &state.run)?;
         write_adapter(&staging.path().join(ADAPTER))?;
         optimizer.save(&staging.path().join(OPTIMIZER))?;
         if let Some(allocator) = allocator {
@@ -167,40 +187,109 @@ impl Checkpoints {
         let json = checkpoint_check::sealed(state, staging.path())?;
         write_synced(&staging.path().join(STATE), &json)?;
 
+        sync_tree(staging.path());
         let target = self.path(state.step);
-        if target.exists() {
-            fs::remove_dir_all(&target).map_err(TrainError::io(&target, "replacing it"))?;
+        if fs::symlink_metadata(&target).is_ok() {
+            self.remove(&target, &state.run)?;
         }
         let staged = staging.keep();
         fs::rename(&staged, &target).map_err(TrainError::io(&target, "renaming it into place"))?;
         sync_dir(&self.dir);
-        self.prune(state.best.map(|b| b.step));
+        self.prune(state);
         Ok(target)
     }
 
-    fn prune(&self, best: Option<usize>) {
-        let all = self.list();
+    /// Removes the oldest checkpoints of the line that `state` belongs to.
+    fn prune(&self, state: &RunState) {
+        let best = state.best.map(|b| b.step);
+        let of_line = self.list().into_iter().filter(|(_, path)| {
+            let other = read_state(path);
+            other.is_ok_and(|o| o.line == state.line && (o.run == state.run || o.run.is_empty()))
+        });
+        let all: Vec<_> = of_line.collect();
         let excess = all.len().saturating_sub(self.keep);
         for (step, path) in all.into_iter().take(excess) {
             if Some(step) != best {
                 // A checkpoint that cannot be removed costs disk space and nothing else.
-                let _ = fs::remove_dir_all(path);
+                let _ = self.remove(&path, &state.run);
             }
         }
-        self.sweep();
     }
 
-    /// Removes what killed runs left half-written.
-    pub fn sweep(&self) {
-        let Ok(entries) = fs::read_dir(&self.dir) else {
-            return;
-        };
-        for entry in entries.flatten() {
-            if entry.file_name().to_string_lossy().starts_with(".saving-") {
-                let _ = fs::remove_dir_all(entry.path());
-            }
+    /// Removes a checkpoint of the run called `run`. Killed meanwhile, it leaves what the next run sweeps.
+    fn remove(&self, path: &Path, run: &str) -> Result<(), TrainError> {
+        let own = read_state(path).is_ok_and(|state| state.run == run || state.run.is_empty());
+        if !own || !is_only_ours(path) {
+            return Err(TrainError::Run {
+                path: path.to_owned(),
+                reason: "it holds what this run did not write".into(),
+                help: "move it away".into(),
+            });
         }
+        let aside = staging(&self.dir, run)?;
+        let gone = aside.path().join("old");
+        fs::rename(path, &gone).map_err(TrainError::io(path, "removing it"))?;
+        aside.close().map_err(TrainError::io(path, "removing it"))
     }
+}
+
+/// The step in a checkpoint's name.
+pub(crate) fn step_of(name: &OsStr) -> Option<usize> {
+    name.to_str()?.strip_prefix("step-")?.parse().ok()
+}
+
+/// A folder in `dir` for what is not complete yet, named after the run that owns it.
+pub(crate) fn staging(dir: &Path, run: &str) -> Result<tempfile::TempDir, TrainError> {
+    let prefix = format!("{SAVING}{run}-");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix);
+    // Temporary folders are private; what a run leaves is for everybody whom the umask lets in.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+    builder
+        .tempdir_in(dir)
+        .map_err(TrainError::io(dir, "creating a folder in it"))
+}
+
+/// How names of incomplete folders and files begin; the id of the run comes next.
+pub(crate) const SAVING: &str = ".saving-";
+pub(crate) const WRITING: &str = ".writing-";
+
+/// Whether a checkpoint's folder holds nothing but what a run writes into it.
+pub(crate) fn is_only_ours(dir: &Path) -> bool {
+    holds_only(dir, &[STATE, OPTIMIZER, BUDGET], &|name, path| {
+        name == ADAPTER && is_only_an_adapter(path)
+    })
+}
+
+/// Whether a folder holds nothing but an adapter's files, and folders of such.
+pub(crate) fn is_only_an_adapter(dir: &Path) -> bool {
+    let files = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    ];
+    holds_only(dir, &files, &|_, path| {
+        path.join("adapter_config.json").is_file() && holds_only(path, &files, &|_, _| false)
+    })
+}
+
+/// Whether all files in `dir` have one of these names, and `folder` is true of all folders.
+fn holds_only(dir: &Path, files: &[&str], folder: &dyn Fn(&str, &Path) -> bool) -> bool {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return false;
+    };
+    entries.into_iter().all(|entry| {
+        let Ok(entry) = entry else {
+            return false;
+        };
+        let name = entry.file_name();
+        match (entry.file_type(), name.to_str()) {
+            (Ok(kind), Some(name)) if kind.is_file() => files.contains(&name),
+            (Ok(kind), Some(name)) if kind.is_dir() => folder(name, &entry.path()),
+            _ => false,
+        }
+    })
 }
 
 /// The state of the checkpoint in `dir`.
@@ -261,12 +350,19 @@ pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), TrainError> 
     file.sync_all().map_err(TrainError::io(path, "writing"))
 }
 
-/// Writes a file whole or not at all.
-pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
-    let dir = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating the folder"))?;
-    let mut file = tempfile::Builder::new()
-        .prefix(".writing-")
+/// Writes a file whole or not at all, under a temporary name that bears the id of `run` where there is one.
+pub(crate) fn write_atomic(path: &Path, run: &str, bytes: &[u8]) -> Result<(), TrainError> {
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    let prefix = format!("{WRITING}{run}-");
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(&prefix);
+    // Temporary files are private; what a run leaves is for everybody whom the umask lets in.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder
         .tempfile_in(dir)
         .map_err(TrainError::io(path, "creating"))?;
     file.write_all(bytes)
@@ -274,22 +370,27 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), TrainError> 
     file.as_file()
         .sync_all()
         .map_err(TrainError::io(path, "writing"))?;
-    // Temporary files are private; what a run leaves is for everybody whom the umask lets in.
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let _ = file
-            .as_file()
-            .set_permissions(fs::Permissions::from_mode(0o644));
-    }
     file.persist(path)
         .map_err(|e| TrainError::io(path, "renaming into place")(e.error))?;
     sync_dir(dir);
     Ok(())
 }
 
+/// Waits until a folder and all in it is on the disk, where the system lets folders be synced.
+pub(crate) fn sync_tree(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => sync_tree(&entry.path()),
+            // Files copied from elsewhere have not been synced where they were written.
+            Ok(kind) if kind.is_file() => sync_dir(&entry.path()),
+            _ => {}
+        }
+    }
+    sync_dir(dir);
+}
+
 /// Makes renames in `dir` durable where the system lets a folder be synced.
-fn sync_dir(dir: &Path) {
+pub(crate) fn sync_dir(dir: &Path) {
     if let Ok(dir) = File::open(dir) {
         let _ = dir.sync_all();
     }

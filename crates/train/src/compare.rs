@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::checkpoints::write_atomic;
 use crate::error::TrainError;
+use crate::fingerprint::same_settings;
 use crate::recipe::Recipe;
 use crate::run::RunOutcome;
 use crate::run_dir::LOCK;
@@ -55,15 +56,8 @@ pub fn finished(dir: &Path, name: &str, recipe: &Recipe) -> Result<Option<Row>, 
     if !path.is_file() {
         return Ok(None);
     }
-    // Where a run went does not change what it is.
-    let same = |then: Recipe| {
-        Recipe {
-            output: recipe.output.clone(),
-            device: recipe.device.clone(),
-            ..then
-        } == *recipe
-    };
-    if !Recipe::load::<&str>(&dir.join(LOCK), &[]).is_ok_and(same) {
+    let then = Recipe::load::<&str>(&dir.join(LOCK), &[]);
+    if !then.is_ok_and(|then| same_settings(&then, recipe)) {
         return Ok(None);
     }
     let bytes = std::fs::read(&path).map_err(TrainError::io(&path, "reading"))?;
@@ -96,12 +90,12 @@ fn weight_bytes(dir: &Path) -> u64 {
         .sum()
 }
 
+const HEAD: &str =
+    "| method | trained parameters | validation loss | tokens/s | peak memory | on disk |\n";
+
 /// The rows as a Markdown table.
 pub fn table(rows: &[Row]) -> String {
-    let mut out = String::from(
-        "| method | trained parameters | validation loss | tokens/s | peak memory | on disk |\n\
-         |---|---:|---:|---:|---:|---:|\n",
-    );
+    let mut out = format!("{HEAD}|---|---:|---:|---:|---:|---:|\n");
     if let Some(loss) = rows.iter().find_map(|row| row.first_valid_loss) {
         let _ = writeln!(out, "| (base) | 0 | {loss:.4} | | | |");
     }
@@ -122,20 +116,84 @@ pub fn table(rows: &[Row]) -> String {
     out
 }
 
-/// Writes `compare.md` and `compare.json` into `dir`.
+const JSON: &str = "compare.json";
+const TABLE: &str = "compare.md";
+
+/// Refuses a place where something else than a former comparison has the names of its two files. Called before
+/// the work.
+///
+/// # Errors
+/// That.
+pub fn check_place(dir: &Path) -> Result<(), TrainError> {
+    #[derive(serde::Deserialize)]
+    #[allow(dead_code, reason = "what has to be there")]
+    struct Former {
+        name: String,
+        trainable: usize,
+        dir: PathBuf,
+    }
+    let is_there = |name| std::fs::symlink_metadata(dir.join(name)).is_ok();
+    let former = std::fs::read(dir.join(JSON))
+        .is_ok_and(|bytes| serde_json::from_slice::<Vec<Former>>(&bytes).is_ok());
+    let table =
+        std::fs::read_to_string(dir.join(TABLE)).is_ok_and(|text| former && text.starts_with(HEAD));
+    let foreign = [(JSON, former), (TABLE, table)];
+    let foreign = foreign.iter().find(|(name, ours)| is_there(name) && !ours);
+    match foreign {
+        None => Ok(()),
+        Some((name, _)) => Err(TrainError::Run {
+            path: dir.join(name),
+            reason: "no comparison wrote this file, which a comparison would write".into(),
+            help: "choose another directory (--output DIR), or move the file away".into(),
+        }),
+    }
+}
+
+/// Writes `compare.md` and `compare.json` into `dir`, which [`check_place`] has looked at.
 ///
 /// # Errors
 /// When the disk refuses.
 pub fn write(dir: &Path, rows: &[Row]) -> Result<(), TrainError> {
     let json = serde_json::to_vec_pretty(rows)
         .map_err(|e| TrainError::Framework(format!("writing the comparison: {e}")))?;
-    write_atomic(&dir.join("compare.json"), &json)?;
-    write_atomic(&dir.join("compare.md"), table(rows).as_bytes())
+    std::fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating the folder"))?;
+    write_atomic(&dir.join(JSON), "", &json)?;
+    write_atomic(&dir.join(TABLE), "", table(rows).as_bytes())
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_comparisons_own_files_are_written_over() {
+        let dir = tempfile::tempdir().unwrap();
+        check_place(dir.path()).unwrap();
+        let row = Row {
+            name: "a".into(),
+            trainable: 1,
+            first_valid_loss: None,
+            valid_loss: None,
+            tokens_per_second: 1.0,
+            peak_memory: 1,
+            size: 1,
+            steps: 1,
+            dir: "a".into(),
+        };
+        write(dir.path(), &[row]).unwrap();
+        check_place(dir.path()).unwrap();
+        for (name, text) in [(JSON, "[{\"name\": \"mine\"}]"), (TABLE, "# Mine\n")] {
+            let path = dir.path().join(name);
+            let kept = std::fs::read(&path).unwrap();
+            std::fs::write(&path, text).unwrap();
+            let error = check_place(dir.path()).unwrap_err().to_string();
+            assert!(error.contains(name), "{error}");
+            std::fs::write(&path, kept).unwrap();
+        }
+        std::fs::remove_file(dir.path().join(JSON)).unwrap();
+        check_place(dir.path()).unwrap_err();
+    }
 
     #[test]
     fn folders_are_plain() {

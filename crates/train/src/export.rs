@@ -17,6 +17,7 @@ use crate::error::TrainError;
 use crate::loaded::{OpenBase, base_of};
 use crate::loftq;
 use crate::merge::{MergeBase, Merging, for_export, plainly, stored, trained_quantised};
+use crate::outputs::Output;
 use crate::provenance;
 
 /// What to export, and where to.
@@ -123,7 +124,8 @@ pub fn export(
         .output
         .clone()
         .unwrap_or_else(|| PathBuf::from(format!("{name}-{kind}{}.gguf", outtype.name())));
-    refuse_occupied(&output, options.overwrite)?;
+    let place = Output::replacing(&output, options.overwrite);
+    place.as_file()?;
     let (reference, adapter) = match find(&options.source) {
         Source::Adapter(dir) => match &options.model {
             Some(reference) => (reference.clone(), Some(dir)),
@@ -134,7 +136,9 @@ pub fn export(
             (model, None)
         }
     };
+    place.apart_from(&adapter)?;
     let mut base = OpenBase::open(&reference, None, progress)?;
+    place.apart_from([&base.local.path])?;
     base.for_adapter_dirs(adapter.as_slice())?;
     let notes = match &adapter {
         Some(dir) => provenance::notes(dir, Some(&base)),
@@ -173,21 +177,6 @@ fn name_of(source: &str) -> String {
     let named = named.unwrap_or_else(|| "model".to_owned());
     let end = named.rsplit(':').next().unwrap_or_default();
     end.strip_suffix(".gguf").unwrap_or(end).to_owned()
-}
-
-fn refuse_occupied(output: &Path, overwrite: bool) -> Result<(), TrainError> {
-    let problem = if output.is_dir() {
-        "it is a directory"
-    } else if output.exists() && !overwrite {
-        "there is something already"
-    } else {
-        return Ok(());
-    };
-    Err(TrainError::Run {
-        path: output.to_owned(),
-        reason: problem.to_owned(),
-        help: "choose another --output, or replace a file with --overwrite".to_owned(),
-    })
 }
 
 /// Options for adapters where there is none.

@@ -7,8 +7,10 @@ use enamel_model::checkpoint::hex;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::belongings::locked_recipe;
 use crate::error::TrainError;
-use crate::recipe::{LockInfo, Recipe, RecipeFile};
+use crate::optimizer::Optim;
+use crate::recipe::{LockInfo, Recipe};
 use crate::run_dir::LOCK;
 
 /// SHA-256 over what decides the numbers of a run: the recipe without its output directory, device
@@ -59,6 +61,19 @@ fn deciding(recipe: &Recipe) -> Recipe {
     recipe
 }
 
+/// Whether two recipes name the same numbers: all settings but those that change none.
+pub(crate) fn same_settings(a: &Recipe, b: &Recipe) -> bool {
+    let named = |recipe: &Recipe| {
+        let mut all = deciding(recipe);
+        all.model.base.clone_from(&recipe.model.base);
+        all.data.clone_from(&recipe.data);
+        all.adapter.init_from.clone_from(&recipe.adapter.init_from);
+        all.train.optim = recipe.train.optim;
+        all
+    };
+    named(a) == named(b)
+}
+
 /// What the run that wrote a checkpoint was started with, as its lock file has it.
 pub(crate) struct Started {
     recipe: Recipe,
@@ -69,11 +84,18 @@ impl Started {
     /// The lock file of the run that `checkpoint` lies in, else of the run in `run`; none where neither can be read.
     pub fn find(checkpoint: &Path, run: &Path) -> Option<Self> {
         let own = checkpoint.parent().and_then(Path::parent);
-        [own, Some(run)].into_iter().flatten().find_map(|run| {
-            let file = RecipeFile::read(&run.join(LOCK)).ok()?;
-            let (recipe, lock) = (file.resolve().ok()?, file.lock_info().ok()??);
-            Some(Self { recipe, lock })
-        })
+        [own, Some(run)].into_iter().flatten().find_map(Self::of)
+    }
+
+    /// The lock file in `run`, if it can be read.
+    pub fn of(run: &Path) -> Option<Self> {
+        let (recipe, lock) = locked_recipe(run)?;
+        Some(Self { recipe, lock })
+    }
+
+    /// How the run's optimizer held its moments.
+    pub fn optim(&self) -> Optim {
+        self.recipe.train.optim
     }
 
     /// Settings that decide the numbers and files that are not as they were, a line each.
@@ -122,11 +144,11 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// The refusal to go on from a checkpoint of another run.
+/// The refusal to go on with a checkpoint or a directory of another run.
 pub(crate) fn other_run(checkpoint: &Path, run: &Path, changes: &[String]) -> TrainError {
     let mut reason =
-        "this checkpoint belongs to another recipe, other data or another base; going on from it \
-                      would not continue the same run"
+        "this belongs to another recipe, other data or another base; going on from it would not \
+                      continue the same run"
             .to_owned();
     if !changes.is_empty() {
         reason.push_str(&format!(":\n  {}", changes.join("\n  ")));
@@ -146,7 +168,7 @@ pub(crate) fn other_run(checkpoint: &Path, run: &Path, changes: &[String]) -> Tr
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::recipe::FileHash;
+    use crate::recipe::{FileHash, RecipeFile};
 
     fn recipe(overrides: &[&str]) -> Recipe {
         let text = "seed = 1\n[model]\nbase = 'a'\n[data]\ntrain = 'rows.jsonl'\n".to_owned();

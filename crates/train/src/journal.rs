@@ -78,13 +78,18 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the file for a run that has done `step` steps; what a killed run wrote past that is
+    /// Opens the file for the run of this id that has done `step` steps; what a killed run wrote past that is
     /// removed, as it will be written again. Lines that are damaged are left out, which `say` is told of; the
     /// file with them then stays under another name.
     ///
     /// # Errors
     /// When the disk refuses.
-    pub fn open(path: &Path, step: usize, say: &dyn Fn(&str)) -> Result<Self, TrainError> {
+    pub fn open(
+        path: &Path,
+        run: &str,
+        step: usize,
+        say: &dyn Fn(&str),
+    ) -> Result<Self, TrainError> {
         let mut kept = Vec::new();
         if step > 0 {
             let bytes = bytes(path)?;
@@ -101,12 +106,16 @@ impl Journal {
                 }
             }
             if !damaged.is_empty() {
-                let aside = path.with_extension("damaged.jsonl");
-                write_atomic(&aside, &bytes)?;
+                let mut names = std::iter::once("damaged.jsonl".to_owned())
+                    .chain((1..).map(|n| format!("damaged-{n}.jsonl")))
+                    .map(|extension| path.with_extension(extension));
+                let free = names.find(|name| std::fs::symlink_metadata(name).is_err());
+                let aside = free.unwrap_or_else(|| path.with_extension("damaged.jsonl"));
+                write_atomic(&aside, run, &bytes)?;
                 say(&without(path, &damaged, &aside));
             }
         }
-        write_atomic(path, &kept)?;
+        write_atomic(path, run, &kept)?;
         let file = OpenOptions::new()
             .append(true)
             .open(path)
@@ -227,7 +236,7 @@ mod tests {
     fn resuming_removes_what_lies_past_the_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut journal = Journal::open(&path, 0, &quiet).unwrap();
+        let mut journal = Journal::open(&path, "", 0, &quiet).unwrap();
         for step in [0, 10, 20] {
             journal.write(&valid(step)).unwrap();
         }
@@ -237,7 +246,7 @@ mod tests {
             .unwrap()
             .write_all(b"{\"ki")
             .unwrap();
-        let mut journal = Journal::open(&path, 10, &quiet).unwrap();
+        let mut journal = Journal::open(&path, "", 10, &quiet).unwrap();
         journal.write(&valid(30)).unwrap();
         let steps: Vec<usize> = read(&path).unwrap().iter().map(Entry::step).collect();
         assert_eq!(steps, [0, 10, 30]);
@@ -247,7 +256,7 @@ mod tests {
     fn damaged_lines_are_named_and_the_others_stay_to_the_byte() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut journal = Journal::open(&path, 0, &quiet).unwrap();
+        let mut journal = Journal::open(&path, "", 0, &quiet).unwrap();
         // Without `float_roundtrip`, serde_json reads the last bit of this one wrong.
         let odd = |step| match valid(step) {
             Entry::Valid {
@@ -277,7 +286,10 @@ mod tests {
         std::fs::write(&path, &damaged).unwrap();
 
         let told = std::cell::RefCell::new(Vec::new());
-        Journal::open(&path, 20, &|line| told.borrow_mut().push(line.to_owned())).unwrap();
+        Journal::open(&path, "", 20, &|line| {
+            told.borrow_mut().push(line.to_owned())
+        })
+        .unwrap();
         let told = told.into_inner().join("\n");
         assert!(
             told.contains("metrics.jsonl:2 is no line of metrics"),

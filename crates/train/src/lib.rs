@@ -4,6 +4,7 @@
 //! that knows burn-train.
 
 pub mod adapters;
+mod belongings;
 pub mod bench;
 pub mod chat;
 mod checkpoint_check;
@@ -16,8 +17,10 @@ pub mod eval;
 pub mod export;
 pub mod fingerprint;
 pub mod footprint;
+mod former;
 pub mod gradients;
 pub mod ground;
+mod hold;
 pub mod inputs;
 pub mod inspect;
 pub mod journal;
@@ -28,6 +31,7 @@ pub mod measures;
 pub mod memory;
 pub mod merge;
 pub mod optimizer;
+mod outputs;
 pub mod plan;
 pub mod provenance;
 pub mod quantize;
@@ -36,6 +40,7 @@ mod renderer;
 mod report;
 pub mod run;
 mod run_dir;
+mod run_lock;
 mod run_notes;
 pub mod samples;
 pub mod schedule;

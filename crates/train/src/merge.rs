@@ -19,6 +19,7 @@ use serde::Serialize;
 pub(crate) use self::folding::{Merging, stored};
 use crate::error::TrainError;
 use crate::loaded::{OpenBase, base_of};
+use crate::outputs::Output;
 use crate::provenance;
 
 pub use drift::{ChoiceDrift, Drift, DriftReport};
@@ -167,8 +168,10 @@ pub fn merge(
     device: &Device,
     progress: &mut dyn PullProgress,
 ) -> Result<MergeReport, TrainError> {
-    if let Some(output) = &options.output {
-        refuse_occupied(output)?;
+    let output = options.output.as_deref().map(Output::new);
+    if let Some(output) = &output {
+        output.as_folder(|_| false)?;
+        output.apart_from(&options.adapters)?;
     }
     let weights = weights(options)?;
     let first = options.adapters.first().ok_or_else(|| {
@@ -183,6 +186,9 @@ pub fn merge(
     let template = runs.iter().flatten().next();
     let template = template.and_then(|run| run.recipe.model.chat_template_text().ok().flatten());
     let mut base = OpenBase::open(&reference, template.as_deref(), progress)?;
+    if let Some(output) = &output {
+        output.apart_from([&base.local.path])?;
+    }
     base.for_adapter_dirs(&options.adapters)?;
     let dtype = options
         .dtype
@@ -346,18 +352,4 @@ fn weights(options: &MergeOptions) -> Result<Vec<f64>, TrainError> {
             problems.join("; ")
         ))),
     }
-}
-
-/// Found before the work, not after it.
-pub(crate) fn refuse_occupied(output: &Path) -> Result<(), TrainError> {
-    let occupied = output.is_file()
-        || std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some());
-    if occupied {
-        return Err(TrainError::Run {
-            path: output.to_owned(),
-            reason: "there is something already".to_owned(),
-            help: "choose another --output, or remove it".to_owned(),
-        });
-    }
-    Ok(())
 }

@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use enamel_model::Format;
 use enamel_model::save::bitsandbytes::{QuantisedModel, write_bitsandbytes};
-use enamel_model::save::{SaveDtype, SaveOptions};
+use enamel_model::save::{SaveDtype, SaveOptions, is_only_a_model};
 use enamel_model::source::PullProgress;
 
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
-use crate::merge::refuse_occupied;
+use crate::outputs::Output;
 
 /// What to quantise, and where to.
 #[derive(Clone, Debug)]
@@ -24,7 +24,7 @@ pub struct QuantizeOptions {
     pub skip_modules: Vec<String>,
     /// Element type of what stays dense; `None` for the model's own.
     pub dtype: Option<SaveDtype>,
-    /// Whether a directory that holds something is replaced.
+    /// Whether a directory that holds a model and nothing else is replaced.
     pub overwrite: bool,
 }
 
@@ -36,10 +36,10 @@ pub fn quantize(
     options: &QuantizeOptions,
     progress: &mut dyn PullProgress,
 ) -> Result<QuantisedModel, TrainError> {
-    if options.output.is_file() || !options.overwrite {
-        refuse_occupied(&options.output)?;
-    }
+    let output = Output::replacing(&options.output, options.overwrite);
+    output.as_folder(|dir| is_only_a_model(dir, &[]))?;
     let base = OpenBase::open(&options.model, None, progress)?;
+    output.apart_from([&base.local.path])?;
     let dtype = options
         .dtype
         .unwrap_or_else(|| SaveDtype::native(&base.checkpoint));

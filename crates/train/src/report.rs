@@ -19,12 +19,13 @@ const TEMPLATE: &str = include_str!("report.html.j2");
 /// Points of the loss curve: more than a screen has pixels for would only make the file large.
 const MAX_POINTS: usize = 600;
 
-/// Writes the report of a finished run.
+/// Writes the report of a finished run with this id.
 ///
 /// # Errors
 /// When the metrics cannot be read or the disk refuses.
 pub fn write(
     dir: &Path,
+    run: &str,
     recipe: &Recipe,
     inputs: &Inputs,
     outcome: &RunOutcome,
@@ -89,7 +90,7 @@ pub fn write(
             })
         })
         .map_err(|e| TrainError::Framework(format!("writing the report: {e}")))?;
-    write_atomic(&dir.join("report.html"), shown(&html).as_bytes())
+    write_atomic(&dir.join("report.html"), run, shown(&html).as_bytes())
 }
 
 /// The estimate, how far the measured peak was from it, and its parts.

@@ -10,10 +10,12 @@ use enamel_kernels::AdamW;
 use enamel_model::source::PullProgress;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoints::{self, ADAPTER, Best, Checkpoints, RunState, write_atomic};
+use crate::belongings::{METRICS, MODEL, SAMPLES, SUMMARY};
+use crate::checkpoints::{self, ADAPTER, Best, Checkpoints, RunState};
 use crate::error::TrainError;
 use crate::footprint::{Estimate, Footprint, notice};
 use crate::ground::Ground;
+use crate::hold::Hold;
 use crate::inputs::Inputs;
 use crate::journal::Journal;
 use crate::measures::{
@@ -23,7 +25,7 @@ use crate::optimizer::Optimizer;
 use crate::plan::step_counts;
 use crate::recipe::{Cadence, LockInfo, Recipe};
 use crate::renderer::{Dashboard, Lines};
-use crate::run_dir::{Resume, RunDir};
+use crate::run_dir::{Resume, RunDir, Standing};
 use crate::samples::{self, Prompt, Sample};
 use crate::schedule::Schedule;
 use crate::shown::shown;
@@ -32,9 +34,6 @@ use crate::steps::{EvalLoader, StepLoader, StepPlan, StepSettings};
 use crate::strategy::{LoopEnd, Rhythm, Say, StepStrategy};
 use crate::trainee::Trainee;
 use crate::{ground, lora_plus, report, run_notes, whole};
-
-/// The folder of a model that was trained whole.
-const MODEL: &str = "model";
 
 /// How to run, besides what the recipe says.
 pub struct TrainOptions<'a> {
@@ -104,28 +103,48 @@ pub struct RunOutcome {
 /// Trains as `recipe` says.
 ///
 /// # Errors
-/// Anything wrong with the recipe's inputs, found before training; afterwards a non-finite loss, a
-/// full disk or a failing device. The run directory then keeps its last checkpoint.
+/// Anything wrong with the recipe's inputs, found before training and before anything in the run directory is
+/// changed; afterwards a non-finite loss, a full disk or a failing device. The run directory then keeps its last
+/// checkpoint, and the old run that was to be replaced comes back if there is none.
 pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, TrainError> {
+    let say = options.say.clone();
+    let mut run = RunDir::claim(recipe, &options.resume)?;
+    let hold = Arc::downgrade(&run.hold);
+    options
+        .stop
+        .on_leaving(move || hold.upgrade().iter().for_each(|hold| hold.abandon()));
+    let outcome = train_in(&mut run, recipe, options);
+    run.leave(&say);
+    outcome
+}
+
+/// The same in a directory that nobody else uses meanwhile.
+fn train_in(
+    run: &mut RunDir,
+    recipe: &Recipe,
+    options: TrainOptions<'_>,
+) -> Result<RunOutcome, TrainError> {
     let time = run_notes::template_time(recipe, &options.resume, options.locked.as_ref());
     let inputs = Inputs::open(recipe, time, options.progress)?;
     let lock = inputs.lock.clone();
     run_notes::refuse_changed_lock(options.locked.as_ref(), &lock)?;
-    let mut run = RunDir::open(recipe, &options.resume, &lock)?;
+    if let Standing::Finished(outcome) = run.open(recipe, &lock, &options.resume)? {
+        run.tell(0, &options.say);
+        (options.say)(&format!(
+            "the run in {} is finished: nothing to go on with, and nothing was changed",
+            run.path.display()
+        ));
+        return Ok(*outcome);
+    }
     let now = Ground::from(&lock);
-    let mut notes: Vec<String> = run.note.iter().cloned().collect();
     let compute = recipe.model.compute_dtype;
     if let Some(checkpoint) = &run.checkpoint {
         let then = run.state.ground.as_ref();
-        notes.extend(ground::check(
-            checkpoint,
-            then,
-            &now,
-            compute,
-            options.other_bits,
-        )?);
+        let accept = options.other_bits;
+        run.notes
+            .extend(ground::check(checkpoint, then, &now, compute, accept)?);
     }
-    notes.extend(ground::note_of_lock(
+    run.notes.extend(ground::note_of_lock(
         options.locked.as_ref(),
         &lock,
         compute,
@@ -134,13 +153,9 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     let plan = Arc::new(step_plan(recipe, &inputs));
     let rhythm = rhythm(recipe, &plan);
     run.check_length(rhythm.total)?;
-    run_notes::announce(&options.say, recipe, &inputs, &run, &rhythm);
-    notes
-        .iter()
-        .for_each(|note| (options.say)(&format!("note     {note}")));
+    run_notes::announce(&options.say, recipe, &inputs, run, &rhythm);
     let memory = Estimate::of_inputs(recipe, &inputs);
     memory.check(recipe.train.check_memory, &*options.say)?;
-    run.prepare(recipe, &lock)?;
     let _notice = OutOfMemory::at_hand(&memory, &run.path);
 
     let resumed = run.checkpoint.as_deref();
@@ -153,10 +168,14 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
         &inputs.valid
     };
     let prompts = samples::prompts(&recipe.train, rows, &inputs.base.tokenizer)?;
-    let before = answers_before(recipe, &run, &inputs, &model, &prompts, &options.say)?;
+    // All that is read has been: from here on the directory changes.
+    let said = run.notes.len();
+    run.prepare(recipe, &lock)?;
+    run.tell(said, &options.say);
+    let before = answers_before(recipe, run, &inputs, &model, &prompts, &options.say)?;
 
     let start = (model, adapter.clone());
-    let launched = launch(recipe, &inputs, &run, plan, rhythm, start, &options);
+    let launched = launch(recipe, &inputs, run, plan, rhythm, start, &options);
     let (model, mut end) = launched.map_err(|error| refused_memory(error, &memory, &run.path))?;
     if let Some(error) = end.error.take() {
         return Err(error);
@@ -164,7 +183,7 @@ pub fn train(recipe: &Recipe, options: TrainOptions<'_>) -> Result<RunOutcome, T
     finish(
         recipe,
         &inputs,
-        &run,
+        run,
         (model, adapter),
         end,
         (&prompts, before),
@@ -257,9 +276,12 @@ fn answers_before(
     prompts: &[Prompt],
     say: &Say,
 ) -> Result<Vec<String>, TrainError> {
-    let path = run.path.join("samples.json");
+    // A checkpoint of another directory has them beside it.
+    let begun = |checkpoint: &PathBuf| Some(checkpoint.parent()?.parent()?.join(SAMPLES));
+    let beside = run.checkpoint.as_ref().and_then(begun);
+    let mut old = [Some(run.path.join(SAMPLES)), beside].into_iter().flatten();
     if run.checkpoint.is_some()
-        && let Ok(bytes) = std::fs::read(&path)
+        && let Some(bytes) = old.find_map(|path| std::fs::read(path).ok())
         && let Ok(old) = serde_json::from_slice::<Vec<Sample>>(&bytes)
         && old.len() == prompts.len()
     {
@@ -272,7 +294,11 @@ fn answers_before(
         ));
     }
     let answers = samples::answers(model, &inputs.base, prompts, recipe.train.max_new_tokens)?;
-    write_samples(&path, &pair(prompts, answers.clone(), Vec::new()))?;
+    write_json(
+        &run.hold,
+        SAMPLES,
+        &pair(prompts, answers.clone(), Vec::new()),
+    )?;
     Ok(answers)
 }
 
@@ -288,15 +314,11 @@ fn pair(prompts: &[Prompt], before: Vec<String>, after: Vec<String>) -> Vec<Samp
     .collect()
 }
 
-fn write_samples(path: &Path, samples: &[Sample]) -> Result<(), TrainError> {
-    write_json(path, &samples)
-}
-
-fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), TrainError> {
+fn write_json<T: Serialize>(hold: &Hold, name: &str, value: &T) -> Result<(), TrainError> {
     let json = serde_json::to_string_pretty(value)
-        .map_err(|e| TrainError::Framework(format!("writing {}: {e}", path.display())))?;
+        .map_err(|e| TrainError::Framework(format!("writing {name}: {e}")))?;
     // The same JSON, also for somebody who prints it on a terminal.
-    write_atomic(path, shown(&json).as_bytes())
+    hold.write(name, shown(&json).as_bytes())
 }
 
 /// Hands the model to burn-train, with our strategy in charge of the loop.
@@ -317,7 +339,8 @@ fn launch(
         epsilon: t.adam_epsilon,
         weight_decay: t.weight_decay,
     };
-    let mut optimizer = Optimizer::with_optim(settings, t.optim, &run.path, &model)?;
+    let mut optimizer =
+        Optimizer::with_optim(settings, t.optim, (&run.path, &run.state.run), &model)?;
     if let Some(checkpoint) = &run.checkpoint {
         checkpoints::load_optimizer(checkpoint, &mut optimizer, &model)?;
     }
@@ -354,6 +377,7 @@ fn launch(
         rhythm,
         plan,
         checkpoints: Checkpoints::new(&run.path, t.save_total_limit),
+        hold: run.hold.clone(),
         adapter,
         allocator,
         meta: save_meta(inputs, None),
@@ -364,7 +388,8 @@ fn launch(
             options.say.clone()
         },
         journal: Mutex::new(Journal::open(
-            &run.path.join("metrics.jsonl"),
+            &run.path.join(METRICS),
+            &run.state.run,
             run.state.step,
             &*options.say,
         )?),
@@ -504,22 +529,26 @@ fn finish(
         ));
     }
     if let AdapterConfig::Full(_) = adapter {
-        let dir = run.path.join(MODEL);
-        whole::write(&model, &inputs.base.checkpoint, &dir)?;
-        outcome.model = Some(dir);
+        let write = |dir: &Path| whole::write(&model, &inputs.base.checkpoint, dir);
+        outcome.model = Some(run.hold.place(MODEL, write)?);
     } else {
         let checkpoint = Checkpoints::new(&run.path, 1).path(kept);
         let adapter = trimmed(&mut model, adapter, &checkpoint)?;
-        let dir = run.path.join(ADAPTER);
         let card = run_notes::card(recipe, inputs, &outcome);
         let meta = save_meta(inputs, Some(card));
-        enamel_adapter::save_pretrained(&model, &adapter, &meta, &dir)?;
-        outcome.adapter = Some(dir);
+        let write = |dir: &Path| {
+            Ok(enamel_adapter::save_pretrained(
+                &model, &adapter, &meta, dir,
+            )?)
+        };
+        outcome.adapter = Some(run.hold.place(ADAPTER, write)?);
     }
     let after = samples::answers(&model, &inputs.base, prompts, recipe.train.max_new_tokens)?;
     outcome.samples = pair(prompts, before, after);
-    write_samples(&run.path.join("samples.json"), &outcome.samples)?;
-    write_json(&run.path.join("summary.json"), &outcome)?;
-    report::write(&run.path, recipe, inputs, &outcome)?;
+    write_json(&run.hold, SAMPLES, &outcome.samples)?;
+    run.hold.check()?;
+    report::write(&run.path, &run.state.run, recipe, inputs, &outcome)?;
+    // Last: with it the run counts as finished.
+    write_json(&run.hold, SUMMARY, &outcome)?;
     Ok(outcome)
 }

@@ -97,6 +97,7 @@ pub fn announce(say: &Say, recipe: &Recipe, inputs: &Inputs, run: &RunDir, rhyth
             "memory   keeps {checkpointing} and computes the blocks again"
         ));
     }
+    run.tell(0, say);
     let from = match run.state.step {
         0 => String::new(),
         n => format!(", resuming after step {n}"),

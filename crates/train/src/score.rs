@@ -11,6 +11,7 @@ use enamel_model::{CausalLm, ModelInput};
 use serde::Serialize;
 
 use crate::error::TrainError;
+use crate::outputs::Output;
 
 /// Rows of hidden states whose logits exist at once.
 const CHUNK: usize = 256;
@@ -49,19 +50,66 @@ pub struct ScoreReport {
     pub loss: f64,
 }
 
+/// The files to write.
+#[derive(Clone, Debug)]
+pub struct ScoreFiles {
+    /// A line of JSON for each row.
+    pub scores: PathBuf,
+    /// The logits, if they are asked for.
+    pub logits: Option<PathBuf>,
+    /// Whether files that are there are replaced.
+    pub overwrite: bool,
+}
+
+impl ScoreFiles {
+    /// Refuses files that are there and are not to be replaced, and those that are, lie in or hold one of
+    /// `inputs`. Called before the work.
+    ///
+    /// # Errors
+    /// That.
+    pub fn check(&self, inputs: &[PathBuf]) -> Result<(), TrainError> {
+        let scores = Output::replacing(&self.scores, self.overwrite);
+        let logits = self.logits.as_deref().map(|path| Output {
+            option: "--logits",
+            ..Output::replacing(path, self.overwrite)
+        });
+        for output in [Some(scores), logits].into_iter().flatten() {
+            output.as_file()?;
+            output.apart_from(inputs)?;
+        }
+        match logits {
+            Some(logits) if logits.is_same(&scores) => Err(TrainError::Run {
+                path: self.scores.clone(),
+                reason: "--output and --logits name the same file".into(),
+                help: "give each a file of its own".into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Scores `rows` in order, `batch_size` at a time, as the model stands. Rows of one batch are padded
 /// on the right to the longest; padding is masked and never scored.
+///
+/// # Errors
+/// A file that is there and is not to be replaced; a disk that refuses.
 pub fn score(
     model: &CausalLm,
     rows: &[Example],
     batch_size: usize,
     pad_id: u32,
-    scores: &Path,
-    logits: Option<&Path>,
+    files: &ScoreFiles,
 ) -> Result<ScoreReport, TrainError> {
-    let mut out = NewFile::create(scores)?;
-    let mut logits = logits
-        .map(|path| LogitsFile::create(path, rows, model.config().vocab_size))
+    files.check(&[])?;
+    let replace = files.overwrite;
+    let mut out = NewFile::create(&files.scores, replace)?;
+    let mut logits = files
+        .logits
+        .as_deref()
+        .map(|path| {
+            let file = NewFile::create(path, replace)?;
+            LogitsFile::create(file, rows, model.config().vocab_size)
+        })
         .transpose()?;
     let mut report = ScoreReport::default();
     let mut loss_sum = 0.0;
@@ -184,14 +232,16 @@ fn read(tensor: Tensor<2>) -> Result<Vec<f32>, TrainError> {
 /// A file that takes its name when it is complete.
 struct NewFile {
     path: PathBuf,
+    replace: bool,
     file: BufWriter<StagedFile>,
 }
 
 impl NewFile {
-    fn create(path: &Path) -> Result<Self, TrainError> {
+    fn create(path: &Path, replace: bool) -> Result<Self, TrainError> {
         let file = StagedFile::beside(path).map_err(TrainError::io(path, "creating it"))?;
         Ok(Self {
             path: path.to_owned(),
+            replace,
             file: BufWriter::new(file),
         })
     }
@@ -207,7 +257,8 @@ impl NewFile {
             .file
             .into_inner()
             .map_err(|e| TrainError::io(&self.path, "writing it")(e.into_error()))?;
-        file.finish(&self.path, true)
+        // Somebody may have made a file of the name meanwhile.
+        file.finish(&self.path, self.replace)
             .map_err(TrainError::io(&self.path, "writing it"))?;
         Ok(())
     }
@@ -219,7 +270,7 @@ struct LogitsFile(NewFile);
 
 impl LogitsFile {
     /// Tensors `logits.<row>`, `[tokens, vocabulary]`, f32, in the order of the rows.
-    fn create(path: &Path, rows: &[Example], vocabulary: usize) -> Result<Self, TrainError> {
+    fn create(mut file: NewFile, rows: &[Example], vocabulary: usize) -> Result<Self, TrainError> {
         let mut header = serde_json::Map::new();
         let mut offset = 0;
         for (i, row) in rows.iter().enumerate() {
@@ -236,7 +287,6 @@ impl LogitsFile {
         let mut header = serde_json::Value::Object(header).to_string();
         // The format aligns the data to eight bytes, with spaces.
         header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-        let mut file = NewFile::create(path)?;
         file.write(&(header.len() as u64).to_le_bytes())?;
         file.write(header.as_bytes())?;
         Ok(Self(file))

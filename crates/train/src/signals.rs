@@ -7,8 +7,8 @@
 //! is being hashed, loaded, answered or written. A second one always does. What is not finished then is removed.
 
 use std::io::Write;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
 
 use enamel_adapter::staging;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -66,10 +66,20 @@ impl Phase {
 #[derive(Clone, Debug, Default)]
 pub struct StopFlag(Arc<Shared>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Shared {
     signal: AtomicI32,
     phase: AtomicU8,
+    farewell: Mutex<Option<Farewell>>,
+}
+
+/// What is done before the program leaves at once.
+type Farewell = Box<dyn Fn() + Send>;
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "signal {:?} in {:?}", self.signal, self.phase)
+    }
 }
 
 impl StopFlag {
@@ -81,6 +91,18 @@ impl StopFlag {
     /// Asks the run to stop as if by `signal`.
     pub fn raise(&self, signal: i32) {
         self.0.signal.store(signal, Ordering::SeqCst);
+    }
+
+    /// Has this done before a signal ends the program at once: quickly, and whatever the run is at.
+    pub fn on_leaving(&self, farewell: impl Fn() + Send + 'static) {
+        let mut slot = self.0.farewell.lock();
+        *slot.as_deref_mut().unwrap_or(&mut None) = Some(Box::new(farewell));
+    }
+
+    fn leave(&self) {
+        if let Ok(Some(farewell)) = self.0.farewell.lock().as_deref() {
+            farewell();
+        }
     }
 
     /// What the run is at.
@@ -159,6 +181,7 @@ fn take(signal: i32, flag: &StopFlag) {
         return;
     }
     terminal::leave();
+    flag.leave();
     if let Some(farewell) = phase.farewell() {
         say(&format!("stopped {farewell}"));
     }

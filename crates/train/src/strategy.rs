@@ -21,6 +21,7 @@ use enamel_adapter::{AdapterConfig, DEFAULT, RankAllocator, SaveForm, SaveMeta};
 
 use crate::checkpoints::{Best, Checkpoints, RunState};
 use crate::error::TrainError;
+use crate::hold::Hold;
 use crate::journal::{Entry, Journal};
 use crate::measures::duration_text;
 use crate::memory::Memory;
@@ -87,6 +88,8 @@ pub struct StepStrategy {
     pub plan: Arc<StepPlan>,
     /// Where checkpoints go.
     pub checkpoints: Checkpoints,
+    /// The run directory, which has to stay the one that the run began in.
+    pub(crate) hold: Arc<Hold>,
     /// How adapters are written.
     pub adapter: AdapterConfig,
     /// What is written beside them.
@@ -247,6 +250,8 @@ impl Run<'_> {
 
     /// Validation, saving and reasons to stop after a step; whether to stop.
     fn after_step(&mut self) -> Result<bool, TrainError> {
+        // Into a directory that has gone, journal and checkpoints would go unseen.
+        self.s.hold.check()?;
         let rhythm = &self.s.rhythm;
         let step = self.state.step;
         let last = step == rhythm.total;
@@ -485,6 +490,8 @@ impl Run<'_> {
         drop(journal);
         self.note_memory();
         let model = self.model.valid();
+        let _changing = self.s.hold.changing();
+        self.s.hold.check()?;
         let path = self.s.checkpoints.save(
             &self.state,
             &self.optimizer,
@@ -503,6 +510,7 @@ impl Run<'_> {
             },
         )?;
         self.end.checkpoint = Some(path);
+        self.s.hold.settle();
         Ok(())
     }
 }

@@ -9,16 +9,12 @@ use enamel_model::save::{self, SaveDtype, SaveOptions};
 
 use crate::error::TrainError;
 
-/// Writes it in f32, which loses nothing; tokenizer and settings come from `source`. A former run's is
-/// replaced.
+/// Writes it in f32, which loses nothing, into a new directory; tokenizer and settings come from `source`.
 ///
 /// # Errors
 /// When a weight cannot be read back or the disk refuses.
 pub fn write(model: &CausalLm, source: &Checkpoint, dir: &Path) -> Result<(), TrainError> {
-    let options = SaveOptions {
-        overwrite: true,
-        ..SaveOptions::new(SaveDtype::F32)
-    };
+    let options = SaveOptions::new(SaveDtype::F32);
     let read = &mut |name: &str| values(model, name);
     save::write_hf(dir, &tensors(model), read, source, &options)?;
     Ok(())

@@ -231,7 +231,7 @@ impl Reader for Reading {
         let journal = journal::read(&path);
         if input.bytes().is_multiple_of(16) {
             // What resuming does to it, which replaces the file.
-            let _ = journal::Journal::open(&path, 3, &|_| {});
+            let _ = journal::Journal::open(&path, "", 3, &|_| {});
             folder.forget(JOURNAL);
         }
         Ok(state.is_ok() && checked.is_ok() && loaded.is_ok() && budget.is_ok() && journal.is_ok())

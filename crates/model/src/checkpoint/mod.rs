@@ -2,6 +2,7 @@
 
 mod bitsandbytes;
 mod directory;
+pub(crate) use directory::SIDE_FILES;
 mod error;
 pub(crate) mod gguf;
 mod json;

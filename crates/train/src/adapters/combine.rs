@@ -15,8 +15,9 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::inspect::linalg;
-use super::{ByKind, refuse_occupied, relative};
+use super::{ByKind, relative};
 use crate::error::TrainError;
+use crate::outputs::Output;
 use crate::provenance;
 
 /// What to combine, how, and where to.
@@ -66,7 +67,9 @@ struct Made {
 /// Adapters that are no plain LoRA or are for different bases; options that do not go together; an output
 /// that is there already.
 pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
-    refuse_occupied(&request.output)?;
+    let output = Output::new(&request.output);
+    output.as_folder(|_| false)?;
+    output.apart_from(&request.adapters)?;
     let mut adapters = Vec::new();
     for dir in &request.adapters {
         adapters.push(facts::open(dir, None, None)?);

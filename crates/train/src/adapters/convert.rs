@@ -16,9 +16,10 @@ use serde::Serialize;
 
 use super::combine::tensors;
 use super::inspect::linalg;
-use super::{ByKind, method, refuse_occupied, relative};
+use super::{ByKind, method, relative};
 use crate::error::TrainError;
 use crate::loaded::OpenBase;
+use crate::outputs::Output;
 use crate::provenance;
 
 /// What to convert, how closely, and where to.
@@ -114,12 +115,15 @@ pub fn convert(
     request: &ConvertRequest,
     progress: &mut dyn PullProgress,
 ) -> Result<Converted, TrainError> {
-    refuse_occupied(&request.output)?;
+    let output = Output::new(&request.output);
+    output.as_folder(|_| false)?;
+    output.apart_from([&request.adapter])?;
     let base = request
         .model
         .as_ref()
         .map(|r| Base::open(r, &request.adapter, progress))
         .transpose()?;
+    output.apart_from(base.iter().map(|base| &base.open.local.path))?;
     let adapter = match &base {
         None => facts::open(&request.adapter, None, None)?,
         Some(base) => {

@@ -207,16 +207,3 @@ fn relative(error: f64, whole: f64) -> f64 {
         0.0
     }
 }
-
-/// Found before the work, not after it.
-fn refuse_occupied(output: &Path) -> Result<(), TrainError> {
-    let entries = std::fs::read_dir(output);
-    if output.is_file() || entries.is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(TrainError::Run {
-            path: output.to_owned(),
-            reason: "there is something already".to_owned(),
-            help: "choose another --output, or remove it".to_owned(),
-        });
-    }
-    Ok(())
-}

@@ -25,7 +25,7 @@ use enamel_kernels::{AdamW, AdamWInput, Codes, Moments, adamw, adamw_8bit, adamw
 
 pub use bytes::{OptimizerBytes, state_bytes};
 pub use optim::{MIN_8BIT_SIZE, MIN_PAGED_SIZE, Optim};
-pub(crate) use pages::sweep;
+pub(crate) use pages::PAGES;
 use pages::{Pager, Pages};
 pub(crate) use record::check_optim;
 
@@ -74,17 +74,18 @@ impl Optimizer {
     }
 
     /// The optimizer of that name before the first step. What it pages lies in a file in `dir`, which goes away
-    /// with the optimizer; `model` says which parameters are trained.
+    /// with the optimizer and bears the id of `run` as long as it has a name; `model` says which parameters are
+    /// trained.
     ///
     /// # Errors
     /// When that file cannot be made, or the disk has not enough space for it.
     pub fn with_optim<M: Module>(
         settings: AdamW,
         optim: Optim,
-        dir: &Path,
+        (dir, run): (&Path, &str),
         model: &M,
     ) -> Result<Self, TrainError> {
-        let pages = Pages::new(optim, dir, model)?;
+        let pages = Pages::new(optim, (dir, run), model)?;
         Ok(Self {
             optim,
             pages,

@@ -17,8 +17,8 @@ use super::Optim;
 use crate::error::TrainError;
 use crate::plan::bytes_text;
 
-/// How the file's name begins, as long as it has one.
-const PREFIX: &str = ".optimizer-";
+/// How the file's name begins, as long as it has one; the id of the run comes next.
+pub(crate) const PAGES: &str = ".optimizer-";
 
 /// The file, and the room in it for each large parameter.
 #[derive(Debug)]
@@ -55,13 +55,13 @@ pub(super) struct Place {
 }
 
 impl Pages {
-    /// A file in `dir` with room for the moments that `optim` pages of `model`; none if there are no such.
+    /// A file in `dir`, named after `run`, with room for the moments that `optim` pages of `model`; none if there are no such.
     ///
     /// # Errors
     /// When the disk refuses or has not enough space.
     pub(super) fn new<M: Module>(
         optim: Optim,
-        dir: &Path,
+        (dir, run): (&Path, &str),
         model: &M,
     ) -> Result<Option<Self>, TrainError> {
         let mut large = Large {
@@ -81,8 +81,9 @@ impl Pages {
         let total: usize = large.found.iter().map(|(_, n)| 2 * room(*n)).sum();
 
         fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating the folder"))?;
+        let prefix = format!("{PAGES}{run}-");
         let named = tempfile::Builder::new()
-            .prefix(PREFIX)
+            .prefix(&prefix)
             .tempfile_in(dir)
             .map_err(TrainError::io(
                 dir,
@@ -259,18 +260,6 @@ impl ModuleVisitor for Large {
         let elements = param.lazy_shape().num_elements();
         if param.is_require_grad() && self.optim.is_paged(elements) {
             self.found.push((param.id, elements));
-        }
-    }
-}
-
-/// Removes the file of a run that was killed before its file had lost its name.
-pub(crate) fn sweep(dir: &Path) {
-    let Ok(entries) = fs::read_dir(dir) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
-            let _ = fs::remove_file(entry.path());
         }
     }
 }

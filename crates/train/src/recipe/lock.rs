@@ -87,8 +87,13 @@ impl LockInfo {
     }
 }
 
-/// Writes the recipe and the `[lock]` table, atomically.
-pub fn write_lock(path: &Path, recipe: &Recipe, lock: &LockInfo) -> Result<(), RecipeError> {
+/// Writes the recipe and the `[lock]` table, atomically, for the run of this id.
+pub fn write_lock(
+    path: &Path,
+    run: &str,
+    recipe: &Recipe,
+    lock: &LockInfo,
+) -> Result<(), RecipeError> {
     #[derive(Serialize)]
     struct Locked<'a> {
         #[serde(flatten)]
@@ -104,5 +109,5 @@ pub fn write_lock(path: &Path, recipe: &Recipe, lock: &LockInfo) -> Result<(), R
         "# Written by `enamel train`. Training from this file gives the same adapter again, bit for\n\
          # bit, on the same machine: enamel train recipe.lock.toml --output DIR\n\n{body}"
     );
-    write_atomic(path, text.as_bytes()).map_err(|e| fail(e.to_string()))
+    write_atomic(path, run, text.as_bytes()).map_err(|e| fail(e.to_string()))
 }

@@ -172,7 +172,7 @@ section! {
         /// The run directory, relative to the current directory. Left out: `runs/` and the names of
         /// the recipe's folder and file (`datasets/handbook/lora.toml` gives `runs/handbook-lora`).
         dir: Option<PathBuf> = None, any;
-        /// Replace a run that is already there.
+        /// Replace a run that is already there; it goes when the new one has its first checkpoint.
         overwrite: bool = false, any;
     }
 }

@@ -361,7 +361,7 @@ fn a_lock_file_reads_back_as_the_same_recipe() {
     };
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("recipe.lock.toml");
-    write_lock(&path, &recipe, &info).unwrap();
+    write_lock(&path, "", &recipe, &info).unwrap();
     let file = RecipeFile::read(&path).unwrap();
     assert_eq!(file.resolve().unwrap(), recipe);
     assert_eq!(file.lock_info().unwrap(), Some(info.clone()));
@@ -513,7 +513,7 @@ fn a_quantised_recipe_survives_its_lock_file() {
         let recipe = resolve(text, &[]).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("recipe.lock.toml");
-        write_lock(&path, &recipe, &LockInfo::default()).unwrap();
+        write_lock(&path, "", &recipe, &LockInfo::default()).unwrap();
         assert_eq!(Recipe::load::<&str>(&path, &[]).unwrap(), recipe);
     }
 }
