@@ -226,10 +226,24 @@ fn message_value(message: &Message) -> Json {
     Json::Object(aliased)
 }
 
+/// The most of a template's own words that is shown: it may raise the whole conversation.
+const RAISED_CHARACTERS: usize = 2000;
+
+fn shortened(message: String) -> String {
+    match message.char_indices().nth(RAISED_CHARACTERS) {
+        Some((end, _)) => format!(
+            "{} … ({} more bytes)",
+            message.get(..end).unwrap_or_default(),
+            message.len().saturating_sub(end)
+        ),
+        None => message,
+    }
+}
+
 fn failure(error: jinja::Error) -> TemplateError {
     match error.kind() {
         Kind::Raised => TemplateError::Raised {
-            message: error.into_message(),
+            message: shortened(error.into_message()),
         },
         Kind::Budget | Kind::Depth => TemplateError::Budget {
             detail: error.to_string(),
@@ -242,7 +256,7 @@ fn failure(error: jinja::Error) -> TemplateError {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
     use sha2::Digest as _;
 
     use super::*;
@@ -400,6 +414,35 @@ mod tests {
             ChatTemplate::with_now("{{ strftime_now('%d %b %Y') }}", &[], 1_709_164_800).unwrap();
         assert!(template.uses_clock());
         assert_eq!(template.render(&[], false).unwrap(), "29 Feb 2024");
+    }
+
+    #[test]
+    fn what_a_template_raises_is_shown_in_part_where_it_is_long() {
+        let template = ChatTemplate::new("{{ raise_exception('no ' * 100000) }}", &[]).unwrap();
+        let error = template.render(&[], false).unwrap_err().to_string();
+        assert!(
+            error.len() < 2200 && error.ends_with("more bytes)"),
+            "{error}"
+        );
+        assert!(
+            error.contains("refuses this conversation: no no"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_budget_gone_past_is_named_with_its_limit() {
+        let source =
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let template = ChatTemplate::new(source, &[]).unwrap();
+        let error = template.render(&[], false).unwrap_err();
+        assert!(matches!(error, TemplateError::Budget { .. }), "{error}");
+        assert!(error.to_string().contains("more than 100"), "{error}");
+        let error = ChatTemplate::new(&"x".repeat(300_000), &[]).unwrap_err();
+        assert!(
+            error.to_string().contains("300000 bytes, and 262144"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -118,6 +118,10 @@ pub(crate) fn item(owner: &Value, key: &Value) -> Result<Value> {
     if let Some(found) = found {
         return Ok(found);
     }
+    if slice_of(key).is_some() {
+        // A slice is Python's own, which has no undefined values.
+        return type_error(format!("{} is not sliceable", described(owner)));
+    }
     let Some(name) = key.as_str() else {
         if matches!(key, Value::Seq(_) | Value::Dict(_) | Value::Object(_)) {
             let message = format!("{} has no such element", described(owner));

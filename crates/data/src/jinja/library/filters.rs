@@ -281,6 +281,12 @@ fn text_filter(name: &str, value: &Value, args: &Args) -> Result<Value> {
         }
         "urlencode" => {
             no_arguments()?;
+            if matches!(value, Value::Undefined(_)) {
+                return Value::text("");
+            }
+            if value.as_str().is_none() && value.is_iterable() {
+                return type_error("urlencode of pairs is not offered to chat templates");
+            }
             url_encode(own)
         }
         "pprint" => {
@@ -309,8 +315,15 @@ fn truncate(own: &str, value: &Value, arguments: [Option<Value>; 4]) -> Result<V
     if length < end_length || leeway < 0 {
         return value_error(format!("truncate wants a length of at least {end_length}"));
     }
-    if own.chars().count() as i128 <= length.saturating_add(leeway) {
+    let own_length = match value.as_str() {
+        Some(_) => Some(own.chars().count()),
+        None => value.len(),
+    };
+    if own_length.is_some_and(|own| own as i128 <= length.saturating_add(leeway)) {
         return Ok(value.clone());
+    }
+    if value.as_str().is_none() {
+        return type_error(format!("truncate wants text, not {}", value.type_name()));
     }
     let kept = usize::try_from(length.saturating_sub(end_length)).unwrap_or(usize::MAX);
     let cut = own.char_indices().nth(kept).map_or(own.len(), |(at, _)| at);

@@ -65,9 +65,13 @@ fn parse_int(text: &str, base: u32) -> Option<i128> {
 /// Jinja2's `int` filter.
 pub(super) fn int_filter(value: &Value, default: Value, base: i128) -> Result<Value> {
     value.defined()?;
-    let truncated = |x: f64| match x.is_finite() && x.abs() < 1e38 {
-        true => Some(Value::Int(x.trunc() as i128)),
-        false => None,
+    let truncated = |x: f64| match x.abs() < 1e38 {
+        true => Ok(Value::Int(x.trunc() as i128)),
+        false if x.is_nan() => Ok(default.clone()),
+        false => Err(Error::new(
+            Kind::Overflow,
+            "an integer has more than 38 digits",
+        )),
     };
     if let Some(text) = value.as_str() {
         let base = match u32::try_from(base) {
@@ -77,14 +81,11 @@ pub(super) fn int_filter(value: &Value, default: Value, base: i128) -> Result<Va
         if let Some(i) = parse_int(text, base) {
             return Ok(Value::Int(i));
         }
-        return Ok(parse_float(text).and_then(truncated).unwrap_or(default));
+        let number = parse_float(text).filter(|x| x.is_finite());
+        return number.map_or_else(|| Ok(default.clone()), truncated);
     }
     match (value, value.as_int()) {
-        (Value::Float(x), _) if x.is_infinite() => Err(Error::new(
-            Kind::Overflow,
-            "cannot convert float infinity to integer",
-        )),
-        (Value::Float(x), _) => Ok(truncated(*x).unwrap_or(default)),
+        (Value::Float(x), _) => truncated(*x),
         (_, Some(i)) => Ok(Value::Int(i)),
         _ => Ok(default),
     }

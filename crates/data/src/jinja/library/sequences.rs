@@ -500,7 +500,10 @@ fn reverse(value: &Value) -> Result<Value> {
         _ => {
             let mut items = value.items()?;
             items.reverse();
-            Value::generator(items)
+            match value {
+                Value::Generator(_) => Value::list(items),
+                _ => Value::generator(items),
+            }
         }
     }
 }
