@@ -1,5 +1,15 @@
 //! Where base models come from: references, the cache, the hub and the catalogue's packages.
 
+// Answers of a hub and files of a cache are foreign: no arithmetic or index of theirs may panic.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::arithmetic_side_effects,
+        clippy::indexing_slicing,
+        clippy::string_slice
+    )
+)]
+
 mod cache;
 mod catalogue;
 mod error;

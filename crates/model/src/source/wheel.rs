@@ -263,7 +263,7 @@ impl Run {
         dir: &Path,
         progress: &mut dyn PullProgress,
     ) -> Result<Outcome, SourceError> {
-        let mut deadline = Instant::now() + START;
+        let mut deadline = within(START);
         let mut phase = Phase::Starting;
         let mut size = 0;
         loop {
@@ -272,12 +272,12 @@ impl Run {
                     let line = line.trim();
                     if phase == Phase::Starting {
                         phase = Phase::Looking;
-                        deadline = Instant::now() + FIRST_ANSWER;
+                        deadline = within(FIRST_ANSWER);
                     }
                     let found = ["Downloading", "Using cached", "Processing", "Saved"];
                     if phase == Phase::Looking && found.iter().any(|word| line.starts_with(word)) {
                         phase = Phase::Receiving;
-                        deadline = Instant::now() + STALL;
+                        deadline = within(STALL);
                         progress.start(&wheel.package, Some(wheel_bytes(line, wheel)));
                     }
                 }
@@ -300,7 +300,7 @@ impl Run {
             if now != size {
                 size = now;
                 if phase == Phase::Receiving {
-                    deadline = Instant::now() + STALL;
+                    deadline = within(STALL);
                     progress.advance(size);
                 }
             }
@@ -321,6 +321,11 @@ impl Run {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn within(time: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(time).unwrap_or(now)
 }
 
 /// A program in the absolute directories of `PATH`: an empty or relative entry would be the

@@ -84,7 +84,7 @@ impl Fetch<'_> {
             let error = match miss {
                 Miss::Source(error) => return Err(error),
                 Miss::Wrong(error) => {
-                    wrong += 1;
+                    wrong = usize::saturating_add(wrong, 1);
                     error
                 }
                 Miss::Failed(Failure::Refused(reason)) => {
@@ -109,7 +109,7 @@ impl Fetch<'_> {
             progress.note(&format!("{error}; trying {name} again"));
             std::thread::sleep(pause);
             self.client.reconnect();
-            attempt += 1;
+            attempt = usize::saturating_add(attempt, 1);
         }
     }
 
