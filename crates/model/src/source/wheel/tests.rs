@@ -131,11 +131,11 @@ fn pip_runs_in_a_folder_of_its_own_without_the_users_search_path() {
     // What a pull left that was killed goes.
     let folder = destination(&source, &options);
     let folder = folder.parent().unwrap();
-    std::fs::create_dir_all(folder.join(".pip-killed/wheel")).unwrap();
+    std::fs::create_dir_all(folder.join(".enamel-unfinished-killed/wheel")).unwrap();
     pull_with(&[&[&pip]], &source, &options, &mut ()).unwrap();
     let told = std::fs::read_to_string(told).unwrap();
     let lines: Vec<&str> = told.lines().collect();
-    assert!(lines[0].contains("/.pip-"), "{told}");
+    assert!(lines[0].contains("/.enamel-unfinished-"), "{told}");
     assert_eq!(lines[1..], ["path ", "safe 1"]);
     assert_eq!(std::fs::read_dir(folder).unwrap().count(), 1);
     for pip in PIPS.iter().filter(|pip| pip[0].starts_with("python")) {
