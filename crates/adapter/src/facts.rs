@@ -12,6 +12,7 @@ use crate::peft_dir::expected;
 use crate::peft_dir::tied::take_head_if_tied;
 use crate::plan::{AdapterPlan, PREFIX, plan_for_load};
 use crate::slot::ModuleShape;
+use crate::staging::{self, StagedDir};
 use crate::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, read_tensors};
 
 /// One tensor of an adapter's file.
@@ -323,23 +324,9 @@ pub fn write_new(
         let path = path.to_path_buf();
         move |source| AdapterError::Io { path, source }
     };
-    let parent = match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    std::fs::create_dir_all(parent).map_err(io(parent))?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".adapter-");
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o777));
-    }
-    let temporary = builder.tempdir_in(parent).map_err(io(parent))?;
-    file.write(temporary.path(), Some(&card))?;
-    // Onto an empty directory or none; one that holds something refuses.
-    std::fs::rename(temporary.path(), dir).map_err(io(dir))?;
-    // What it would remove is no longer there.
-    let _ = temporary.keep();
+    let staged = StagedDir::beside(dir).map_err(io(staging::parent(dir)))?;
+    file.write(staged.path(), Some(&card))?;
+    // Onto an empty folder or none; one that holds something refuses.
+    staged.finish(dir).map_err(io(dir))?;
     Ok(())
 }

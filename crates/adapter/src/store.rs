@@ -14,6 +14,7 @@ use crate::exact_json;
 use crate::foreign::{self, MLX_WEIGHTS, shown};
 use crate::methods::AdapterConfig;
 use crate::slot::ModuleShape;
+use crate::staging::StagedFile;
 use crate::trainable::HostTensor;
 
 pub(crate) const CONFIG: &str = "adapter_config.json";
@@ -472,19 +473,9 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         path: path.to_path_buf(),
         source,
     };
-    let mut builder = tempfile::Builder::new();
-    #[cfg(unix)]
-    {
-        // As an ordinary file; a temporary one would be its owner's alone.
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(std::fs::Permissions::from_mode(0o666));
-    }
-    let mut file = builder
-        .tempfile_in(path.parent().unwrap_or(Path::new(".")))
-        .map_err(io)?;
+    let mut file = StagedFile::beside(path).map_err(io)?;
     file.write_all(bytes).map_err(io)?;
-    file.as_file().sync_all().map_err(io)?;
-    file.persist(path).map_err(|e| io(e.error))?;
+    file.finish(path, true).map_err(io)?;
     Ok(())
 }
 
