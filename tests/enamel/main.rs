@@ -52,6 +52,7 @@ mod quantised;
 mod quantize;
 mod repositories;
 mod schedules;
+mod security_page;
 mod several;
 mod smollm2;
 mod text;
