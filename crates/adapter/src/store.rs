@@ -110,7 +110,8 @@ impl AdapterFile {
 pub fn load_config(dir: &Path) -> Result<AdapterConfig> {
     let path = dir.join(CONFIG);
     let text = std::fs::read_to_string(&path).map_err(|e| unreadable(&path, e))?;
-    let mut value = exact_json(&text).map_err(|e| AdapterError::Format {
+    let text = text.strip_prefix('\u{FEFF}').unwrap_or(&text);
+    let mut value = exact_json(text).map_err(|e| AdapterError::Format {
         path: path.clone(),
         reason: format!("not JSON: {e}"),
     })?;

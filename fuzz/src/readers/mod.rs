@@ -7,6 +7,7 @@ mod config;
 mod gguf;
 mod hub;
 mod index;
+mod pieces;
 mod recipe;
 mod rows;
 mod safetensors;
@@ -38,6 +39,7 @@ pub const READERS: &[(&str, Make)] = &[
     ("gguf", gguf::make),
     ("config", config::make),
     ("tokenizer", tokenizer::make),
+    ("pieces", pieces::make),
     ("adapter", adapter::make),
     ("rows", rows::make),
     ("recipe", recipe::make),

@@ -188,11 +188,12 @@ impl Checkpoint {
 
     /// What a person should know of how its files were read.
     pub fn notes(&self) -> impl Iterator<Item = &str> {
-        let notes = match &self.backing {
-            Backing::Directory(directory) => Some(directory.notes()),
-            Backing::Gguf(_) => None,
+        let (directory, gguf) = match &self.backing {
+            Backing::Directory(directory) => (Some(directory.notes()), None),
+            Backing::Gguf(gguf) => (None, Some(gguf.notes())),
         };
-        notes.into_iter().flatten()
+        let gguf = gguf.unwrap_or_default().iter().map(String::as_str);
+        directory.into_iter().flatten().chain(gguf)
     }
 
     /// Whether it comes with a tokenizer. Models for tests may have none.

@@ -24,7 +24,7 @@ use super::{HubRef, PullOptions, PullProgress, SourceError};
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Everything but the weights that a model is made of here.
-const SMALL_FILES: [&str; 7] = [
+const SMALL_FILES: [&str; 8] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -32,7 +32,11 @@ const SMALL_FILES: [&str; 7] = [
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
+const TOKENIZER: &str = "tokenizer.json";
+/// What is read where there is no `tokenizer.json`.
+const PIECES: &str = "tokenizer.model";
 
 fn is_weights(name: &str) -> bool {
     name.ends_with(".safetensors")
@@ -104,6 +108,9 @@ pub(super) fn pull(
     };
     for file in SMALL_FILES.into_iter().filter_map(listed) {
         fetch.file(file, progress)?;
+    }
+    if let (None, Some(pieces)) = (listed(TOKENIZER), listed(PIECES)) {
+        fetch.file(pieces, progress)?;
     }
     match (single, listed(INDEX)) {
         (Some(file), _) => {

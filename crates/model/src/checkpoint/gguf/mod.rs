@@ -35,6 +35,7 @@ pub(crate) struct GgufFile {
     tensors: Vec<RawTensor>,
     query_heads: usize,
     key_heads: usize,
+    notes: Vec<String>,
 }
 
 /// Tensors that hold nothing of the model: tables that are derived from the configuration.
@@ -98,14 +99,32 @@ impl GgufFile {
             tensors.push(raw.clone());
         }
         problems.into_malformed(path)?;
-        let gguf = Self {
+        let mut gguf = Self {
             file,
             header,
             tensors,
             query_heads,
             key_heads,
+            notes: Vec::new(),
         };
+        gguf.notes.extend(gguf.no_pre_tokenizer());
         Ok((gguf, infos, config))
+    }
+
+    /// llama.cpp warns of the same.
+    fn no_pre_tokenizer(&self) -> Option<String> {
+        let byte_level = self.header.str("tokenizer.ggml.model") == Some("gpt2");
+        let missing = byte_level && self.header.get("tokenizer.ggml.pre").is_none();
+        missing.then(|| {
+            "metadata key 'tokenizer.ggml.pre' is missing, so texts are split as GPT-2 splits them; if the model's own \
+             tokenizer does not, convert the model again"
+                .to_owned()
+        })
+    }
+
+    /// What a person should know of the file.
+    pub(crate) fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     pub(crate) fn path(&self) -> &Path {
