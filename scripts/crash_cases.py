@@ -134,7 +134,7 @@ def recipe(work, combination, given):
         f"max_steps = {STEPS}",
         "batch_size = 2",
         "gradient_accumulation_steps = 2",
-        "learning_rate = 5e-3",
+        "learning_rate = 5e-2",
         'lr_scheduler_type = "cosine"',
         "warmup_steps = 2",
         f'optim = "{optimizer}"',
@@ -267,12 +267,14 @@ def write_rows(work):
     (work / "valid.jsonl").write_text("".join(f"{row(i)}\n" for i in range(32, 36)))
 
 
-def prepare(enamel, work, options):
+def prepare(enamel, work, options, methods):
     """Bases, rows, and the adapters that some methods start from."""
     write_rows(work)
     given = options.model
     if given is None:
         write_models(enamel, work / "models")
+    if not methods & {"xlora", "init_from"}:
+        return
     combination = (*OLD[:2], "given" if given else OLD[2])
     (work / "expert.toml").write_text(recipe(work, combination, given))
     for name, seed in (("one", 1), ("two", 2)):

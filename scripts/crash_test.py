@@ -100,20 +100,22 @@ def first_difference(a, b):
     return f"{pair[0][:120]!r} became {pair[1][:120]!r}"
 
 
-ENTRY = re.compile(r"^(\d+) +(\w+)\((.*)$")
+def entered(log, top):
+    """System calls of a trace: thread, name, arguments with whole paths."""
+    for line in log.read_text(errors="replace").splitlines():
+        if entry := re.match(r"^(\d+) +(\w+)\((.*)$", line):
+            thread, call, arguments = entry.groups()
+            arguments = re.sub(r"AT_FDCWD<[^>]*>(, )?", "", arguments)
+            yield thread, call, re.sub(r'"run(?=[/"])', f'"{top}/run', arguments)
 
 
 def events(log, top):
-    """System calls of a trace that concern `top`: name, how many of that name its thread had made, place."""
-    counts, found = Counter(), []
-    for line in log.read_text(errors="replace").splitlines():
-        entry = ENTRY.match(line)
-        if not entry:
-            continue
-        thread, call, arguments = entry.groups()
+    """System calls that concern `top`, by their place: name, how many of that name the thread had made by then."""
+    counts, found = Counter(), defaultdict(list)
+    for thread, call, arguments in entered(log, top):
         counts[thread, call] += 1
         if str(top) in arguments or ("write" in call and re.match(r"[12]<", arguments)):
-            found.append((call, counts[thread, call], place(call, arguments, top)))
+            found[place(call, arguments, top)].append((call, counts[thread, call]))
     return found
 
 
@@ -248,6 +250,8 @@ class Test:
 
     def prepare(self):
         """Makes a finished run that others take the place of."""
+        if not self.options.overwrite:
+            return
         combination = (*cases.OLD[:2], "given" if self.options.model else cases.OLD[2])
         code, said = self.run(self.work / "old", [*self.train(combination), "--set", "seed=4"])
         if code:
@@ -280,8 +284,8 @@ class Test:
                 kill = None
                 if len(kills) < wanted:
                     if rng.random() < self.options.calls:
-                        call, count, _ = rng.choice(calls)
-                        kill = ("call", call, count)
+                        # Every place as often: most calls by far write tensors.
+                        kill = ("call", *rng.choice(calls[rng.choice(sorted(calls))]))
                     else:
                         kill = ("time", rng.uniform(0.0, seconds))
                 code, said = self.run(top, arguments, kill)
@@ -320,9 +324,8 @@ class Test:
         """Where a kill came."""
         where = after(top / "run")
         if kill[0] == "call":
-            lines = top.with_suffix(".trace").read_text(errors="replace").splitlines()
-            entries = [e.groups() for e in map(ENTRY.match, lines) if e and e[2] == kill[1]]
-            where = place(kill[1], entries[-1][2], top) if entries else "unknown"
+            last = [entry for entry in entered(top.with_suffix(".trace"), top) if entry[1] == kill[1]][-1:]
+            where = place(kill[1], last[0][2], top) if last else "unknown"
         return {"how": kill[0], "what": kill[1:], "where": where, "over": over, "then": None}
 
     def weigh(self, run):
@@ -413,9 +416,10 @@ def report(test, options, seconds):
     """The tables."""
     kills = test.kills
     print("# Kills\n")
-    print(f"`scripts/crash_test.sh --kills {options.kills} --seed {options.seed}`", end="")
+    print(f"`scripts/crash_test.sh {' '.join(options.said)}`", end="")
     print(f" on {time.strftime('%Y-%m-%d', time.gmtime())}, commit {options.commit or 'unknown'},", end=" ")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {seconds / 60:.0f} minutes.\n")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {seconds / 60:.0f} minutes;", end=" ")
+    print(f"{cases.STEPS} steps a run, a checkpoint after each{f'; base {options.model}' if options.model else ''}.\n")
     wrong = Counter(kind for kill in kills for kind in kill["wrong"])
     overs = sum(kill["over"] for kill in kills)
     print(f"{len(kills)} kills in {test.trials} runs of {len({k['of'] for k in kills})} combinations; {overs} of the kills")
@@ -434,7 +438,7 @@ def report(test, options, seconds):
     print(row(f"on entering a system call ({', '.join(f'{n} {c}' for c, n in calls.most_common())})", by["call"]))
     print("\nKills by method, optimizer and format of the base; `–` where the program refuses the combination, empty where none")
     print("was drawn, with `!` where a run differed.\n")
-    forms = [f for f in cases.FORMATS if any(k["of"][2] == f for k in kills)]
+    forms = [f for f in cases.GIVEN | cases.FORMATS if any(k["of"][2] == f for k in kills)]
     print(f"| method | optimizer | {' | '.join(forms)} | all |\n|---|---|{'---|' * (len(forms) + 1)}")
     for method in cases.METHODS:
         for optimizer in cases.OPTIMIZERS:
@@ -474,14 +478,17 @@ def main():
     parser.add_argument("--work", help="where to work; kept (a temporary folder, removed unless something is wrong)")
     parser.add_argument("--enamel", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--commit", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=8, help="of a run (8)")
     options = parser.parse_args()
+    options.said = [word for word in sys.argv[1:] if word not in {"--enamel", options.enamel, "--commit", options.commit}]
+    cases.STEPS = options.steps
     work = Path(options.work or tempfile.mkdtemp(prefix="crash-test-")).resolve()
     (work / "trials").mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    cases.prepare(options.enamel, work, options)
+    all_of_them = order(options)
+    cases.prepare(options.enamel, work, options, {method for method, _, _ in all_of_them})
     test = Test(options, work)
     test.prepare()
-    all_of_them = order(options)
     print(f"{len(set(all_of_them))} combinations", file=sys.stderr)
 
     def work_on():
