@@ -32,6 +32,8 @@ VARYING = {
     "state.json": {"peak_memory", "seconds", "sha256", "run"},
 }
 VARYING_LINES = ("time", "tokens a second", "peak memory")
+# A run that takes the place of another says so in its settings till it is resumed.
+OVERWRITE = re.compile(r"^overwrite = (true|false)$", re.MULTILINE)
 # Holds an id of its own for every run.
 MARKERS = {"run.lock"}
 
@@ -62,6 +64,8 @@ def content(path, top):
     if varying is None and path.suffix not in {".html", ".md", ".toml", ".json"}:
         return hashlib.sha256(data).hexdigest()
     text = data.decode(errors="backslashreplace").replace(str(top), "HERE")
+    if path.suffix in {".html", ".toml"}:
+        text = OVERWRITE.sub("overwrite = …", text)
     if varying is not None:
         values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
         return json.dumps(without(values, varying), indent=1)
