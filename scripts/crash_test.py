@@ -25,6 +25,7 @@ CALLS = (
     "pwrite64,fsync,fdatasync,ftruncate,fallocate,fchmod,chmod,flock,copy_file_range,sendfile"
 )
 LIMIT = 300
+ASIDE = "setting the old run aside, removing it"
 # Figures of time and memory and the names of runs, which differ between any two.
 VARYING = {
     "metrics.jsonl": {"tokens_per_second", "memory_bytes", "seconds"},
@@ -137,8 +138,8 @@ def place(call, arguments, top):
     removed = call.startswith(("unlink", "rmdir"))
     if not path.startswith("run") or path.startswith("run."):
         return "beside the run"
-    if "former" in inside or "replaced" in inside:
-        return "setting the old run aside"
+    if any(word in inside for word in (".replacing", ".replaced", ".removing")):
+        return ASIDE
     if parts[0] == "checkpoints":
         if moved:
             return "a checkpoint into place"
@@ -171,6 +172,7 @@ class Test:
         self.references, self.making = {}, defaultdict(threading.Lock)
         self.kills, self.trials, self.wrong = [], 0, []
         self.numbers = 0
+        self.aside = []
 
     # ---------------------------------------------------------------- running
 
@@ -258,6 +260,12 @@ class Test:
             return
         combination = (*cases.OLD[:2], "given" if self.options.model else cases.OLD[2])
         code, said = self.run(self.work / "old", [*self.train(combination), "--set", "seed=4"])
+        if not code:
+            # What a run does to another in its way, once, for its system calls.
+            top = self.work / "over"
+            shutil.copytree(self.work / "old/run", top / "run")
+            code, said = self.run(top, [*self.train(combination), "--overwrite"], ("trace",))
+            self.aside = events(top.with_suffix(".trace"), top).get(ASIDE, [])
         if code:
             raise SystemExit(f"the run to replace failed:\n{said}")
 
@@ -288,14 +296,17 @@ class Test:
                 kill = None
                 if len(kills) < wanted:
                     if rng.random() < self.options.calls:
-                        # Every place as often: most calls by far write tensors.
-                        kill = ("call", *rng.choice(calls[rng.choice(sorted(calls))]))
+                        # Every place of a run as often: most calls by far write tensors.
+                        among = calls[rng.choice(sorted(calls))]
+                        if over and "--overwrite" in arguments and rng.random() < 0.5:
+                            among = self.aside or among
+                        kill = ("call", *rng.choice(among))
                     else:
                         kill = ("time", rng.uniform(0.0, seconds))
                 code, said = self.run(top, arguments, kill)
                 resuming = "--resume" in arguments
                 if kills and kills[-1]["then"] is None and code != -9:
-                    kills[-1]["then"] = answer(said, resuming, code)
+                    kills[-1]["then"] = answer(said, resuming, code, over)
                 if code == -9:
                     if kills and kills[-1]["then"] is None:
                         kills[-1]["then"] = "killed again"
@@ -390,11 +401,12 @@ def after(run):
     return "after the last step" if max(steps) >= cases.STEPS else "between checkpoints"
 
 
-def answer(said, resuming, code):
+def answer(said, resuming, code, over):
     """What the run after a kill did."""
+    if code and over:
+        return "refused: the old run was back; --overwrite again"
     if code:
-        reason = re.search(r"(?:error: |reason: )?.*", said.strip())
-        return f"refused ({reason[0][:60]})" if reason else "refused"
+        return f"refused: {said.strip()[:60]}".splitlines()[0]
     if match := re.search(r"resuming after step (\d+)", said):
         return "went on from a checkpoint" if int(match[1]) < cases.STEPS else "handed over the result"
     if resuming and "finished" in said and "step 1" not in said:
@@ -484,7 +496,8 @@ def main():
     parser.add_argument("--commit", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=8, help="of a run (8)")
     options = parser.parse_args()
-    options.said = [word for word in sys.argv[1:] if word not in {"--enamel", options.enamel, "--commit", options.commit}]
+    ours = {"--enamel", options.enamel, "--commit", options.commit, "--work", options.work}
+    options.said = [word for word in sys.argv[1:] if word not in ours]
     cases.STEPS = options.steps
     work = Path(options.work or tempfile.mkdtemp(prefix="crash-test-")).resolve()
     (work / "trials").mkdir(parents=True, exist_ok=True)
