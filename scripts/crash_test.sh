@@ -22,9 +22,14 @@ if [ "${#missing[@]}" -gt 0 ]; then
   fi
   { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >&2
 fi
+more=()
+if ! strace -o /dev/null true 2>/dev/null; then
+  echo "strace may not trace here: kills only at random moments" >&2
+  more=(--calls 0)
+fi
 if [ -z "${ENAMEL_BIN:-}" ]; then
   cargo build --release --locked >&2
   ENAMEL_BIN=${CARGO_TARGET_DIR:-target}/release/enamel
 fi
-commit=$(git rev-parse --short HEAD 2>/dev/null || true)
-exec nice python3 scripts/crash_test.py --enamel "$ENAMEL_BIN" ${commit:+--commit "$commit"} "$@"
+commit=$(git describe --always --dirty --exclude '*' 2>/dev/null || true)
+exec nice -n 19 python3 scripts/crash_test.py --enamel "$ENAMEL_BIN" ${commit:+--commit "$commit"} "$@" "${more[@]}"

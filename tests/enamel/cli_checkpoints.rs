@@ -402,3 +402,27 @@ fn killed_after_its_last_step_a_run_has_the_figures_of_an_uninterrupted_one() {
         assert_same_run(&workshop, &cut, whole);
     }
 }
+
+#[test]
+fn killed_between_its_last_checkpoint_and_its_result_a_run_keeps_no_checkpoint_too_many() {
+    let workshop = Workshop::new();
+    workshop.usual_recipe();
+    workshop.run(&["train", "recipe.toml", "--output", "whole"]);
+    let steps = |run: &str| {
+        let all = checkpoints(&workshop.path(run));
+        all.into_iter().map(|(step, _)| step).collect::<Vec<_>>()
+    };
+    assert_eq!(steps("whole"), [6, 12, 18, 24]);
+    // Two more than the limit: as if the kill had come before they were removed.
+    cut_off(&workshop, "cut", "whole");
+    let limit = ["--set", "train.save_total_limit=2"];
+    workshop.run(
+        &[
+            &["train", "recipe.toml", "--output", "cut", "--resume"],
+            &limit[..],
+        ]
+        .concat(),
+    );
+    assert_eq!(steps("cut"), [18, 24]);
+    assert!(workshop.adapter("cut") == workshop.adapter("whole"));
+}

@@ -199,8 +199,8 @@ impl Checkpoints {
         Ok(target)
     }
 
-    /// Removes the oldest checkpoints of the line that `state` belongs to.
-    fn prune(&self, state: &RunState) {
+    /// Removes the oldest checkpoints of the line that `state` belongs to, beyond the limit, never the best.
+    pub(crate) fn prune(&self, state: &RunState) {
         let best = state.best.map(|b| b.step);
         let of_line = self.list().into_iter().filter(|(_, path)| {
             let other = read_state(path);

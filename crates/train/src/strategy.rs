@@ -176,7 +176,8 @@ impl Run<'_> {
         let total = self.s.rhythm.total;
         self.end.stopped_early = self.gained_too_little();
         if self.state.step >= total || self.end.stopped_early {
-            // It was killed before its result was handed over.
+            // It was killed before its result was handed over, perhaps even before the last save was through.
+            self.s.checkpoints.prune(&self.state);
             return Ok(());
         }
         if self.state.step == 0 && self.validates() {
