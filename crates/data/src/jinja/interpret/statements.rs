@@ -7,7 +7,7 @@ use super::{Interpreter, Marks, NAMES_PER_STEP, Scope};
 use crate::jinja::error::{Error, Kind, Result, type_error, value_error};
 use crate::jinja::library::Args;
 use crate::jinja::meter::{Builder, spend, spend_bytes};
-use crate::jinja::syntax::ast::{CALLER, Expr, KWARGS, LOOP, Stmt, Target, VARARGS};
+use crate::jinja::syntax::ast::{CALLER, Expr, Extra, KWARGS, LOOP, Stmt, Target, VARARGS};
 use crate::jinja::values::{LoopState, Object, Seq, SeqKind, Value, text_of};
 
 /// What follows a statement.
@@ -71,7 +71,7 @@ impl<'t> Interpreter<'t> {
             | Stmt::CallBlock(..)
             | Stmt::Filter(..)
             | Stmt::With(..)
-            | Stmt::Generation(_)
+            | Stmt::Generation(..)
             | Stmt::Refused(..) => return self.rare_statement(statement, scope),
         }
         Ok(Flow::Next)
@@ -113,7 +113,7 @@ impl<'t> Interpreter<'t> {
                 }
                 return self.run(body, &inner);
             }
-            Stmt::Generation(body) => self.generation(body, scope)?,
+            Stmt::Generation(body, takes) => self.generation(body, *takes, scope)?,
             Stmt::Refused(name, line) => {
                 let message = format!(
                     "chat templates cannot use {name}: a template is one text, there are no others"
@@ -125,8 +125,17 @@ impl<'t> Interpreter<'t> {
         Ok(Flow::Next)
     }
 
-    fn generation(&mut self, body: &'t [Stmt], scope: &Rc<Scope>) -> Result<()> {
+    fn generation(&mut self, body: &'t [Stmt], takes: Extra, scope: &Rc<Scope>) -> Result<()> {
         let inner = Scope::inside(scope);
+        if takes.caller {
+            inner.set(CALLER, Value::undefined("No caller defined"));
+        }
+        if takes.varargs {
+            inner.set(VARARGS, Value::tuple(Vec::new())?);
+        }
+        if takes.kwargs {
+            inner.set(KWARGS, Args::dict_of(Vec::new())?);
+        }
         let start = self.out().len();
         match self.marks {
             Marks::Write(open, close) => {

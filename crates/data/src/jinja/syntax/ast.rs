@@ -142,7 +142,8 @@ pub(crate) enum Stmt {
     Filter(Expr, Vec<Stmt>),
     With(Vec<(Target, Expr)>, Vec<Stmt>),
     Scope(Vec<Stmt>),
-    Generation(Vec<Stmt>),
+    /// A generation block is the body of a call in Jinja2, and has what its body asks of that call.
+    Generation(Vec<Stmt>, Extra),
     Break,
     Continue,
     /// A statement chat templates cannot use, and its line.

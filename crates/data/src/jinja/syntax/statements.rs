@@ -313,7 +313,9 @@ impl Parser {
             }
             "generation" => {
                 self.ast.has_generation = true;
-                Stmt::Generation(self.function_body("endgeneration")?)
+                let body = self.function_body("endgeneration")?;
+                let takes = self.extra(&body, &[]);
+                Stmt::Generation(body, takes)
             }
             "filter" => {
                 let filter = self.filters(None, true)?;
@@ -523,6 +525,19 @@ impl Parser {
         Ok((arguments, defaults))
     }
 
+    /// What a macro's body asks for besides its arguments.
+    fn extra(&self, body: &[Stmt], arguments: &[(Symbol, String)]) -> Extra {
+        let reads = |symbol: Symbol| {
+            let is_argument = arguments.iter().any(|(own, _)| *own == symbol);
+            !is_argument && reads_name(body, symbol, &self.ast)
+        };
+        Extra {
+            caller: reads(CALLER),
+            varargs: reads(VARARGS),
+            kwargs: reads(KWARGS),
+        }
+    }
+
     fn add_macro(
         &mut self,
         name: String,
@@ -530,15 +545,7 @@ impl Parser {
         defaults: Vec<Expr>,
         body: Vec<Stmt>,
     ) -> usize {
-        let reads = |symbol: Symbol| {
-            let is_argument = arguments.iter().any(|(own, _)| *own == symbol);
-            !is_argument && reads_name(&body, symbol, &self.ast)
-        };
-        let takes = Extra {
-            caller: reads(CALLER),
-            varargs: reads(VARARGS),
-            kwargs: reads(KWARGS),
-        };
+        let takes = self.extra(&body, &arguments);
         self.ast.macros.push(Macro {
             name,
             arguments,

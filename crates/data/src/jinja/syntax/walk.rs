@@ -101,6 +101,6 @@ pub(super) fn reads_name(body: &[Stmt], symbol: Symbol, ast: &Ast) -> bool {
                 .any(|(_, value)| value.kind.reads(symbol))
                 || within(body)
         }
-        Stmt::Scope(body) | Stmt::Generation(body) => within(body),
+        Stmt::Scope(body) | Stmt::Generation(body, _) => within(body),
     })
 }
