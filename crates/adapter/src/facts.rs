@@ -1,9 +1,15 @@
 //! What an adapter's directory says by itself, wrong or not; and writing one without its model.
+#![deny(
+    clippy::string_slice,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
 
 use std::path::Path;
 
 use crate::config::{Pattern, Targets};
 use crate::error::{AdapterError, Result};
+use crate::foreign::MLX_WEIGHTS;
 use crate::host::{HostAdapter, ReadBase};
 use crate::infer::{kind_of, modules_of};
 use crate::methods::AdapterConfig;
@@ -107,6 +113,10 @@ impl AdapterFacts {
         for (key, tensor) in stored.iter().filter(|(_, tensor)| tensor.values.is_none()) {
             problems.push(tensor.unreadable(key));
         }
+        let weights = match dir.join(WEIGHTS).exists() {
+            true => WEIGHTS,
+            false => MLX_WEIGHTS,
+        };
         let size = |name: &str| std::fs::metadata(dir.join(name)).map_or(0, |meta| meta.len());
         Ok(Self {
             config,
@@ -114,7 +124,7 @@ impl AdapterFacts {
             modules,
             plan,
             problems,
-            bytes: size(CONFIG) + size(WEIGHTS),
+            bytes: size(CONFIG).saturating_add(size(weights)),
         })
     }
 
@@ -134,10 +144,11 @@ impl AdapterFacts {
         let kind = serde_json::json!({ "peft_type": self.config.peft_type() });
         let default = AdapterConfig::from_json(&kind, "default").map(|config| config.to_json());
         let default = default.unwrap_or_default();
+        let of_default = |key: &str| default.get(key).unwrap_or(&serde_json::Value::Null);
         let own = self.config.to_json();
         let own = own.as_object().into_iter().flatten();
         let differs = own.filter(|(key, value)| {
-            let same = match &default[key.as_str()] {
+            let same = match of_default(key) {
                 // Older and newer versions write more keys than these; those switched off say nothing.
                 serde_json::Value::Null => !crate::config::fields::asks(value),
                 default => default == *value,
@@ -145,7 +156,7 @@ impl AdapterFacts {
             !same && !ABOUT.contains(&key.as_str())
         });
         let lines =
-            differs.map(|(key, value)| (key.clone(), value.clone(), default[key.as_str()].clone()));
+            differs.map(|(key, value)| (key.clone(), value.clone(), of_default(key).clone()));
         lines.collect()
     }
 }
@@ -271,7 +282,8 @@ pub fn name_targets(
 pub fn patterned<T: Copy + Ord>(of_modules: &[(&str, T)]) -> Option<(T, Pattern<T>)> {
     let mut counts = std::collections::BTreeMap::new();
     for (_, value) in of_modules {
-        *counts.entry(*value).or_insert(0_usize) += 1;
+        let count = counts.entry(*value).or_insert(0_usize);
+        *count = count.saturating_add(1);
     }
     let (rule, _) = counts.into_iter().max_by_key(|(_, count)| *count)?;
     let differ = of_modules.iter().filter(|(_, value)| *value != rule);

@@ -1,4 +1,9 @@
 //! Which modules an adapter is for, from its tensors' names and shapes alone.
+#![deny(
+    clippy::string_slice,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
 
 use std::collections::BTreeMap;
 
@@ -45,7 +50,10 @@ pub(crate) fn split(key: &str) -> Option<(&str, &str)> {
     let ends = OWN
         .iter()
         .chain(&[".base_layer.weight", ".weight", ".bias"]);
-    let mut found = ends.filter_map(|own| key.strip_suffix(own).map(|module| (module, &own[1..])));
+    let mut found = ends.filter_map(|own| {
+        let module = key.strip_suffix(own)?;
+        Some((module, own.strip_prefix('.')?))
+    });
     found.next()
 }
 
@@ -88,7 +96,7 @@ fn module(
     };
     let product = |x: Option<(usize, usize)>, y: Option<(usize, usize)>| {
         let ((a, b), (c, d)) = (x?, y?);
-        Some((a * c, b * d))
+        Some((a.checked_mul(c)?, b.checked_mul(d)?))
     };
     let lokr =
         |whole: &str, left: &str, right: &str| pair(whole, whole).or_else(|| pair(left, right));
@@ -121,7 +129,7 @@ fn module(
         let rows = crate::methods::MethodConfig::token_indices(config)
             .and_then(|t| t.for_module(name))
             .and_then(|indices| indices.iter().max())
-            .map_or(1, |largest| largest + 1);
+            .map_or(1, |largest| largest.saturating_add(1));
         return found(ModuleKind::Embedding, vec![rows, width]);
     }
     match own.get("weight").map(|shape| shape.to_vec()) {

@@ -68,7 +68,7 @@ pub use methods::loha::LohaConfig;
 pub use methods::lokr::{InitLokr, LokrConfig};
 pub use methods::vera::VeraConfig;
 pub use methods::{Adapter, AdapterConfig, GivenFactors, MethodConfig, ParamMut, ParamRef};
-pub use model_card::SaveMeta;
+pub use model_card::{SaveMeta, as_markdown_text};
 pub use peft_dir::{
     LoadedAdapter, SaveForm, hotswap, load_pretrained, load_pretrained_as, save_pretrained,
     save_pretrained_as,

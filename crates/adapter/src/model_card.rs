@@ -87,7 +87,7 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
     let name = method_name(config);
     line(format!(
         "# {name} adapter for {}\n",
-        base.map_or("its base model".to_owned(), inline)
+        base.map_or("its base model".to_owned(), as_markdown_text)
     ));
     line(format!(
         "{} trained parameters{}, in {} adapted modules{}.\n",
@@ -124,7 +124,7 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
         let idle =
             matches!(config, AdapterConfig::AdaLora(_)) && ["r", "rank_pattern"].contains(&key);
         if !empty && !idle {
-            line(format!("- {key}: {}", inline(&value.to_string())));
+            line(format!("- {key}: {}", as_markdown_text(&value.to_string())));
         }
     }
     line(String::new());
@@ -165,13 +165,16 @@ fn quoted(text: &str) -> String {
     })
 }
 
-/// Text that Markdown shows as it is, on one line.
-fn inline(text: &str) -> String {
+/// Text that Markdown shows as it is, on one line and in one cell of a table: no tag, code, link or picture.
+pub fn as_markdown_text(text: &str) -> String {
     shown(text)
         .replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")
         .replace('`', "&#96;")
+        .replace('|', "&#124;")
+        .replace("](", "]&#40;")
+        .replace("][", "]&#91;")
 }
 
 /// One word of a shell's command, which does nothing in it.
@@ -205,10 +208,10 @@ mod tests {
     /// The heading, the YAML and the commands hold one line of the name and obey nothing in it.
     #[test]
     fn a_name_from_elsewhere_stays_text() {
-        let card = card_of("a\nb: c\u{1b}[2J\u{7f}<script>\"'`$(touch x)");
+        let card = card_of("a\nb: c\u{1b}[2J\u{7f}<script>\"'`$(touch x)![p](http://x)");
         assert!(
             card.starts_with(
-                "---\nbase_model: \"a\\nb: c\\u001b[2J\\u007f<script>\\\"'`$(touch x)\"\nlibrary_name"
+                "---\nbase_model: \"a\\nb: c\\u001b[2J\\u007f<script>\\\"'`$(touch x)![p](http://x)\"\nlibrary_name"
             ),
             "{card}"
         );
@@ -218,7 +221,7 @@ mod tests {
             .unwrap();
         assert_eq!(
             heading,
-            "# LoRA adapter for a\\nb: c\\u{1b}[2J\\u{7f}&lt;script&gt;\"'&#96;$(touch x)"
+            "# LoRA adapter for a\\nb: c\\u{1b}[2J\\u{7f}&lt;script&gt;\"'&#96;$(touch x)![p]&#40;http://x)"
         );
         assert!(
             card.contains("- modules_to_save: [\"&lt;img src=x&gt;\"]"),
@@ -226,7 +229,7 @@ mod tests {
         );
         assert!(
             card.contains(
-                "--model 'a\\nb: c\\u{1b}[2J\\u{7f}<script>\"'\\''`$(touch x)' --adapter"
+                "--model 'a\\nb: c\\u{1b}[2J\\u{7f}<script>\"'\\''`$(touch x)![p](http://x)' --adapter"
             ),
             "{card}"
         );

@@ -1,5 +1,10 @@
 //! PEFT's adapter directory and a model: `adapter_config.json`, `adapter_model.safetensors`,
 //! `README.md`.
+#![deny(
+    clippy::string_slice,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
 
 mod compare;
 mod exchange;

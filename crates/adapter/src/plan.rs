@@ -286,7 +286,7 @@ fn token_rows(
     if let Some(index) = indices.iter().find(|i| **i >= rows) {
         return Err(format!(
             "trainable_token_indices: {name} has rows 0 to {}, and no row {index}",
-            rows - 1
+            rows.saturating_sub(1)
         ));
     }
     let mut seen = BTreeSet::new();
@@ -334,7 +334,7 @@ fn target<C: MethodConfig>(
     // mistake. Past the second bound counting would overflow before the file is even opened.
     let most = match purpose {
         Purpose::Initialise => cfg.largest_rank(out_features, in_features),
-        Purpose::Load => in_features * out_features + 256,
+        Purpose::Load => in_features.saturating_mul(out_features).saturating_add(256),
     };
     if r > most {
         return Err(format!(

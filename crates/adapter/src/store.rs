@@ -1,4 +1,9 @@
 //! An adapter's two files, without a model: `adapter_config.json`, `adapter_model.safetensors`.
+#![deny(
+    clippy::string_slice,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

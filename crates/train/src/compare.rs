@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
+use enamel_adapter::as_markdown_text;
 use serde::Serialize;
 
 use crate::checkpoints::write_atomic;
@@ -106,7 +107,7 @@ pub fn table(rows: &[Row]) -> String {
         let _ = writeln!(
             out,
             "| {} | {} | {loss} | {:.0} | {:.2} GiB | {:.2} MB |",
-            row.name,
+            as_markdown_text(&row.name),
             thousands(row.trainable as u64),
             row.tokens_per_second,
             row.peak_memory as f64 / f64::from(1 << 30),

@@ -260,7 +260,10 @@ macro_rules! peft_config {
                     self.other.get(*key).is_some_and($crate::config::fields::asks)
                 });
                 let mut problems: Vec<String> = asked
-                    .map(|(key, what)| format!("{key} = {}: {what} is not supported", self.other[*key]))
+                    .map(|(key, what)| {
+                        let value = self.other.get(*key).unwrap_or(&serde_json::Value::Null);
+                        format!("{key} = {value}: {what} is not supported")
+                    })
                     .collect();
                 problems.extend($crate::config::task_problem(self.task_type.as_deref()));
                 problems

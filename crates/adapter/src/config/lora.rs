@@ -272,14 +272,21 @@ impl LoraConfig {
         self.other.insert("loftq_config".to_owned(), config);
     }
 
+    fn loftq_setting(&self, key: &str) -> &Value {
+        let config = self.other.get("loftq_config");
+        config
+            .and_then(|config| config.get(key))
+            .unwrap_or(&Value::Null)
+    }
+
     fn loftq_problem(&self) -> Option<String> {
         let Loftq { bits, iterations } = self.loftq()?;
         if iterations != Some(1) {
-            let asked = &self.other["loftq_config"]["loftq_iter"];
+            let asked = self.loftq_setting("loftq_iter");
             return Some(format!("loftq_iter = {asked}: {ONE_LOFTQ_ITERATION}"));
         }
         if !matches!(bits, Some(4 | 8)) {
-            let asked = &self.other["loftq_config"]["loftq_bits"];
+            let asked = self.loftq_setting("loftq_bits");
             return Some(format!("loftq_bits = {asked}: LoftQ is for 4 or 8 bits"));
         }
         None

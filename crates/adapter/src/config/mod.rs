@@ -1,4 +1,9 @@
 //! `adapter_config.json`: one configuration a method, named as in PEFT.
+#![deny(
+    clippy::string_slice,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
 
 pub(crate) mod fields;
 mod lora;

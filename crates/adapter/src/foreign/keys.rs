@@ -50,13 +50,14 @@ struct Canonical {
     changes: BTreeSet<&'static str>,
 }
 
+/// Tensors by their new keys, and a note on each kind of change.
+pub(crate) type Renamed<T> = (BTreeMap<String, T>, Vec<String>);
+
 /// Keys in PEFT's form, in place of those in the file, with a note on each kind of change.
 ///
 /// # Errors
 /// Several adapters in one file; two keys that mean the same tensor. One line each.
-pub(crate) fn canonical<T>(
-    stored: BTreeMap<String, T>,
-) -> Result<(BTreeMap<String, T>, Vec<String>), Vec<String>> {
+pub(crate) fn canonical<T>(stored: BTreeMap<String, T>) -> Result<Renamed<T>, Vec<String>> {
     let (mut names, mut changes) = (BTreeSet::new(), BTreeSet::new());
     let mut all: BTreeMap<String, (String, T)> = BTreeMap::new();
     let mut problems = Vec::new();
@@ -152,25 +153,26 @@ fn take_name(parts: &mut Vec<&str>) -> Option<String> {
     let is = |part: &&str| NAMED.contains(part) || SHARED.contains(part);
     let place = parts.iter().rposition(is)?;
     let parameter = *parts.get(place)?;
-    let after = parts.len() - place - 1;
+    let next = place.saturating_add(1);
+    let after = parts.len().saturating_sub(next);
     let last = parts.last().copied();
     if parameter == "modules_to_save" {
         // `….modules_to_save.default.weight` is `….weight` in PEFT's files.
         if after < 2 {
             return None;
         }
-        let name = parts.remove(place + 1).to_owned();
+        let name = parts.remove(next).to_owned();
         parts.remove(place);
         return Some(name);
     }
     if parameter == "lora_magnitude_vector" && last == Some("weight") {
         // A module of its own from PEFT 0.12 on; its files leave `.weight` out.
         parts.pop();
-        return (after > 1).then(|| parts.remove(place + 1).to_owned());
+        return (after > 1).then(|| parts.remove(next).to_owned());
     }
     let has_end = ["lora_A", "lora_B"].contains(&parameter)
         && matches!(last, Some("weight" | "bias"))
         && after > 0;
     let named = if has_end { after == 2 } else { after == 1 };
-    named.then(|| parts.remove(place + 1).to_owned())
+    named.then(|| parts.remove(next).to_owned())
 }

@@ -1,5 +1,10 @@
 //! Adapters as other programs leave them: keys with names and wrappers in them, mlx-lm's files, and files
 //! that are named for what they are because they cannot be read.
+#![deny(
+    clippy::string_slice,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
 
 mod keys;
 mod mlx;

@@ -31,7 +31,7 @@ pub(crate) fn expected(
         let key = |own: &str| format!("{PREFIX}{}.{own}", saved.name);
         all.insert(key("weight"), saved.shape.clone());
         if saved.bias {
-            all.insert(key("bias"), saved.shape[..1].to_vec());
+            all.insert(key("bias"), saved.shape.iter().take(1).copied().collect());
         }
     }
     let shared = plan.shared.iter();

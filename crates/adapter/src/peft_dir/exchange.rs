@@ -13,7 +13,7 @@ pub(crate) fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFi
     let AdapterConfig::Lora(mut config) = file.config else {
         return file;
     };
-    let double = |r: usize| 2 * r;
+    let double = |r: usize| r.saturating_mul(2);
     // alpha/(2r) = old/r, and alpha/√(2r) = old/√r.
     let factor = if config.use_rslora {
         2.0_f64.sqrt()
@@ -48,17 +48,21 @@ pub(crate) fn converted(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFi
             None if key.contains(".lora_embedding_") => vec![0.0; values.len()],
             None => return (key, shape, values),
         };
-        let [rows, cols] = [shape[0], shape[1]];
+        let [rows, cols] = match shape.as_slice() {
+            [rows, cols] => [*rows, *cols],
+            // No factor.
+            _ => return (key, shape, values),
+        };
         if key.ends_with("lora_A.weight") || key.ends_with("lora_embedding_A") {
             let both = values.into_iter().chain(start).collect();
-            return (key, vec![2 * rows, cols], both);
+            return (key, vec![double(rows), cols], both);
         }
-        let mut both = Vec::with_capacity(2 * values.len());
-        for (now, then) in values.chunks(cols).zip(start.chunks(cols)) {
+        let mut both = Vec::with_capacity(double(values.len()));
+        for (now, then) in values.chunks(cols.max(1)).zip(start.chunks(cols.max(1))) {
             both.extend_from_slice(now);
             both.extend(then.iter().map(|v| -v));
         }
-        (key, vec![rows, 2 * cols], both)
+        (key, vec![rows, double(cols)], both)
     });
     AdapterFile {
         tensors: tensors.collect(),

@@ -1,6 +1,6 @@
 //! Several LoRA adapters as one (PEFT's `add_weighted_adapter`), from directory to directory.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use burn::tensor::Device;
 use enamel_adapter::combine::{
@@ -10,6 +10,7 @@ use enamel_adapter::facts::{self, AdapterFacts, joined_targets};
 use enamel_adapter::host::{Delta, HostAdapter};
 use enamel_adapter::{
     AdapterConfig, AdapterFile, Bias, HostTensor, InitLora, LoraConfig, ModuleShape,
+    as_markdown_text,
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -347,7 +348,7 @@ fn card(request: &CombineRequest, names: &[String], combined: &Combined) -> Stri
         combined.kind
     );
     for (name, weight) in names.iter().zip(&request.options.weights) {
-        let name = Path::new(name).display();
+        let name = as_markdown_text(name);
         text.push_str(&format!("- {name}, weight {weight}\n"));
     }
     if let Some(density) = request.options.density {

@@ -7,7 +7,9 @@ use enamel_adapter::combine::{LowRankFit, RankChoice};
 use enamel_adapter::facts::{self, AdapterFacts};
 use enamel_adapter::host::{Delta, HostAdapter, HostModule};
 use enamel_adapter::linalg::Matrix;
-use enamel_adapter::{AdapterConfig, AdapterFile, HostTensor, LoraConfig, ModuleKind, ModuleShape};
+use enamel_adapter::{
+    AdapterConfig, AdapterFile, HostTensor, LoraConfig, ModuleKind, ModuleShape, as_markdown_text,
+};
 use enamel_model::CausalLm;
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::source::PullProgress;
@@ -370,7 +372,7 @@ fn card(from: &Path, converted: &Converted) -> String {
     let mut text = format!(
         "## Origin\n\nConverted by `enamel adapter convert` from {}, which was {}. What is lost, relative to what it \
          added (Frobenius norm): {:.3e} in total.\n\n| modules | ranks | relative error |\n|---|---|---|\n",
-        from.display(),
+        as_markdown_text(&from.display().to_string()),
         converted.from,
         converted.error
     );
@@ -378,7 +380,9 @@ fn card(from: &Path, converted: &Converted) -> String {
         let [low, high] = kind.ranks;
         text.push_str(&format!(
             "| {} × {} | {low} to {high} | {:.3e} |\n",
-            kind.modules, kind.kind, kind.error
+            kind.modules,
+            as_markdown_text(&kind.kind),
+            kind.error
         ));
     }
     text
