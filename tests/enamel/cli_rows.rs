@@ -58,7 +58,16 @@ fn variables_for_the_template_come_from_the_recipe_and_before_it_from_the_row() 
     assert!(said.contains("loud") && !said.contains("dry"), "{said}");
 
     // The lock trains the same again, variables included.
-    workshop.run(&["train", "recipe.toml"]);
+    let said = workshop.run(&["train", "recipe.toml"]);
+    assert!(
+        said.contains(" --chat-template-kwargs '{\"tone\":\"dry\",\"other\":[1,{\"a\":true}]}'"),
+        "{said}"
+    );
+    let card = fs::read_to_string(workshop.path("run/adapter/README.md")).expect("a model card");
+    assert!(
+        card.contains("| chat template variables | `{\"tone\":\"dry\""),
+        "{card}"
+    );
     let lock = workshop.path("run/recipe.lock.toml");
     let lock = lock.to_str().expect("a plain path");
     let said = workshop.run(&["inspect", lock, "-n", "1"]);
@@ -151,7 +160,7 @@ fn rows_past_the_models_positions_are_said_before_they_are_trained() {
     for verb in ["inspect", "plan", "train"] {
         let told = workshop.told(&[verb, "recipe.toml"]);
         assert!(
-            told.contains("WARNING: 1 rows (first ") && told.contains("the model's 64 positions"),
+            told.contains("1 row (first ") && told.contains("the model's 64 positions"),
             "{verb}: {told}"
         );
     }

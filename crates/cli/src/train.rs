@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
+use enamel_train::recipe::Recipe;
 use enamel_train::signals::{Listener, StopFlag};
-use enamel_train::{Resume, RunOutcome, TrainOptions, thousands};
+use enamel_train::{Resume, RunOutcome, TrainOptions, quoted, thousands};
 
 use crate::paths::path;
 use crate::{Outcome, terminal};
@@ -60,7 +61,7 @@ impl Args {
             locked,
         };
         let outcome = enamel_train::train(&recipe, options)?;
-        summary(&outcome)?;
+        summary(&outcome, &recipe)?;
         match outcome.interrupted {
             Some(signal) => Ok(Outcome::Interrupted(signal)),
             None => Ok(Outcome::Done),
@@ -73,7 +74,7 @@ fn say(line: &str) {
     let _ = writeln!(terminal::out(), "{line}");
 }
 
-fn summary(run: &RunOutcome) -> std::io::Result<()> {
+fn summary(run: &RunOutcome, recipe: &Recipe) -> std::io::Result<()> {
     let mut out = terminal::out();
     let Some(result) = run.adapter.as_ref().or(run.model.as_ref()) else {
         writeln!(
@@ -119,7 +120,13 @@ fn summary(run: &RunOutcome) -> std::io::Result<()> {
     };
     writeln!(out, "{kind}   {}", result.display())?;
     writeln!(out, "report    {}", run.dir.join("report.html").display())?;
-    writeln!(out, "try it    enamel chat {option} {}", result.display())
+    let result = quoted(&result.display().to_string());
+    write!(out, "try it    enamel chat {option} {result}")?;
+    let arguments = &recipe.data.chat_template_kwargs;
+    match arguments.0.is_empty() {
+        true => writeln!(out),
+        false => writeln!(out, " --chat-template-kwargs {}", quoted(&arguments.to_string())),
+    }
 }
 
 /// Later lines under the first one.

@@ -57,4 +57,4 @@ pub use error::TrainError;
 pub use run::{RunOutcome, TrainOptions, train};
 pub use run_dir::Resume;
 pub use run_notes::thousands;
-pub use shown::shown;
+pub use shown::{quoted, shown};

@@ -132,6 +132,13 @@ pub fn card(recipe: &Recipe, inputs: &Inputs, outcome: &RunOutcome) -> String {
     );
     row("learning rate", format!("{}", t.learning_rate));
     row("seed", recipe.seed.to_string());
+    let variables = &recipe.data.chat_template_kwargs;
+    if !variables.0.is_empty() {
+        // What would end the code or the cell is written as JSON's escapes.
+        let json = variables.to_string();
+        let json = json.replace('`', "\\u0060").replace('|', "\\u007c");
+        row("chat template variables", format!("`{json}`"));
+    }
     if let Some(loss) = outcome.first_valid_loss {
         row("validation loss before", format!("{loss:.4}"));
     }

@@ -30,9 +30,30 @@ fn is_hidden(c: char) -> bool {
     (c.is_control() && c != '\n' && c != '\t') || direction || separator
 }
 
+/// `text` as one word of a shell's command.
+pub fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-+:@%,=".contains(c);
+    match !text.is_empty() && text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::shown;
+    use super::{quoted, shown};
+
+    #[test]
+    fn a_word_of_a_command_is_one_word() {
+        for (text, expected) in [
+            ("runs/a-1.b", "runs/a-1.b"),
+            ("", "''"),
+            ("my runs/a", "'my runs/a'"),
+            ("it's $HOME", "'it'\\''s $HOME'"),
+        ] {
+            assert_eq!(quoted(text), expected);
+        }
+    }
 
     #[test]
     fn what_a_terminal_would_obey_is_shown() {

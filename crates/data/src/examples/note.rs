@@ -85,19 +85,21 @@ impl fmt::Display for Note {
         match self {
             Self::NoEndOfTurn { rows, first } => write!(
                 f,
-                "{rows} rows (first {first}) are trained without an end-of-turn token: the model \
-                 does not learn to stop"
+                "in {} (first {first}) what is trained has no end-of-turn token at its end: the model \
+                 does not learn to stop",
+                count(*rows)
             ),
             Self::StraddlingToken { rows, first } => write!(
                 f,
-                "in {rows} rows (first {first}) a token joins the end of the prompt and the start \
-                 of the answer; it is trained. A prompt without a space at its end avoids that"
+                "in {} (first {first}) a token joins the end of the prompt and the start \
+                 of the answer; it is trained. A prompt without a space at its end avoids that",
+                count(*rows)
             ),
             Self::Remark {
                 remark,
                 rows,
                 first,
-            } => write!(f, "in {rows} rows (first {first}) {remark}"),
+            } => write!(f, "in {} (first {first}) {remark}", count(*rows)),
             Self::PastPositions {
                 rows,
                 first,
@@ -105,9 +107,10 @@ impl fmt::Display for Note {
                 positions,
             } => write!(
                 f,
-                "WARNING: {rows} rows (first {first}) are longer than the model's {positions} positions \
-                 (max_position_embeddings and rope_scaling of its config.json), the longest by {}: it was \
-                 never trained that far; set data.max_length = {positions}",
+                "WARNING: longer than the model's {positions} positions (max_position_embeddings and rope_scaling of \
+                 its config.json): {} (first {first}), the longest by {} tokens; the model was never trained that far; \
+                 set data.max_length = {positions}",
+                count(*rows),
                 longest.saturating_sub(*positions)
             ),
             Self::UnusedColumns {
@@ -118,7 +121,7 @@ impl fmt::Display for Note {
                 let names: Vec<String> = columns
                     .iter()
                     .take(MOST)
-                    .map(|(name, rows)| format!("{} ({rows} rows)", shown(name)))
+                    .map(|(name, rows)| format!("{} ({})", shown(name), count(*rows)))
                     .collect();
                 write!(
                     f,
@@ -146,6 +149,14 @@ impl fmt::Display for Note {
                 )
             }
         }
+    }
+}
+
+/// `n` rows, in words.
+fn count(n: usize) -> String {
+    match n {
+        1 => "1 row".to_owned(),
+        n => format!("{n} rows"),
     }
 }
 

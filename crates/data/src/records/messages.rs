@@ -77,7 +77,8 @@ pub(super) struct Conversation {
     flags: Vec<Option<bool>>,
     /// The first message that belongs to the trained part.
     pub(super) first: usize,
-    renamed: bool,
+    /// Whether roles were read under other names.
+    pub(super) renamed: bool,
     train_on: TrainOn,
 }
 

@@ -35,6 +35,8 @@ impl Record for ShareGpt {
         let value = row.get("conversations").unwrap_or(&Value::Null);
         let mut conversation = Conversation::parse(value, "conversations", 0, context.train_on)?;
         put_system_first(row, &mut conversation)?;
+        // The format's own names are no surprise.
+        conversation.renamed = false;
         encode_conversation(row, &conversation, context)
     }
 }

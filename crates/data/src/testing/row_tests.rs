@@ -456,6 +456,9 @@ fn sharegpt_rows_are_conversations() {
     }
     let examples = load(&with_system.to_string(), &t, DataSpec::default()).unwrap();
     assert_eq!(examples.files[0].format, RecordFormat::Sharegpt);
+    assert!(examples.notes.is_empty(), "{:?}", examples.notes);
+    let under_messages = json!({"messages": turns});
+    let examples = load(&under_messages.to_string(), &t, DataSpec::default()).unwrap();
     assert!(
         examples.notes[0].to_string().contains("human, gpt, model"),
         "{:?}",
@@ -555,7 +558,7 @@ fn rows_past_the_models_positions_are_said() {
     assert!(examples.notes.is_empty());
     examples.note_positions(4);
     let said = examples.notes[0].to_string();
-    assert!(said.starts_with("WARNING: 1 rows (first "), "{said}");
+    assert!(said.contains("1 row (first "), "{said}");
     assert!(
         said.contains("longer than the model's 4 positions"),
         "{said}"

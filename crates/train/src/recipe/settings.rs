@@ -202,6 +202,13 @@ impl<'de> Deserialize<'de> for Paths {
 #[serde(transparent)]
 pub struct TemplateArguments(pub Map<String, Value>);
 
+impl fmt::Display for TemplateArguments {
+    /// As JSON.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Value::Object(self.0.clone()).fmt(f)
+    }
+}
+
 /// Whether rendering leaves these variables to a recipe, and JSON has their types.
 fn settable(arguments: &TemplateArguments) -> Verdict {
     fn is_date(value: &Value) -> bool {
