@@ -8,7 +8,7 @@ use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use enamel_train::loaded::OpenBase;
 
 use super::Reader;
-use super::safetensors::open_and_load;
+use super::safetensors::load;
 use super::tokenizer::try_out;
 use crate::folder::{Folder, Input, Part};
 use crate::formats::gguf::{BLOCKS, Entry, Gguf, Tensor, changed};
@@ -176,19 +176,19 @@ impl Reader for Reading {
         let Ok(checkpoint) = Checkpoint::open(&path) else {
             return Ok(false);
         };
-        if checkpoint.has_tokenizer() {
-            let _ = checkpoint.tokenizer_json();
-        }
         let _ = checkpoint.tokenizer_config();
         let _ = checkpoint.chat_template();
         let _ = checkpoint.generation_config();
         for info in checkpoint.tensors() {
             let _ = checkpoint.read(&info.name);
         }
+        let accepted = load(&checkpoint, &Loading::default());
+        // Without a tokenizer there is a stand-in, which is the same for every file.
+        let tokenizer = checkpoint.has_tokenizer();
         drop(checkpoint);
-        if let Ok(base) = OpenBase::open(&path.display().to_string(), None, &mut ()) {
+        if tokenizer && let Ok(base) = OpenBase::open(&path.display().to_string(), None, &mut ()) {
             try_out(&base.tokenizer);
         }
-        Ok(open_and_load(&path, &Loading::default()))
+        Ok(accepted)
     }
 }

@@ -62,6 +62,11 @@ pub fn open_and_load(path: &std::path::Path, loading: &Loading) -> bool {
     let Ok(checkpoint) = Checkpoint::open(path) else {
         return false;
     };
+    load(&checkpoint, loading)
+}
+
+/// The same of what is open already.
+pub fn load(checkpoint: &Checkpoint, loading: &Loading) -> bool {
     let Ok(config) = LlamaConfig::from_json(checkpoint.config_json()) else {
         return false;
     };
@@ -69,7 +74,7 @@ pub fn open_and_load(path: &std::path::Path, loading: &Loading) -> bool {
         let _ = checkpoint.read_packed(&info.name);
     }
     let device = Device::flex();
-    let Ok(model) = CausalLm::load_for(&config, &checkpoint, &device, loading) else {
+    let Ok(model) = CausalLm::load_for(&config, checkpoint, &device, loading) else {
         return false;
     };
     // Three tokens, where the shape makes that little work.
