@@ -38,28 +38,32 @@ pub fn collate(examples: &[&Example], pad_id: u32, pad_to_multiple: usize) -> Ba
         .unwrap_or(0);
     let len = longest.next_multiple_of(pad_to_multiple.max(1));
     let batch = examples.len();
+    let size = batch.saturating_mul(len);
     let mut out = Batch {
-        input_ids: Vec::with_capacity(batch * len),
-        labels: Vec::with_capacity(batch * len),
-        attention_mask: Vec::with_capacity(batch * len),
+        input_ids: Vec::with_capacity(size),
+        labels: Vec::with_capacity(size),
+        attention_mask: Vec::with_capacity(size),
         batch,
         len,
         trained_tokens: 0,
         tokens: 0,
         rows: examples.iter().map(|example| example.index).collect(),
     };
-    for (row, example) in examples.iter().enumerate() {
-        let end = (row + 1) * len;
+    let mut end: usize = 0;
+    for example in examples {
+        let start = end;
+        end = start.saturating_add(len);
         out.input_ids
             .extend(example.input_ids.iter().map(|&id| i64::from(id)));
         out.input_ids.resize(end, i64::from(pad_id));
         out.labels.extend(&example.labels);
         out.labels.resize(end, IGNORED);
         out.attention_mask
-            .resize(row * len + example.input_ids.len(), true);
+            .resize(start.saturating_add(example.input_ids.len()), true);
         out.attention_mask.resize(end, false);
-        out.tokens += example.input_ids.len();
-        out.trained_tokens += example.trained_tokens();
+        out.tokens = out.tokens.saturating_add(example.input_ids.len());
+        let trained = example.trained_tokens();
+        out.trained_tokens = out.trained_tokens.saturating_add(trained);
     }
     out
 }
@@ -115,7 +119,7 @@ pub fn split_rows(n: usize, fraction: f64, seed: u64) -> (Vec<usize>, Vec<usize>
     };
     let mut valid_count = (n as f64 * fraction).round() as usize;
     if fraction > 0.0 && fraction < 1.0 && n >= 2 {
-        valid_count = valid_count.clamp(1, n - 1);
+        valid_count = valid_count.clamp(1, n.saturating_sub(1));
     }
     let mut order: Vec<usize> = (0..n).collect();
     permute(&mut order, &mut stream(seed, u64::MAX));
@@ -134,12 +138,13 @@ fn stream(seed: u64, stream: u64) -> ChaCha8Rng {
 /// Fisher–Yates. Written out, so that an update of a library never changes the order of a run.
 fn permute<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
     for i in (1..items.len()).rev() {
-        let j = below(i as u64 + 1, rng) as usize;
+        let j = below((i as u64).saturating_add(1), rng) as usize;
         items.swap(i, j);
     }
 }
 
 /// A uniform number below `bound`, without the bias of a plain remainder.
+#[allow(clippy::arithmetic_side_effects, reason = "bounds are at least 2")]
 fn below(bound: u64, rng: &mut ChaCha8Rng) -> u64 {
     let limit = u64::MAX - u64::MAX % bound;
     loop {

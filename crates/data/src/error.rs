@@ -371,8 +371,8 @@ fn show_bad_rows(rows: &[BadRow], total: usize) -> String {
     for row in rows {
         let _ = write!(text, "\n  {row}");
     }
-    if total > rows.len() {
-        let _ = write!(text, "\n  … and {} more", total - rows.len());
+    if let Some(more @ 1..) = total.checked_sub(rows.len()) {
+        let _ = write!(text, "\n  … and {more} more");
     }
     text.push_str("\nCorrect them, or set on_bad_row = \"skip\" to train without them.");
     text

@@ -5,6 +5,16 @@
 //! [`epoch_order`] orders them, and [`collate`] pads some of them into a [`Batch`]. Everything stays
 //! in host memory as plain vectors; this crate knows no tensor library.
 
+// Bytes of others are read here: no index, cut or sum that could panic.
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::string_slice,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
+
 mod batch;
 mod chat_template;
 mod error;

@@ -58,8 +58,9 @@ impl TokenStream {
         const LONGEST: usize = 32;
         self.given = text.len();
         if self.window.len() > LONGEST {
-            let start = self.window.len() - CONTEXT;
-            let context = tokenizer.decode(&self.window[start..], self.skip_special)?;
+            let start = self.window.len().saturating_sub(CONTEXT);
+            let last = self.window.get(start..).unwrap_or_default();
+            let context = tokenizer.decode(last, self.skip_special)?;
             // Cut only where the context decodes to the end of the text, so that nothing shifts.
             if !context.is_empty() && text.ends_with(&context) {
                 self.window.drain(..start);

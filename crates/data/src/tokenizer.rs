@@ -147,7 +147,10 @@ impl Tokenizer {
         special_ids.dedup();
         // Ids may have gaps, so the size is the largest id + 1: what an embedding must hold.
         let vocab = inner.get_vocab(true);
-        let vocab_size = vocab.values().max().map_or(0, |id| *id as usize + 1);
+        let vocab_size = vocab
+            .values()
+            .max()
+            .map_or(0, |id| (*id as usize).saturating_add(1));
 
         let template_source = match files.chat_template {
             Some(source) => Some(source.to_owned()),

@@ -2,7 +2,24 @@
 
 pub mod arch;
 pub mod causal_lm;
+// Bytes of others are read in these two, and in `source`: no index, cut or sum that could panic.
+#[cfg_attr(
+    not(test),
+    deny(
+        clippy::string_slice,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
 pub mod checkpoint;
+#[cfg_attr(
+    not(test),
+    deny(
+        clippy::string_slice,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
 pub mod config;
 pub mod generate;
 pub mod kv_cache;

@@ -205,9 +205,10 @@ pub fn load_examples(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Examples,
                 line: row.line,
             };
             match outcome {
-                Ok(Fitted::Dropped) => examples.dropped += 1,
+                Ok(Fitted::Dropped) => examples.dropped = examples.dropped.saturating_add(1),
                 Ok(Fitted::Kept { row, truncated }) => {
-                    examples.truncated += usize::from(truncated);
+                    let truncated = usize::from(truncated);
+                    examples.truncated = examples.truncated.saturating_add(truncated);
                     unclosed.count(!row.closed, &source);
                     straddling.count(row.straddling > 0, &source);
                     for remark in row.remarks {
@@ -278,7 +279,7 @@ struct RowCount {
 impl RowCount {
     fn count(&mut self, is_one: bool, source: &RowRef) {
         if is_one {
-            self.rows += 1;
+            self.rows = self.rows.saturating_add(1);
             self.first.get_or_insert_with(|| source.clone());
         }
     }
@@ -394,8 +395,10 @@ fn fit(mut row: EncodedRow, spec: &DataSpec) -> Result<Fitted, BadReason> {
             "first"
         }
         Truncation::KeepEnd => {
-            row.ids.drain(..tokens - max_length);
-            row.labels.drain(..tokens - max_length);
+            // As many labels as ids.
+            let first = tokens.saturating_sub(max_length);
+            row.ids.drain(..first);
+            row.labels.drain(..first);
             "last"
         }
     };

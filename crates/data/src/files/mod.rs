@@ -102,7 +102,8 @@ pub(crate) fn split_rows_of(path: &Path, bytes: &[u8]) -> Vec<RawRow> {
     let lines_only = path
         .extension()
         .is_some_and(|e| e.eq_ignore_ascii_case("jsonl") || e.eq_ignore_ascii_case("ndjson"));
-    let first = bytes[start..].iter().find(|b| !b.is_ascii_whitespace());
+    let mut content = bytes.iter().skip(start);
+    let first = content.find(|b| !b.is_ascii_whitespace());
     if first == Some(&b'[') && !lines_only {
         array_elements(bytes, start)
     } else {
@@ -157,15 +158,13 @@ fn spread_objects(bytes: &[u8], start: usize) -> Option<Vec<RawRow>> {
 
 fn lines(bytes: &[u8], mut start: usize) -> Vec<RawRow> {
     let mut rows = Vec::new();
-    let mut line = 1;
-    while start < bytes.len() {
-        let end = bytes[start..]
-            .iter()
-            .position(|&b| b == b'\n')
-            .map_or(bytes.len(), |length| start + length);
+    let mut line: usize = 1;
+    while let Some(rest @ [_, ..]) = bytes.get(start..) {
+        let length = rest.iter().position(|&b| b == b'\n');
+        let end = length.map_or(bytes.len(), |length| start.saturating_add(length));
         push_trimmed(&mut rows, bytes, start..end, line);
-        start = end + 1;
-        line += 1;
+        start = end.saturating_add(1);
+        line = line.saturating_add(1);
     }
     rows
 }
@@ -175,7 +174,7 @@ fn lines(bytes: &[u8], mut start: usize) -> Vec<RawRow> {
 /// it an error.
 fn array_elements(bytes: &[u8], start: usize) -> Vec<RawRow> {
     let mut rows = Vec::new();
-    let mut line = 1;
+    let mut line: usize = 1;
     let mut depth = 0usize;
     let mut in_string = false;
     let mut escaped = false;
@@ -184,7 +183,7 @@ fn array_elements(bytes: &[u8], start: usize) -> Vec<RawRow> {
     let mut closed = false;
     for (at, &byte) in bytes.iter().enumerate().skip(start) {
         if byte == b'\n' {
-            line += 1;
+            line = line.saturating_add(1);
         }
         if in_string {
             match byte {
@@ -201,9 +200,9 @@ fn array_elements(bytes: &[u8], start: usize) -> Vec<RawRow> {
         match byte {
             b'"' => in_string = true,
             b'[' | b'{' => {
-                depth += 1;
+                depth = depth.saturating_add(1);
                 if depth == 1 {
-                    element = at + 1;
+                    element = at.saturating_add(1);
                     element_line = line;
                 }
             }
@@ -212,14 +211,14 @@ fn array_elements(bytes: &[u8], start: usize) -> Vec<RawRow> {
                 if depth == 0 {
                     // A closing bracket directly after the opening one or a last comma.
                     push_trimmed(&mut rows, bytes, element..at, element_line);
-                    element = at + 1;
+                    element = at.saturating_add(1);
                     element_line = line;
                     closed = true;
                 }
             }
             b',' if depth == 1 => {
                 push_trimmed(&mut rows, bytes, element..at, element_line);
-                element = at + 1;
+                element = at.saturating_add(1);
                 element_line = line;
             }
             _ => {}
@@ -231,15 +230,17 @@ fn array_elements(bytes: &[u8], start: usize) -> Vec<RawRow> {
 
 /// Adds `range` without the white space around it, where anything is left.
 fn push_trimmed(rows: &mut Vec<RawRow>, bytes: &[u8], range: Range<usize>, line: usize) {
-    let text = &bytes[range.clone()];
+    let text = bytes.get(range.clone()).unwrap_or_default();
     let blank = |b: &u8| b.is_ascii_whitespace();
     let Some(first) = text.iter().position(|b| !blank(b)) else {
         return;
     };
     let last = text.iter().rposition(|b| !blank(b)).unwrap_or(first);
+    let skipped = text.iter().take(first).filter(|&&b| b == b'\n').count();
+    let at = |place: usize| range.start.saturating_add(place);
     rows.push(RawRow {
-        line: line + text[..first].iter().filter(|&&b| b == b'\n').count(),
-        bytes: range.start + first..range.start + last + 1,
+        line: line.saturating_add(skipped),
+        bytes: at(first)..at(last).saturating_add(1),
     });
 }
 

@@ -147,11 +147,11 @@ fn around(spans: &[Range<usize>], len: usize) -> Vec<Range<usize>> {
 /// tokens straddle. A token that covers no text is never trained here.
 pub(crate) fn labels_in(encoded: &Encoded, spans: &[Range<usize>]) -> (Vec<i64>, usize) {
     let mut labels = vec![IGNORED; encoded.ids.len()];
-    let mut straddling = 0;
-    let mut next = 0;
+    let mut straddling: usize = 0;
+    let mut next: usize = 0;
     for ((label, &id), offset) in labels.iter_mut().zip(&encoded.ids).zip(&encoded.offsets) {
         while spans.get(next).is_some_and(|span| span.end <= offset.start) {
-            next += 1;
+            next = next.saturating_add(1);
         }
         // A token longer than the gap between two spans can reach the one after `next`.
         let hit = spans
@@ -161,7 +161,7 @@ pub(crate) fn labels_in(encoded: &Encoded, spans: &[Range<usize>]) -> (Vec<i64>,
             .find(|span| offset.start < span.end && !offset.is_empty());
         if let Some(span) = hit {
             *label = i64::from(id);
-            straddling += usize::from(offset.start < span.start);
+            straddling = straddling.saturating_add(usize::from(offset.start < span.start));
         }
     }
     (labels, straddling)

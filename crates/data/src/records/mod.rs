@@ -255,8 +255,8 @@ fn keys_of(row: &Map<String, Value>) -> String {
         .take(MOST)
         .map(|key| format!("`{}`", shown(key)))
         .collect();
-    if row.len() > MOST {
-        keys.push(format!("and {} more", row.len() - MOST));
+    if let Some(more @ 1..) = row.len().checked_sub(MOST) {
+        keys.push(format!("and {more} more"));
     }
     keys.join(", ")
 }

@@ -130,7 +130,8 @@ impl MappedFile {
         {
             const PAGE: usize = 4096;
             let start = range.start.next_multiple_of(PAGE);
-            let end = range.end.min(self.map.len()) / PAGE * PAGE;
+            let end = range.end.min(self.map.len());
+            let end = end.saturating_sub(end % PAGE);
             if start < end {
                 // SAFETY: the mapping is file-backed and never written, so dropped pages are read
                 // again from the file. A failure only means that the pages stay.

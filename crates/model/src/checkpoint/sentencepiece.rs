@@ -435,9 +435,9 @@ fn base64(bytes: &[u8]) -> String {
     for chunk in bytes.chunks(3) {
         let byte = |i: usize| u32::from(chunk.get(i).copied().unwrap_or(0));
         let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for place in 0..4_usize {
+        for (place, shift) in [18, 12, 6, 0].into_iter().enumerate() {
             let digit = DIGITS
-                .get((bits >> (18 - 6 * place) & 63) as usize)
+                .get((bits.wrapping_shr(shift) & 63) as usize)
                 .copied();
             let digit = digit.filter(|_| place <= chunk.len()).unwrap_or(b'=');
             text.push(char::from(digit));

@@ -11,10 +11,10 @@ fn widen<const W: usize, T: Copy + Default + Send>(
     bytes: &[u8],
     convert: fn([u8; W]) -> T,
 ) -> Vec<T> {
-    let count = bytes.len() / W;
+    let count = bytes.as_chunks::<W>().0.len();
     let mut out = vec![T::default(); count];
     out.par_chunks_mut(CHUNK)
-        .zip(bytes.par_chunks(CHUNK * W))
+        .zip(bytes.par_chunks(const { CHUNK * W }))
         .for_each(|(out, bytes)| {
             let (elements, _) = bytes.as_chunks::<W>();
             for (out, element) in out.iter_mut().zip(elements) {

@@ -106,7 +106,7 @@ fn round_float(x: f64, digits: i128) -> f64 {
         let digits = usize::try_from(digits).unwrap_or(0);
         return format!("{x:.digits$}").parse().unwrap_or(x);
     }
-    let unit = 10_f64.powi(i32::try_from(-digits).unwrap_or(i32::MAX));
+    let unit = 10_f64.powi(i32::try_from(digits.saturating_neg()).unwrap_or(i32::MAX));
     (x / unit).round_ties_even() * unit
 }
 

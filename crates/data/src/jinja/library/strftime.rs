@@ -3,6 +3,10 @@
 use std::fmt::Write as _;
 
 /// Python's `strftime` for the directives chat templates use; an unknown directive stays as written.
+#[allow(
+    clippy::arithmetic_side_effects,
+    reason = "days and years of seconds in 64 bits: far from the limits of 64 bits"
+)]
 pub(super) fn strftime(format: &str, unix_seconds: i64) -> String {
     const MONTHS: [&str; 12] = [
         "January",
@@ -94,6 +98,10 @@ pub(super) fn strftime(format: &str, unix_seconds: i64) -> String {
 
 /// (year, month, day) of a day count since 1970-01-01, proleptic Gregorian. Eras of 400 years that
 /// start on 1 March put the leap day last (Hinnant, "chrono-Compatible Low-Level Date Algorithms").
+#[allow(
+    clippy::arithmetic_side_effects,
+    reason = "days and years of seconds in 64 bits: far from the limits of 64 bits"
+)]
 fn civil_from_days(days: i64) -> (i64, i64, i64) {
     let z = days + 719_468;
     let era = z.div_euclid(146_097);
@@ -108,6 +116,10 @@ fn civil_from_days(days: i64) -> (i64, i64, i64) {
 }
 
 /// The inverse of [`civil_from_days`].
+#[allow(
+    clippy::arithmetic_side_effects,
+    reason = "days and years of seconds in 64 bits: far from the limits of 64 bits"
+)]
 fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
     let year = year - i64::from(month <= 2);
     let era = year.div_euclid(400);

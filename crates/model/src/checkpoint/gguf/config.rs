@@ -212,15 +212,15 @@ fn rope_scaling(
             Ok(json!({"rope_type": "linear", "factor": factor}))
         }
         (Some("yarn"), Some(factor)) => {
-            let mut scaling = json!({
-                "rope_type": "yarn",
-                "factor": factor,
-                "original_max_position_embeddings":
-                    original.unwrap_or((context as f64 / factor).round() as u64),
-            });
+            let original = original.unwrap_or((context as f64 / factor).round() as u64);
+            let mut scaling = Map::new();
+            scaling.insert("rope_type".into(), "yarn".into());
+            scaling.insert("factor".into(), factor.into());
+            scaling.insert("original_max_position_embeddings".into(), original.into());
             // llama.cpp multiplies it with YaRN's own magnitude.
             if let Some(on_top) = header.f64("llama.rope.scaling.attn_factor") {
-                scaling["attention_factor"] = (on_top * yarn_mscale(factor, 1.0)).into();
+                let all = on_top * yarn_mscale(factor, 1.0);
+                scaling.insert("attention_factor".into(), all.into());
             }
             let optional = [
                 ("beta_fast", "llama.rope.scaling.yarn_beta_fast"),
@@ -228,10 +228,10 @@ fn rope_scaling(
             ];
             for (name, key) in optional {
                 if let Some(value) = header.f64(key) {
-                    scaling[name] = value.into();
+                    scaling.insert(name.into(), value.into());
                 }
             }
-            Ok(scaling)
+            Ok(Value::Object(scaling))
         }
         (Some(kind), _) => Err(format!(
             "llama.rope.scaling.type is '{kind}' (factor {factor:?}); none, linear and yarn with \

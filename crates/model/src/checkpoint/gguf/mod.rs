@@ -6,6 +6,11 @@ mod hyper;
 mod keys;
 mod names;
 mod quant;
+#[allow(
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    reason = "computes on blocks of a fixed size"
+)]
 mod quantise;
 mod tokenizer;
 mod vocabulary;
@@ -61,10 +66,8 @@ impl GgufFile {
         }
         let config = config::config_json(path, &header, file.bytes())?;
         let heads = |key: &str| {
-            config[key]
-                .as_u64()
-                .and_then(|n| usize::try_from(n).ok())
-                .unwrap_or(1)
+            let count = config.get(key).and_then(Value::as_u64);
+            count.and_then(|n| usize::try_from(n).ok()).unwrap_or(1)
         };
         let (query_heads, key_heads) = (heads("num_attention_heads"), heads("num_key_value_heads"));
 

@@ -193,12 +193,12 @@ pub(crate) fn tokenizer_json(
 pub(crate) fn tokenizer_config(header: &Header, bytes: &[u8]) -> Option<Value> {
     let vocabulary = Vocabulary::read(header, bytes).ok()?;
     let ends = Ends::read(header, &vocabulary);
-    let mut config = json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": false,
-        "add_bos_token": ends.bos.is_some(),
-        "add_eos_token": ends.eos.is_some(),
-    });
+    let mut config = Map::new();
+    let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
+    set("tokenizer_class", "PreTrainedTokenizerFast".into());
+    set("clean_up_tokenization_spaces", false.into());
+    set("add_bos_token", ends.bos.is_some().into());
+    set("add_eos_token", ends.eos.is_some().into());
     let names = [
         ("bos_token", "bos"),
         ("eos_token", "eos"),
@@ -207,16 +207,16 @@ pub(crate) fn tokenizer_config(header: &Header, bytes: &[u8]) -> Option<Value> {
     ];
     for (name, key) in names {
         if let Some(token) = vocabulary.special(header, key) {
-            config[name] = token.into();
+            set(name, token.into());
         }
     }
     if let Some(length) = header.u64("llama.context_length") {
-        config["model_max_length"] = length.into();
+        set("model_max_length", length.into());
     }
     if let Some(template) = header.str("tokenizer.chat_template") {
-        config["chat_template"] = template.into();
+        set("chat_template", template.into());
     }
-    Some(config)
+    Some(Value::Object(config))
 }
 
 /// The parts of a `tokenizer.json` that depend on the kind of vocabulary.

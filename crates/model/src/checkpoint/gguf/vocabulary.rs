@@ -84,16 +84,16 @@ fn tokens(from: &Described<'_>, problems: &mut Vec<String>, notes: &mut Vec<Stri
     let mut ids = HashMap::new();
     let mut put = |text: &str, id: &Value, kind: i64| {
         let place = id.as_u64().and_then(|id| usize::try_from(id).ok());
-        let place = place.filter(|id| *id < from.rows);
-        let Some(id) = place else {
+        let slots = place.and_then(|id| Some((id, texts.get_mut(id)?, kinds.get_mut(id)?)));
+        let Some((id, slot, kind_slot)) = slots else {
             problems.push(format!(
                 "tokenizer.json: token {text:?} has the id {id}, and the embedding has {} rows",
                 from.rows
             ));
             return;
         };
-        texts[id] = Some(text.to_owned());
-        kinds[id] = kind;
+        *slot = Some(text.to_owned());
+        *kind_slot = kind;
         ids.insert(text.to_owned(), id);
     };
     let model = &from.tokenizer["model"];
@@ -107,7 +107,7 @@ fn tokens(from: &Described<'_>, problems: &mut Vec<String>, notes: &mut Vec<Stri
         };
         put(text, id, kind);
     }
-    let mut trimming = 0;
+    let mut trimming: usize = 0;
     for added in from.tokenizer["added_tokens"]
         .as_array()
         .into_iter()
@@ -121,7 +121,8 @@ fn tokens(from: &Described<'_>, problems: &mut Vec<String>, notes: &mut Vec<Stri
         };
         put(text, &added["id"], kind);
         let set = |key: &str| added[key] == Value::Bool(true);
-        trimming += usize::from(set("lstrip") || set("rstrip") || set("single_word"));
+        let trims = set("lstrip") || set("rstrip") || set("single_word");
+        trimming = trimming.saturating_add(usize::from(trims));
     }
     if trimming > 0 {
         notes.push(format!(
@@ -135,18 +136,17 @@ fn tokens(from: &Described<'_>, problems: &mut Vec<String>, notes: &mut Vec<Stri
             "{spare} rows of the embedding have no token; they are written as unused"
         ));
     }
-    let texts = texts.into_iter().enumerate().map(|(id, text)| match text {
-        Some(text) => text,
-        None => {
-            kinds[id] = UNUSED;
-            format!("[PAD{id}]")
-        }
-    });
-    Tokens {
-        texts: texts.collect(),
-        kinds,
-        ids,
-    }
+    let named = texts.into_iter().zip(&mut kinds).enumerate();
+    let texts: Vec<String> = named
+        .map(|(id, (text, kind))| match text {
+            Some(text) => text,
+            None => {
+                *kind = UNUSED;
+                format!("[PAD{id}]")
+            }
+        })
+        .collect();
+    Tokens { texts, kinds, ids }
 }
 
 /// `<0x0A>`
@@ -278,12 +278,13 @@ fn pieces(
         last = Some(whole);
     }
     let mut behind = rank.len();
-    let scores: Vec<f64> = (0..list.texts.len())
-        .map(|id| match (rank.get(&id), list.kinds[id]) {
+    let scores: Vec<f64> = (list.kinds.iter().enumerate())
+        .map(|(id, kind)| match (rank.get(&id), *kind) {
             (Some(rank), _) => -(*rank as f64),
             (None, NORMAL) => {
-                behind += 1;
-                -((behind - 1) as f64)
+                let score = -(behind as f64);
+                behind = behind.saturating_add(1);
+                score
             }
             (None, _) => 0.0,
         })
@@ -291,7 +292,8 @@ fn pieces(
     let implied: HashSet<(usize, usize)> = joins(&list.texts, &list.kinds, &scores)
         .into_iter()
         .collect();
-    let normal = |text: &String| list.ids.get(text).filter(|id| list.kinds[**id] == NORMAL);
+    let is_normal = |id: &&usize| list.kinds.get(**id) == Some(&NORMAL);
+    let normal = |text: &String| list.ids.get(text).filter(is_normal);
     let stated: HashSet<(usize, usize)> = pairs
         .iter()
         .filter_map(|(a, b)| Some((*normal(a)?, *normal(b)?)))
@@ -329,7 +331,8 @@ fn space_prefix(tokenizer: &Value, problems: &mut Vec<String>, notes: &mut Vec<S
     for step in &steps {
         match (step["type"].as_str(), &step["prepend"], &step["content"]) {
             (Some("Prepend"), prepend, _) if prepend == "▁" => prefix = true,
-            (Some("Replace"), _, to) if to == "▁" && step["pattern"]["String"] == " " => {}
+            (Some("Replace"), _, to)
+                if to == "▁" && step.pointer("/pattern/String") == Some(&" ".into()) => {}
             _ => problems.push(format!(
                 "tokenizer.json: normalizer {step}; llama.cpp prepends ▁ and writes it for spaces, no more"
             )),
@@ -379,7 +382,7 @@ fn special(
     if ends.len() > 2 {
         notes.push(format!(
             "of {} tokens that end an answer, three are written (eos, eot, eom)",
-            ends.len() + 1
+            ends.len().saturating_add(1)
         ));
     }
     let mut ends = ends.into_iter();
@@ -427,7 +430,7 @@ fn template_ends(processor: &Value, list: &Tokens) -> [Option<u32>; 2] {
         return [None; 2];
     };
     let id = |part: Option<&Value>| {
-        let text = part?["SpecialToken"]["id"].as_str()?;
+        let text = part?.pointer("/SpecialToken/id")?.as_str()?;
         u32::try_from(*list.ids.get(text)?).ok()
     };
     [id(single.first()), id(single.last())]

@@ -91,7 +91,8 @@ impl Listed {
     /// Bytes of its data, without padding.
     pub fn bytes(&self) -> u64 {
         let elements: usize = self.shape.iter().product();
-        (elements / self.block.elements() * self.block.bytes()) as u64
+        let blocks = elements.checked_div(self.block.elements());
+        blocks.unwrap_or(0).saturating_mul(self.block.bytes()) as u64
     }
 }
 
@@ -115,7 +116,8 @@ pub(crate) fn header(
         bytes.extend(innermost_first.flat_map(|dim| (*dim as u64).to_le_bytes()));
         bytes.extend(tensor.block.code().to_le_bytes());
         bytes.extend(offset.to_le_bytes());
-        offset += tensor.bytes().next_multiple_of(DEFAULT_ALIGNMENT);
+        let bytes = tensor.bytes().next_multiple_of(DEFAULT_ALIGNMENT);
+        offset = offset.saturating_add(bytes);
     }
     pad(&mut bytes);
     out.write_all(&bytes)
@@ -142,16 +144,16 @@ pub(crate) fn data(
     values: &[f32],
 ) -> Result<(), DataFault> {
     let mut buffer = Vec::new();
-    let mut written = 0;
+    let mut written: usize = 0;
     for chunk in values.chunks(CHUNK) {
         buffer.clear();
         block
             .quantise(chunk, &mut buffer)
             .map_err(|_| DataFault::OutOfRange)?;
         out.write_all(&buffer).map_err(DataFault::Io)?;
-        written += buffer.len();
+        written = written.saturating_add(buffer.len());
     }
     let alignment = DEFAULT_ALIGNMENT as usize;
-    let missing = written.next_multiple_of(alignment) - written;
+    let missing = written.next_multiple_of(alignment).saturating_sub(written);
     out.write_all(&vec![0; missing]).map_err(DataFault::Io)
 }

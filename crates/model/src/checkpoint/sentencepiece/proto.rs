@@ -218,9 +218,9 @@ impl<'a> Fields<'a> {
 
     fn varint(&mut self) -> Result<u64, String> {
         let mut value = 0;
-        for place in 0..10 {
+        for shift in (0..u64::BITS).step_by(7) {
             let [byte] = self.take()?;
-            value |= u64::from(byte & 0x7F) << (7 * place);
+            value |= u64::from(byte & 0x7F).wrapping_shl(shift);
             if byte < 0x80 {
                 return Ok(value);
             }
