@@ -1,12 +1,13 @@
 //! `enamel compare`: several runs of one recipe beside each other, and what they came to.
 
 use std::fmt::Write;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use enamel_adapter::as_markdown_text;
+use enamel_adapter::staging::StagedFile;
 use serde::Serialize;
 
-use crate::checkpoints::write_atomic;
 use crate::error::TrainError;
 use crate::fingerprint::same_settings;
 use crate::recipe::Recipe;
@@ -158,8 +159,16 @@ pub fn write(dir: &Path, rows: &[Row]) -> Result<(), TrainError> {
     let json = serde_json::to_vec_pretty(rows)
         .map_err(|e| TrainError::Framework(format!("writing the comparison: {e}")))?;
     std::fs::create_dir_all(dir).map_err(TrainError::io(dir, "creating the folder"))?;
-    write_atomic(&dir.join(JSON), "", &json)?;
-    write_atomic(&dir.join(TABLE), "", table(rows).as_bytes())
+    for (name, bytes) in [(JSON, json), (TABLE, table(rows).into_bytes())] {
+        let path = dir.join(name);
+        StagedFile::beside(&path)
+            .and_then(|mut file| {
+                file.write_all(&bytes)?;
+                file.finish(&path, true)
+            })
+            .map_err(TrainError::io(&path, "writing"))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

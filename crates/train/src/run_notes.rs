@@ -33,10 +33,15 @@ pub fn template_time(recipe: &Recipe, resume: &Resume, locked: Option<&LockInfo>
     if let Some(locked) = locked {
         return locked.template_time;
     }
-    if *resume == Resume::No {
-        return None;
-    }
-    let lock = RecipeFile::read(&recipe.output_dir().join(LOCK)).ok()?;
+    let own = match resume {
+        Resume::No => return None,
+        Resume::Latest => None,
+        // It may go on in another directory.
+        Resume::From(checkpoint) => checkpoint.canonicalize().ok(),
+    };
+    let own = own.and_then(|checkpoint| Some(checkpoint.parent()?.parent()?.to_owned()));
+    let mut runs = own.into_iter().chain([recipe.output_dir()]);
+    let lock = runs.find_map(|run| RecipeFile::read(&run.join(LOCK)).ok())?;
     lock.lock_info().ok().flatten()?.template_time
 }
 

@@ -81,9 +81,9 @@ pub(crate) fn mask_conversation(
     let mut wanted: Vec<usize> = match all {
         true => selection.masked.clone(),
         false => {
-            let trained = turns.iter().copied().filter(|i| *i >= selection.first);
+            let mut trained = turns.iter().copied().filter(|i| *i >= selection.first);
             match selection.train_on {
-                TrainOn::LastAssistant => trained.last().into_iter().collect(),
+                TrainOn::LastAssistant => trained.next_back().into_iter().collect(),
                 _ => trained.collect(),
             }
         }

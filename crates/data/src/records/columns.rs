@@ -150,11 +150,11 @@ pub(super) fn check_media(fields: &Map<String, Value>, path: &str) -> Result<(),
 ///
 /// # Errors
 /// [`BadReason::ForeignColumns`] with all columns that would change the training elsewhere.
-pub(super) fn unused<'r>(
-    row: &'r Map<String, Value>,
+pub(super) fn unused(
+    row: &Map<String, Value>,
     own: impl Fn(&str) -> bool,
     format_is_chat: bool,
-) -> Result<Vec<&'r str>, BadReason> {
+) -> Result<Vec<&str>, BadReason> {
     let mut columns = Vec::new();
     let mut unused = Vec::new();
     for (name, value) in row {

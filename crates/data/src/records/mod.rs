@@ -148,7 +148,7 @@ impl RecordFormat {
     ///
     /// # Errors
     /// [`BadReason::ForeignColumns`] where one of them would change the training elsewhere.
-    pub(crate) fn unused<'r>(self, row: &'r Map<String, Value>) -> Result<Vec<&'r str>, BadReason> {
+    pub(crate) fn unused(self, row: &Map<String, Value>) -> Result<Vec<&str>, BadReason> {
         let (keys, optional, chat): (&[&str], _, _) = match self.record() {
             Some(record) => (record.keys(), record.optional(row), record.is_chat(row)),
             None => (&[], &[][..], false),

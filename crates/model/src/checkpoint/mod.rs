@@ -102,7 +102,7 @@ pub struct Checkpoint {
 
 #[derive(Debug)]
 enum Backing {
-    Directory(Directory),
+    Directory(Box<Directory>),
     Gguf(GgufFile),
 }
 
@@ -112,7 +112,7 @@ impl Checkpoint {
         let meta = std::fs::metadata(path).map_err(|e| CheckpointError::io(path, e))?;
         let (backing, tensors, config) = if meta.is_dir() {
             let (directory, tensors, config) = Directory::open(path)?;
-            (Backing::Directory(directory), tensors, config)
+            (Backing::Directory(Box::new(directory)), tensors, config)
         } else if path
             .extension()
             .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))

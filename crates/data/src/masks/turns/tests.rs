@@ -147,7 +147,7 @@ fn other_choices_train_those_of_the_turns() {
             );
             assert_eq!(
                 trained(&on(TrainOn::All)).unwrap(),
-                [0..golden.text.len()],
+                std::slice::from_ref(&(0..golden.text.len())),
                 "{}",
                 golden.name
             );
@@ -181,10 +181,8 @@ fn no_boundary_is_looked_for_that_is_not_used() {
         Message::assistant("four"),
     ];
     let (text, spans) = masked(BACKWARDS, &talk, &on(TrainOn::All));
-    assert_eq!(
-        (text.as_str(), spans),
-        ("eno4|owt4|eerht4|ruof4|", Ok(vec![0..23]))
-    );
+    assert_eq!(text, "eno4|owt4|eerht4|ruof4|");
+    assert_eq!(spans.unwrap(), std::slice::from_ref(&(0..23)));
     let (_, spans) = masked(BACKWARDS, &talk, &Selection::default());
     assert!(
         spans
@@ -196,7 +194,7 @@ fn no_boundary_is_looked_for_that_is_not_used() {
         {{ m.content if loop.last else m.content | upper }}<|im_end|>{% endif %}{% endfor %}";
     let (text, spans) = masked(source, &talk, &on(TrainOn::LastAssistant));
     assert_eq!(text, "one:TWO<|im_end|>three:four<|im_end|>");
-    assert_eq!(spans, Ok(vec![23..37]));
+    assert_eq!(spans.unwrap(), std::slice::from_ref(&(23..37)));
 }
 
 #[test]
