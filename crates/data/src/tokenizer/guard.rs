@@ -5,6 +5,8 @@ use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
 use crate::error::DataError;
@@ -67,6 +69,9 @@ pub(super) fn check(json: &Value) -> Result<(), DataError> {
     }
     if let Some(processor) = json.get("post_processor") {
         check_processor(processor, "post_processor", &mut problems);
+    }
+    if let Some(normalizer) = json.get("normalizer") {
+        check_charsmaps(normalizer, "normalizer", &mut problems);
     }
     match problems.is_empty() {
         true => Ok(()),
@@ -138,6 +143,39 @@ fn check_processor(processor: &Value, at: &str, problems: &mut Vec<String>) {
     }
 }
 
+/// SentencePiece's table of characters begins with the size of its trie in bytes (little-endian, four
+/// bytes; `nmt_norm` in SentencePiece's `normalizer.cc`). The library sets aside that much before it looks at
+/// what there is: four gigabytes for a few bytes.
+fn check_charsmaps(part: &Value, at: &str, problems: &mut Vec<String>) {
+    match part {
+        Value::Array(parts) => {
+            for (i, part) in parts.iter().enumerate() {
+                check_charsmaps(part, &format!("{at}[{i}]"), problems);
+            }
+        }
+        Value::Object(parts) => {
+            for (key, part) in parts {
+                let at = format!("{at}.{key}");
+                match part.as_str().filter(|_| key == "precompiled_charsmap") {
+                    Some(text) => problems.extend(check_charsmap(text, &at)),
+                    None => check_charsmaps(part, &at, problems),
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+fn check_charsmap(text: &str, at: &str) -> Option<String> {
+    // Eight characters stand for six bytes. What is no base 64 is the library's to refuse.
+    let head = STANDARD.decode(text.get(..8)?).ok()?;
+    let announced = u32::from_le_bytes(head.get(..4)?.try_into().ok()?) as usize;
+    let most = text.len().div_ceil(4).saturating_mul(3).saturating_sub(4);
+    (announced > most).then(|| {
+        format!("{at} announces a trie of {announced} bytes and goes on for {most} at most")
+    })
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -172,6 +210,25 @@ mod tests {
         assert!(error.contains("model.merges[0] = [\"Ġ\",\"y\"]"), "{error}");
         json["model"]["merges"] = json!(["a b"]);
         assert!(refused(&json).contains("model.merges[0] = \"a b\""));
+    }
+
+    #[test]
+    fn tables_of_characters_that_announce_more_than_there_is_are_refused() {
+        let with = |bytes: &[u8]| {
+            let mut json = tokenizer_json();
+            let map = STANDARD.encode(bytes);
+            json["normalizer"] = json!({"type": "Sequence", "normalizers": [
+                {"type": "NFC"}, {"type": "Precompiled", "precompiled_charsmap": map}
+            ]});
+            json
+        };
+        let error = refused(&with(b"\x00\x00\x00\x80\x00\x00\x00\x00"));
+        let part =
+            "normalizer.normalizers[1].precompiled_charsmap announces a trie of 2147483648 bytes";
+        assert!(error.contains(part), "{error}");
+        // A trie of one unit, and no text: nothing is replaced.
+        let sound = with(b"\x04\x00\x00\x00\x00\x00\x00\x00").to_string();
+        assert!(Tokenizer::from_parts(sound.as_bytes(), None, None).is_ok());
     }
 
     #[test]

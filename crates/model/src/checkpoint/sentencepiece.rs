@@ -7,6 +7,8 @@ mod proto;
 
 use std::collections::{HashMap, HashSet};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
 
 use self::proto::{Kind, Model};
@@ -248,7 +250,7 @@ fn normalizers(model: &Model, legacy: bool) -> Vec<Value> {
         |pattern: Value, to: &str| json!({"type": "Replace", "pattern": pattern, "content": to});
     let mut steps = Vec::new();
     if !model.charsmap.is_empty() {
-        steps.push(json!({"type": "Precompiled", "precompiled_charsmap": base64(&model.charsmap)}));
+        steps.push(json!({"type": "Precompiled", "precompiled_charsmap": STANDARD.encode(&model.charsmap)}));
     }
     if model.remove_spaces {
         steps.push(replace(json!({"Regex": r"\A +| +\z"}), ""));
@@ -429,41 +431,9 @@ fn escape(text: &str) -> String {
     pattern
 }
 
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::new();
-    for chunk in bytes.chunks(3) {
-        let byte = |i: usize| u32::from(chunk.get(i).copied().unwrap_or(0));
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for (place, shift) in [18, 12, 6, 0].into_iter().enumerate() {
-            let digit = DIGITS
-                .get((bits.wrapping_shr(shift) & 63) as usize)
-                .copied();
-            let digit = digit.filter(|_| place <= chunk.len()).unwrap_or(b'=');
-            text.push(char::from(digit));
-        }
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// RFC 4648, section 10.
-    #[test]
-    fn base_64_is_padded() {
-        let pairs = [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foobar", "Zm9vYmFy"),
-        ];
-        for (text, wanted) in pairs {
-            assert_eq!(base64(text.as_bytes()), wanted);
-        }
-    }
 
     #[test]
     fn what_is_no_sentence_piece_model_says_what_it_is() {

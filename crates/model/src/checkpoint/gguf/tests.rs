@@ -448,6 +448,7 @@ fn tokenizers_that_cannot_be_built_say_why() {
         ),
         (
             tokens(base().string("tokenizer.ggml.model", "gpt2"))
+                .strings("tokenizer.ggml.merges", &["a b"])
                 .ints("tokenizer.ggml.token_type", &[1]),
             "not a list of 3",
         ),
