@@ -1,9 +1,11 @@
 //! One memory-mapped file, and reading from it without keeping its pages resident.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use memmap2::Mmap;
 
@@ -38,6 +40,20 @@ static NOTED: [Place; PLACES] = [const {
     }
 }; PLACES];
 
+/// What to say of the file at `path`. Never freed, as a handler might be reading it: there is one a path.
+fn message(path: &Path) -> &'static Vec<u8> {
+    static MESSAGES: Mutex<BTreeMap<PathBuf, &'static Vec<u8>>> = Mutex::new(BTreeMap::new());
+    let mut messages = MESSAGES.lock().unwrap_or_else(PoisonError::into_inner);
+    messages.entry(path.to_owned()).or_insert_with(|| {
+        let message = format!(
+            "error: {}: another program cut this file short while it was being read\n  \
+             help: fetch or copy it again, and replace model files by renaming, not by writing into them\n",
+            path.display().to_string().escape_debug()
+        );
+        Box::leak(Box::new(message.into_bytes()))
+    })
+}
+
 /// A place in [`NOTED`], given back on dropping.
 #[derive(Debug)]
 struct Noted(Option<&'static Place>);
@@ -56,13 +72,7 @@ impl Noted {
             taken.is_ok()
         });
         if let Some(place) = free {
-            let message = format!(
-                "error: {}: another program cut this file short while it was being read\n  \
-                 help: fetch or copy it again, and replace model files by renaming, not by writing into them\n",
-                path.display().to_string().escape_debug()
-            );
-            let message = Box::into_raw(Box::new(message.into_bytes()));
-            // Never freed: a handler might be reading it. It is a line a file.
+            let message = std::ptr::from_ref(message(path)).cast_mut();
             place.message.store(message, Ordering::SeqCst);
             place.start.store(start, Ordering::SeqCst);
         }
@@ -87,7 +97,7 @@ pub fn mapped_at(address: usize) -> Option<&'static [u8]> {
         let start = place.start.load(Ordering::SeqCst);
         start != 0 && (start..place.end.load(Ordering::SeqCst)).contains(&address)
     })?;
-    // SAFETY: null, or a box that is never freed.
+    // SAFETY: null, or what was leaked and is only read.
     let message = unsafe { place.message.load(Ordering::SeqCst).as_ref() };
     message.map(Vec::as_slice)
 }
