@@ -2,13 +2,13 @@
 
 use burn::optim::GradientsParams;
 use burn::tensor::Device;
-use enamel_adapter::allocator::trim;
+use enamel_adapter::methods::adalora::allocator::trim;
 use enamel_adapter::{
     AdaLoraConfig, AdapterConfig, AdapterFile, RankAllocator, attach, export_trainable,
     import_trainable, load_pretrained, save_pretrained,
 };
 use enamel_model::causal_lm::ModelInput;
-use enamel_train::gradients::Clipping;
+use enamel_train::training::grad_clipping::Clipping;
 use serde_json::Value;
 use tempfile::TempDir;
 

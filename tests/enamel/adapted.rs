@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use enamel_adapter::allocator::orthogonality;
+use enamel_adapter::methods::adalora::allocator::orthogonality;
 use enamel_adapter::{
     Adaptable, AdapterConfig, LoadedAdapter, SlotRef, detach, export_gradients, load_pretrained,
     merge, merge_adapters, set_enabled, unmerge,

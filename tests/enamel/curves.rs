@@ -6,8 +6,8 @@ use burn::optim::GradientsParams;
 use enamel_adapter::{AdapterError, HostTensor};
 use enamel_kernels::AdamW;
 use enamel_model::causal_lm::{CausalLm, ModelInput};
-use enamel_train::gradients::Clipping;
 use enamel_train::optimizer::Optimizer;
+use enamel_train::training::grad_clipping::Clipping;
 use serde_json::Value;
 
 use crate::adapted::{folder, task_loss};

@@ -7,7 +7,7 @@ use std::fs;
 use burn::tensor::{Device, Tensor};
 use enamel_adapter::{AdapterConfig, LoraConfig, attach_given, export_trainable};
 use enamel_data::{Example, RowRef};
-use enamel_train::eva::start;
+use enamel_train::inputs::eva::start;
 use serde_json::{Value, json};
 
 use crate::adapted::{base, folder, meta};

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use enamel_model::causal_lm::CausalLm;
-use enamel_model::generate::{Sampling, generate};
+use enamel_model::generation::{Sampling, generate};
 
 use crate::devices::device;
 use crate::goldens::{Generation, Tensors, fixtures};

@@ -4,9 +4,9 @@
 use std::fs;
 
 use burn::tensor::Device;
-use enamel_adapter::loftq::start;
+use enamel_adapter::init::loftq::start;
 use enamel_adapter::{InitLora, LoraConfig, Targets, attach_given, export_trainable};
-use enamel_kernels::quant::{FloatKind, FourBit};
+use enamel_kernels::quantized::formats::{FloatKind, FourBit};
 use enamel_model::causal_lm::{CausalLm, ModelInput};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use enamel_model::{Format, LlamaConfig, Loading, Quantization};

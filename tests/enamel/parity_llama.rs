@@ -7,7 +7,7 @@ use enamel_kernels::{KeyMask, linear_cross_entropy};
 use enamel_model::causal_lm::{CausalLm, ModelInput};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use enamel_model::config::LlamaConfig;
-use enamel_model::kv_cache::KvCache;
+use enamel_model::generation::kv_cache::KvCache;
 
 use crate::goldens::{Generation, LLAMAS, Tensors, assert_close, fixtures, json, stage};
 use crate::on_every_device;

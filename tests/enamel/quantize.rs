@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use enamel_kernels::quant::{Absmax, FloatKind, FourBitOptions, FourBitTensor, Int8Rows};
+use enamel_kernels::quantized::formats::{
+    Absmax, FloatKind, FourBitOptions, FourBitTensor, Int8Rows,
+};
 use enamel_kernels::{PackedRows, PackedWeight};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use enamel_model::save::bitsandbytes::write_bitsandbytes;
@@ -108,7 +110,7 @@ fn what_is_written_reads_back_as_the_same_rows_in_any_sharding() {
     let config = LlamaConfig::from_json(source.config_json()).expect("a sound configuration");
     let skip = ["down_proj".to_owned()];
     let four = |kind: &str, block, double| Format::FourBit {
-        kind: enamel_kernels::quant::FourBit::from_name(kind).expect("a type"),
+        kind: enamel_kernels::quantized::formats::FourBit::from_name(kind).expect("a type"),
         block,
         double,
         compute: FloatKind::F32,
@@ -194,7 +196,7 @@ fn a_directory_made_dense_has_the_values_that_its_packed_products_read() {
     for compute in [FloatKind::F32, FloatKind::Bf16, FloatKind::F16] {
         let out = workshop.path(&format!("{compute:?}"));
         let format = Format::FourBit {
-            kind: enamel_kernels::quant::FourBit::Nf4,
+            kind: enamel_kernels::quantized::formats::FourBit::Nf4,
             block: 64,
             double: false,
             compute,

@@ -1,7 +1,7 @@
 //! Learning rates step by step, as transformers' schedulers give them.
 
 use enamel_train::recipe::Schedule as Kind;
-use enamel_train::schedule::Schedule;
+use enamel_train::training::lr_schedule::Schedule;
 
 use crate::goldens::{fixtures, json};
 

@@ -9,7 +9,7 @@ use burn::tensor::Device;
 use enamel_adapter::{LoadedAdapter, export_gradients, load_pretrained, save_pretrained};
 use enamel_model::Loading;
 use enamel_model::causal_lm::CausalLm;
-use enamel_train::loaded::OpenBase;
+use enamel_train::inputs::base_model::OpenBase;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -12,8 +12,8 @@ use enamel_adapter::{
     save_pretrained, set_active, set_enabled, shapes, trainable,
 };
 use enamel_model::causal_lm::{CausalLm, ModelInput};
-use enamel_model::generate::{Sampling, generate};
-use enamel_model::kv_cache::KvCache;
+use enamel_model::generation::kv_cache::KvCache;
+use enamel_model::generation::{Sampling, generate};
 use serde_json::json;
 use tempfile::TempDir;
 

@@ -7,10 +7,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 
-use enamel_kernels::quant::{FloatKind, FourBitOptions, FourBitTensor};
+use enamel_kernels::quantized::formats::{FloatKind, FourBitOptions, FourBitTensor};
 use enamel_kernels::{BaseWeight, PackedRows, PackedWeight};
 
-use crate::slot::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
+use crate::layers::adaptable::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
 use crate::{Embedding, Frozen, Linear};
 
 pub const HIDDEN: usize = 64;

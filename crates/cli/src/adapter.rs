@@ -4,7 +4,8 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use enamel_adapter::combine::{CombinationType, CombineOptions, MajoritySign, RankChoice};
-use enamel_train::adapters::{self, CombineRequest, ConvertRequest};
+use enamel_train::commands::adapters;
+use enamel_train::commands::adapters::{CombineRequest, ConvertRequest};
 use serde_json::json;
 
 use crate::paths::path;

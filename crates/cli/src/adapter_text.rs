@@ -2,8 +2,10 @@
 
 use std::io::{Result, Write};
 
-use enamel_train::adapters::{AdapterDiff, AdapterReport, Combined, Converted, KindReport, Listed};
-use enamel_train::plan::{bytes_text, layer_pattern};
+use enamel_train::commands::adapters::{
+    AdapterDiff, AdapterReport, Combined, Converted, KindReport, Listed,
+};
+use enamel_train::commands::plan::{bytes_text, layer_pattern};
 use serde_json::Value;
 
 fn thousands(count: usize) -> String {

@@ -2,7 +2,7 @@
 
 use std::alloc::{GlobalAlloc, Layout};
 
-use enamel_train::footprint::notice;
+use enamel_train::memory::oom_notice;
 use mimalloc::MiMalloc;
 
 /// mimalloc, which glibc's allocator cannot match: tensors are allocated and freed at a rate that it answers
@@ -13,7 +13,7 @@ pub struct Allocator;
 impl Allocator {
     fn given(address: *mut u8) -> *mut u8 {
         if address.is_null() {
-            notice::end();
+            oom_notice::end();
         }
         address
     }

@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use anyhow::anyhow;
-use enamel_train::bench::{BenchOptions, Figure, bench, first_step};
-use enamel_train::loaded::OpenBase;
+use enamel_train::commands::bench::{BenchOptions, Figure, bench, first_step};
+use enamel_train::inputs::base_model::OpenBase;
 use enamel_train::optimizer::Optim;
 use enamel_train::recipe::GradientCheckpointing;
 use enamel_train::{Compute, device};

@@ -2,7 +2,9 @@
 
 use std::io::{Result, Write};
 
-use enamel_train::bench::{DecodeFigures, FirstStep, OpFigures, StepFigures, StepProfile};
+use enamel_train::commands::bench::{
+    DecodeFigures, FirstStep, OpFigures, StepFigures, StepProfile,
+};
 use enamel_train::thousands;
 
 /// The line above the timed steps.
@@ -165,7 +167,7 @@ fn gibibytes(bytes: u64) -> String {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use enamel_train::bench::FallbackFigures;
+    use enamel_train::commands::bench::FallbackFigures;
 
     use super::*;
 

@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
 
 use anyhow::bail;
-use enamel_train::chat::{End, Session};
+use enamel_train::commands::chat::{End, Session};
 
 use crate::{Outcome, terminal};
 use crate::sampling_args::{ModelArgs, SamplingArgs};

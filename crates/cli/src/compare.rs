@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, anyhow, bail};
-use enamel_train::compare::{Row, check_place, finished, folder, table, write};
+use enamel_train::commands::compare::{Row, check_place, finished, folder, table, write};
 use enamel_train::recipe::RecipeFile;
 
 use crate::paths::path;

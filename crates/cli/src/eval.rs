@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use enamel_train::eval;
+use enamel_train::commands::eval;
 
 use crate::paths::path;
 use crate::{Outcome, terminal};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use enamel_model::save::OutType;
 use enamel_train::device;
-use enamel_train::export::{ExportOptions, Exported, export};
+use enamel_train::commands::export::{ExportOptions, Exported, export};
 
 use crate::paths::path;
 use crate::{Outcome, terminal};

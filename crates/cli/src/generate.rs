@@ -5,7 +5,8 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context, bail};
 use enamel_data::Message;
-use enamel_train::chat::{self, End};
+use enamel_train::commands::chat;
+use enamel_train::commands::chat::End;
 
 use crate::{Outcome, terminal};
 use crate::sampling_args::{ModelArgs, SamplingArgs};

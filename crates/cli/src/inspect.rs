@@ -2,8 +2,8 @@
 
 use std::io::Write;
 
-use enamel_train::inspect::{Inspection, inspect};
-use enamel_train::loaded::OpenBase;
+use enamel_train::commands::inspect::{Inspection, inspect};
+use enamel_train::inputs::base_model::OpenBase;
 use enamel_train::shown;
 use owo_colors::OwoColorize;
 

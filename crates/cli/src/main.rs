@@ -94,7 +94,7 @@ verbs! {
 }
 
 fn main() -> ExitCode {
-    enamel_train::bench::note_start();
+    enamel_train::commands::bench::note_start();
     enamel_train::signals::faults::guard();
     keep_freed_memory();
     let verb = Cli::parse().verb;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use enamel_model::save::SaveDtype;
 use enamel_train::device;
-use enamel_train::merge::{MergeBase, MergeOptions, MergeReport, merge};
+use enamel_train::commands::merge::{MergeBase, MergeOptions, MergeReport, merge};
 
 use crate::paths::path;
 use crate::{Outcome, terminal};

@@ -4,8 +4,9 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::Context;
-use enamel_train::footprint::{self, Proposal};
-use enamel_train::plan;
+use enamel_train::memory;
+use enamel_train::memory::Proposal;
+use enamel_train::commands::plan;
 use enamel_train::recipe::Recipe;
 
 use crate::paths::path;
@@ -29,7 +30,7 @@ pub struct Args {
     #[arg(long, value_name = "REF")]
     model: Option<String>,
     /// Propose settings under which training takes at most so much memory
-    #[arg(long, value_name = "SIZE", value_parser = footprint::parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = memory::parse_bytes)]
     fit: Option<usize>,
     #[command(flatten)]
     changes: Changes,

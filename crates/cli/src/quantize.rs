@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use enamel_model::Quantization;
 use enamel_model::save::SaveDtype;
-use enamel_train::quantize::{QuantizeOptions, quantize};
+use enamel_train::commands::quantize::{QuantizeOptions, quantize};
 use enamel_train::recipe::{FourBitCompute, FourBitType, QuantizationSettings};
 
 use crate::paths::path;

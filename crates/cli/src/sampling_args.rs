@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use enamel_model::{Loading, Sampling};
-use enamel_train::loaded::{LoadedBase, OpenBase, base_of};
+use enamel_train::inputs::base_model::{LoadedBase, OpenBase, base_of};
+use enamel_train::inputs::{loftq, provenance};
 use enamel_train::recipe::TemplateArguments;
-use enamel_train::{Compute, device, loftq, provenance};
+use enamel_train::{Compute, device};
 
 use crate::paths::path;
 use crate::pull_progress::Bars;

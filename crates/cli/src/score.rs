@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use enamel_data::{DataSpec, load_examples};
-use enamel_train::score::{ScoreFiles, score};
+use enamel_train::commands::score::{ScoreFiles, score};
 
 use crate::paths::path;
 use crate::sampling_args::ModelArgs;

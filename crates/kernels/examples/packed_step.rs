@@ -8,7 +8,7 @@ use std::error::Error;
 use std::time::Instant;
 
 use burn::tensor::{Device, Distribution, Tensor};
-use enamel_kernels::quant::{FloatKind, FourBitOptions, FourBitTensor, Int8Rows};
+use enamel_kernels::quantized::formats::{FloatKind, FourBitOptions, FourBitTensor, Int8Rows};
 use enamel_kernels::{
     BaseWeight, Compute, GgufKind, GgufRows, Held, PackedRows, PackedWeight, Projection, project,
 };

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use crate::cpu::gemm::Compute;
 use crate::cpu::path::CpuPath;
 use crate::cpu::storage::is_flex;
-use crate::packed::PackedWeight;
+use crate::quantized::PackedWeight;
 
 /// A matrix as it is held: a tensor, or packed.
 #[derive(Clone, Debug)]

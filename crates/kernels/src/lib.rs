@@ -8,13 +8,15 @@
 #[allow(clippy::unwrap_used)]
 mod check;
 mod cpu;
+pub mod quantized;
+pub mod quantized_linear;
+pub mod recompute;
 
 pub mod adamw;
 pub mod add_rms_norm;
 pub mod attention;
 pub mod base_weight;
 pub mod block_linear;
-pub mod checkpoint;
 pub mod cross_entropy;
 pub mod dora_linear;
 pub mod embedding;
@@ -23,11 +25,7 @@ pub mod khatri_rao;
 pub mod kron_linear;
 pub mod layer_norm;
 pub mod lora_linear;
-mod measure;
-pub mod packed;
-pub mod packed_linear;
 pub mod profile;
-pub mod quant;
 pub mod rms_norm;
 pub mod rope;
 pub mod silu_mul;
@@ -36,6 +34,10 @@ pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 pub use cpu::storage::on_host;
 
+pub use crate::cpu::roofline::{measured_product_speed, measured_read_bandwidth};
+pub use crate::quantized::{GgufKind, GgufRows, PackedRows, PackedWeight};
+pub use crate::quantized_linear::packed_linear;
+pub use crate::recompute::{can_checkpoint, checkpoint_module};
 pub use adamw::{
     AdamW, AdamWInput, Codes, HostCodes, HostMoments, MOMENT_BLOCK, Moments, Paging, adamw,
     adamw_8bit, adamw_host, sum_of_squares,
@@ -44,7 +46,6 @@ pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, Segments, SegmentsError, attention, attention_qkv};
 pub use base_weight::{BaseWeight, Held, HostValues, Matrix, holds_bf16};
 pub use block_linear::{LowRank, Norm, Projection, fuses, project, project_add, swiglu_project};
-pub use checkpoint::{can_checkpoint, checkpoint_module};
 pub use cross_entropy::{
     LossSpec, linear_cross_entropy, linear_cross_entropy_with, loss_bytes, token_log_probs,
 };
@@ -55,9 +56,6 @@ pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};
 pub use kron_linear::{kron, kron_linear};
 pub use layer_norm::layer_norm;
 pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
-pub use measure::{measured_product_speed, measured_read_bandwidth};
-pub use packed::{GgufKind, GgufRows, PackedRows, PackedWeight};
-pub use packed_linear::packed_linear;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use silu_mul::silu_mul;

@@ -5,9 +5,10 @@ use std::num::NonZeroUsize;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use enamel_adapter::frozen::param_id;
-use enamel_adapter::{Adaptable, Slot, SlotRef, XLora, xlora};
-use enamel_kernels::quant::QuantError;
+use enamel_adapter::layers::frozen::param_id;
+use enamel_adapter::methods::xlora;
+use enamel_adapter::{Adaptable, Slot, SlotRef, XLora};
+use enamel_kernels::quantized::formats::QuantError;
 use enamel_kernels::{BaseWeight, Compute, HostValues, KeyMask};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -16,8 +17,8 @@ use rayon::prelude::*;
 use crate::arch::Llama;
 use crate::checkpoint::{CheckpointError, EMBEDDING, HEAD, TensorSource, is_buffer};
 use crate::config::{LlamaConfig, bullets};
-use crate::kv_cache::KvCache;
-use crate::loading::{Loading, Quantization};
+use crate::generation::kv_cache::KvCache;
+use crate::quantization::{Loading, Quantization};
 
 /// How many tensors of a kind an error spells out.
 const LISTED: usize = 40;

@@ -2,6 +2,9 @@
 
 pub mod arch;
 pub mod causal_lm;
+pub mod generation;
+pub mod nn;
+pub mod quantization;
 // Bytes of others are read in these two, and in `source`: no index, cut or sum that could panic.
 #[cfg_attr(
     not(test),
@@ -21,17 +24,13 @@ pub mod checkpoint;
     )
 )]
 pub mod config;
-pub mod generate;
-pub mod kv_cache;
-pub mod loading;
-pub mod rope;
 pub mod save;
 pub mod source;
 #[cfg(test)]
 mod testing;
 
+pub use crate::generation::kv_cache::KvCache;
+pub use crate::generation::{GenerateError, Sampling, generate};
+pub use crate::quantization::{Format, Loading, Quantization};
 pub use causal_lm::{CausalLm, LoadError, ModelInput};
 pub use config::{ConfigError, LlamaConfig};
-pub use generate::{GenerateError, Sampling, generate};
-pub use kv_cache::KvCache;
-pub use loading::{Format, Loading, Quantization};

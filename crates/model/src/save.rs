@@ -8,7 +8,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use enamel_adapter::staging::{self, StagedDir};
-use enamel_kernels::quant::FloatKind;
+use enamel_kernels::quantized::formats::FloatKind;
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 

@@ -11,9 +11,9 @@ use burn::module::{Module, Param};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Distribution, Tensor};
 use enamel_kernels::AdamW;
-use enamel_train::gradients::Clipping;
-use enamel_train::memory::Memory;
+use enamel_train::memory::process::Memory;
 use enamel_train::optimizer::{Optim, Optimizer, state_bytes};
+use enamel_train::training::grad_clipping::Clipping;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

@@ -3,8 +3,8 @@
 use anyhow::{Context, Result};
 use burn::tensor::Device;
 use enamel_adapter::config::Purpose;
-use enamel_adapter::facts::AdapterFacts;
-use enamel_adapter::host::HostAdapter;
+use enamel_adapter::files::inspect::AdapterFacts;
+use enamel_adapter::files::offline::HostAdapter;
 use enamel_adapter::{
     AdapterConfig, AdapterFile, MethodConfig, SaveMeta, attach, load_pretrained, merge,
     save_pretrained, shapes, unmerge,
@@ -204,7 +204,7 @@ impl Reader for Adapters {
         if let Ok(facts) = AdapterFacts::read(dir) {
             let _ = facts.settings();
             let _ = facts.config.problems(Purpose::Load);
-            let _ = enamel_train::adapters::inspect(dir);
+            let _ = enamel_train::commands::adapters::inspect(dir);
         }
         let _ = AdapterFile::read(dir);
         let modules = shapes(&self.model);

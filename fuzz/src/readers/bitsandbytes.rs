@@ -1,7 +1,7 @@
 //! Directories that bitsandbytes quantised: NF4, FP4, their scales quantised too, and int8.
 
 use anyhow::{Context, Result};
-use enamel_kernels::quant::{FloatKind, FourBit, OUTLIER_THRESHOLD};
+use enamel_kernels::quantized::formats::{FloatKind, FourBit, OUTLIER_THRESHOLD};
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::save::bitsandbytes::write_bitsandbytes;
 use enamel_model::save::{SaveDtype, SaveOptions};

@@ -6,9 +6,10 @@ use burn::tensor::{Device, Int, Tensor as BurnTensor};
 use enamel_adapter::{AdapterConfig, RankAllocator, attach};
 use enamel_kernels::AdamW;
 use enamel_model::{CausalLm, LlamaConfig, ModelInput};
-use enamel_train::checkpoints::{self, Checkpoints, RunState};
-use enamel_train::journal;
 use enamel_train::optimizer::{Optim, Optimizer};
+use enamel_train::run_dir::checkpoints;
+use enamel_train::run_dir::checkpoints::{Checkpoints, RunState};
+use enamel_train::training::metrics_log;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -228,10 +229,10 @@ impl Reader for Reading {
         let loaded = checkpoints::load_optimizer(&dir, &mut optimizer, &self.model);
         let budget = checkpoints::load_budget(&dir, &mut self.allocator);
         let path = dir.join(JOURNAL);
-        let journal = journal::read(&path);
+        let journal = metrics_log::read(&path);
         if input.bytes().is_multiple_of(16) {
             // What resuming does to it, which replaces the file.
-            let _ = journal::Journal::open(&path, "", 3, &|_| {});
+            let _ = metrics_log::Journal::open(&path, "", 3, &|_| {});
             folder.forget(JOURNAL);
         }
         Ok(state.is_ok() && checked.is_ok() && loaded.is_ok() && budget.is_ok() && journal.is_ok())

@@ -130,7 +130,7 @@ pub(crate) fn setting(key: &str, value: &Value) -> String {
     if short.len() < value.len() {
         short.push('…');
     }
-    crate::foreign::shown(&format!("{key} = {short}"))
+    crate::files::foreign::shown(&format!("{key} = {short}"))
 }
 
 /// Whether a value switches its feature on.

@@ -5,7 +5,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::Device;
 
 use super::{adalora, apart, strings};
-use crate::allocator::{orthogonality, trim};
+use crate::methods::adalora::allocator::{orthogonality, trim};
 use crate::testing::{Tiny, ids, perturb};
 use crate::{
     AdaLoraConfig, RankAllocator, SaveMeta, attach, export_trainable, load_pretrained,
@@ -35,7 +35,7 @@ fn step(
     allocator: &mut RankAllocator,
     model: &mut Tiny,
     step: usize,
-) -> crate::allocator::Allocation {
+) -> crate::methods::adalora::allocator::Allocation {
     let device = Device::flex().autodiff();
     let grads = model
         .forward(ids(&device))

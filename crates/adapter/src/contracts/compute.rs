@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 
 use super::{BASE, Case, apart, base_of, cases};
-use crate::slot::{Adaptable, SlotRef};
+use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::testing::{Tiny, ids};
 use crate::{
     DEFAULT, detach, export_gradients, export_trainable, merge, merge_adapters, set_enabled,

@@ -13,7 +13,7 @@ mod several;
 
 use burn::tensor::Device;
 
-use crate::slot::{Adaptable, SlotRef};
+use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::testing::{Tiny, difference, perturb};
 use crate::{
     AdaLoraConfig, AdapterConfig, Bias, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig,

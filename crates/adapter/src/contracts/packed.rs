@@ -6,7 +6,7 @@ use enamel_kernels::BaseWeight;
 
 use super::dropout::pairs;
 use super::{apart, cases};
-use crate::slot::{Adaptable, SlotRef};
+use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::testing::{Tiny, generator, ids, nf4, packed, perturb};
 use crate::{AdapterConfig, AdapterError, attach, export_gradients};
 

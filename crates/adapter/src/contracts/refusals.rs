@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{Case, adalora, cases, list, loha, lokr, lora, vera};
-use crate::store::{CONFIG, WEIGHTS};
+use crate::files::store::{CONFIG, WEIGHTS};
 use crate::testing::Tiny;
 use crate::{
     AdaLoraConfig, AdapterConfig, AdapterError, Ia3Config, LohaConfig, LokrConfig, LoraConfig,

@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use tempfile::TempDir;
 
 use super::{adalora, apart, base_of, ia3, list, loha, lokr, lora, strings, vera};
-use crate::slot::{Adaptable, SlotRef};
+use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::testing::{Tiny, fill, ids, perturb_as};
 use crate::{
     AdapterConfig, AdapterError, InitLora, LoraConfig, SaveForm, SaveMeta, TokenIndices,

@@ -9,7 +9,7 @@ use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets};
 use crate::error::{AdapterError, Result};
 use crate::plan::TargetPlan;
-use crate::target::Selection;
+use crate::plan::target::Selection;
 
 peft_config! {
     /// Full fine-tuning has nothing to set.

@@ -11,10 +11,10 @@ use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Place
 use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets};
 use crate::error::Result;
-use crate::linear::Base;
+use crate::init::random::gaussian;
+use crate::layers::linear::Base;
 use crate::plan::TargetPlan;
-use crate::random::gaussian;
-use crate::target::{Selection, names_module};
+use crate::plan::target::{Selection, names_module};
 
 const L: &str = "ia3_l";
 /// PEFT's defaults for the Llama family.

@@ -16,10 +16,10 @@ use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Place
 use crate::config::fields::peft_config;
 use crate::config::{Pattern, Purpose, Targets, layer_problems, probability, rank_problems};
 use crate::error::Result;
-use crate::linear::Base;
+use crate::init::random::kaiming;
+use crate::layers::linear::Base;
 use crate::plan::TargetPlan;
-use crate::random::kaiming;
-use crate::target::{DEFAULT_TARGETS, Selection};
+use crate::plan::target::{DEFAULT_TARGETS, Selection};
 
 /// Rows of input that a product with the dense update takes as long for as forming it, and passing its
 /// gradient on to the factors, takes: as measured, a few hundred.
@@ -290,7 +290,7 @@ mod tests {
     use super::{Adapter, LohaConfig};
     use crate::attach;
     use crate::config::Targets;
-    use crate::slot::{Adaptable, SlotRef};
+    use crate::layers::adaptable::{Adaptable, SlotRef};
     use crate::testing::{Tiny, difference, fill, perturb};
 
     /// Few rows take the update in factors, many the dense one.

@@ -15,10 +15,10 @@ use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Place
 use crate::config::fields::{PeftValue, peft_config};
 use crate::config::{Pattern, Purpose, Targets, layer_problems, probability, rank_problems};
 use crate::error::Result;
-use crate::linear::Base;
+use crate::init::random::kaiming;
+use crate::layers::linear::Base;
 use crate::plan::TargetPlan;
-use crate::random::kaiming;
-use crate::target::{DEFAULT_TARGETS, Selection};
+use crate::plan::target::{DEFAULT_TARGETS, Selection};
 
 /// How the factors start (`init_weights`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -12,10 +12,9 @@ pub mod ia3;
 pub mod loha;
 pub mod lokr;
 pub mod lora;
-pub mod lora_embedding;
-pub mod lora_start;
 pub mod tokens;
 pub mod vera;
+pub mod xlora;
 
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -27,10 +26,10 @@ pub(crate) use dropout::{at_work, drawn, dropping};
 
 use crate::config::{Bias, LoraConfig, Purpose, Targets, TokenIndices, object_of};
 use crate::error::{AdapterError, Result};
-use crate::linear::Base;
+use crate::layers::linear::Base;
+use crate::methods::xlora::XLoraConfig;
 use crate::plan::TargetPlan;
-use crate::target::Selection;
-use crate::xlora::XLoraConfig;
+use crate::plan::target::Selection;
 
 /// What a method's parameters do, once they are attached to a linear layer.
 pub trait Method: Module {
@@ -101,7 +100,7 @@ pub trait MethodConfig {
         _target: &TargetPlan,
         _values: Vec<Vec<f32>>,
         _place: &Placement<'_>,
-    ) -> Option<lora_embedding::LoraEmbedding> {
+    ) -> Option<lora::embedding::LoraEmbedding> {
         None
     }
     /// Whether an embedding may be a target.
@@ -169,7 +168,7 @@ pub struct Start<'a> {
 impl Start<'_> {
     /// The generator of one parameter: seed and name decide what it draws.
     pub fn rng(&self, target: &TargetPlan, parameter: &str) -> ChaCha8Rng {
-        crate::random::rng(self.seed, &target.key(parameter))
+        crate::init::random::rng(self.seed, &target.key(parameter))
     }
 }
 
@@ -216,10 +215,10 @@ impl Placement<'_> {
 
 /// The id of an adapter's parameter. The adapter without a name has ids that depend on the key alone.
 pub(crate) fn adapter_param_id(adapter: &str, key: &str) -> ParamId {
-    if adapter == crate::routing::DEFAULT {
-        crate::frozen::param_id(key)
+    if adapter == crate::layers::routing::DEFAULT {
+        crate::layers::frozen::param_id(key)
     } else {
-        crate::frozen::param_id(&format!("{adapter}/{key}"))
+        crate::layers::frozen::param_id(&format!("{adapter}/{key}"))
     }
 }
 
@@ -528,7 +527,7 @@ impl MethodConfig for AdapterConfig {
         target: &TargetPlan,
         values: Vec<Vec<f32>>,
         place: &Placement<'_>,
-    ) -> Option<lora_embedding::LoraEmbedding> {
+    ) -> Option<lora::embedding::LoraEmbedding> {
         self.inner().build_embedding(target, values, place)
     }
     fn adapts_embeddings(&self) -> bool {

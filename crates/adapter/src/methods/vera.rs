@@ -14,11 +14,11 @@ use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Place
 use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets, layer_problems, probability};
 use crate::error::Result;
-use crate::linear::Base;
-use crate::mersenne::Mersenne;
+use crate::init::random::gaussian;
+use crate::init::torch_rng::Mersenne;
+use crate::layers::linear::Base;
 use crate::plan::TargetPlan;
-use crate::random::gaussian;
-use crate::target::{DEFAULT_TARGETS, Selection};
+use crate::plan::target::{DEFAULT_TARGETS, Selection};
 
 const LAMBDA_B: &str = "vera_lambda_b";
 const LAMBDA_D: &str = "vera_lambda_d";

@@ -4,7 +4,8 @@ use super::cpu::{Rounded, update};
 use super::host::HostCodes;
 use super::{MOMENT_BLOCK, Moments};
 use crate::cpu::simd::{Level, simd_fn};
-use crate::quant::{self, STEPS, dynamic_map, unsigned_dynamic_map};
+use crate::quantized::formats;
+use crate::quantized::formats::{STEPS, dynamic_map, unsigned_dynamic_map};
 
 /// What the codes of a moment mean, and the code of each step between -1 and 1.
 struct Map {
@@ -17,11 +18,11 @@ impl Moments<Map> {
         Self {
             first: Map {
                 values: dynamic_map(),
-                nearest: quant::nearest(),
+                nearest: formats::nearest(),
             },
             second: Map {
                 values: unsigned_dynamic_map(),
-                nearest: quant::unsigned_nearest(),
+                nearest: formats::unsigned_nearest(),
             },
         }
     }
@@ -77,7 +78,7 @@ fn write(map: &Map, moment: &[f32], codes: &mut [u8], scale: &mut f32) {
     let inverse = 1.0 / *scale;
     let mut steps = [0u16; MOMENT_BLOCK];
     for (step, x) in steps.iter_mut().zip(moment) {
-        *step = quant::step(*x * inverse);
+        *step = formats::step(*x * inverse);
     }
     for (code, step) in codes.iter_mut().zip(&steps) {
         *code = map.nearest[usize::from(*step)];

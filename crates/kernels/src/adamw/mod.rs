@@ -10,9 +10,6 @@ mod reference;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests_8bit;
 
 use burn::tensor::{DType, Device, Int, Tensor};
 
@@ -209,7 +206,7 @@ pub fn adamw(
 /// One step of AdamW as [`adamw`] makes it, for parameters whose moments are held in 8 bits: each block's
 /// moments are dequantised, updated, and quantised anew, their scale being their largest magnitude.
 /// bitsandbytes' 8-bit AdamW (Dettmers et al. 2022, arXiv:2110.02861), with the codes that its CPU kernels
-/// choose (see [`crate::quant::DynamicBlocks::quantise`]).
+/// choose (see [`crate::quantized::formats::DynamicBlocks::quantise`]).
 ///
 /// A gradient that is not finite makes its parameter and moments so, as without codes; and as the scale of
 /// the block is lost, all parameters of the block from the next step on.

@@ -3,7 +3,8 @@
 use burn::tensor::{DType, Device, Int, IntDType, Tensor, TensorData};
 
 use super::{AdamWInput, Codes, MOMENT_BLOCK, Moments, Numbers};
-use crate::quant::{self, STEPS, dynamic_map, unsigned_dynamic_map};
+use crate::quantized::formats;
+use crate::quantized::formats::{STEPS, dynamic_map, unsigned_dynamic_map};
 
 pub(super) fn adamw(n: &Numbers, p: AdamWInput) -> (Tensor<1>, Moments) {
     let grad = if n.factor == 1.0 {
@@ -34,8 +35,8 @@ pub(super) fn adamw_8bit(
     });
     let (value, Moments { first, second }) = adamw(n, p);
     let moments = Moments {
-        first: quantised(first, quant::nearest(), &device),
-        second: quantised(second, quant::unsigned_nearest(), &device),
+        first: quantised(first, formats::nearest(), &device),
+        second: quantised(second, formats::unsigned_nearest(), &device),
     };
     (value, moments)
 }

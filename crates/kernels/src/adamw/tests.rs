@@ -1,5 +1,8 @@
 //! AdamW and the gradient's norm against their references and against double precision.
 
+#[allow(clippy::unwrap_used)]
+mod eight_bit;
+
 use burn::backend::Flex;
 use burn::tensor::{Device, Tensor};
 

@@ -12,9 +12,6 @@ mod segments;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests_qkv;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;

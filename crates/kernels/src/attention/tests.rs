@@ -1,5 +1,8 @@
 //! `attention` against its reference.
 
+#[allow(clippy::unwrap_used)]
+mod qkv;
+
 use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};

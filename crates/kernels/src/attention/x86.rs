@@ -17,7 +17,7 @@ macro_rules! kernel {
             /// # Safety
             /// The operands have the rows, columns and depth, and the processor the instructions.
             #[target_feature(enable = $features)]
-            pub(in super::super) unsafe fn stripe(s: Stripe) {
+            pub(crate) unsafe fn stripe(s: Stripe) {
                 let vectors = s.cols / $lanes;
                 if vectors == 0 {
                     return;

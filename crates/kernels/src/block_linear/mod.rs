@@ -21,7 +21,7 @@ use crate::base_weight::Matrix;
 use crate::cpu::gemm::Compute;
 use crate::cpu::storage::{OnFlex, is_flex, matrix_on_flex};
 use crate::lora_linear::Dropout;
-use crate::packed_linear::rounds_input;
+use crate::quantized_linear::rounds_input;
 
 /// Projections that one call takes: a node of the graph has a fixed number of parents.
 const MOST_PROJECTIONS: usize = 3;

@@ -10,5 +10,6 @@ pub(crate) mod half;
 pub(crate) mod heads;
 pub(crate) mod matrix;
 pub(crate) mod path;
+pub(crate) mod roofline;
 pub(crate) mod simd;
 pub(crate) mod storage;

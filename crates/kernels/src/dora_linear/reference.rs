@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::base_weight::{BaseWeight, Held};
-use crate::packed_linear::values_linear;
+use crate::quantized_linear::values_linear;
 
 pub(super) fn dora_linear(
     x: Tensor<2>,

@@ -26,7 +26,7 @@ macro_rules! kernel {
             /// The operands have the rows and columns.
             #[inline]
             #[target_feature(enable = $features)]
-            pub(in super::super) unsafe fn one(s: Strips, cols: usize) {
+            pub(crate) unsafe fn one(s: Strips, cols: usize) {
                 let vectors = cols.div_ceil($lanes);
                 let width = vectors.div_ceil(vectors.div_ceil($widest)) * $lanes;
                 let mut col = 0;
@@ -53,9 +53,7 @@ macro_rules! kernel {
             #[inline]
             #[target_feature(enable = $features)]
             #[allow(clippy::needless_range_loop)]
-            pub(in super::super) unsafe fn inner<const P: usize, const Q: usize>(
-                s: Rows,
-            ) -> [[f32; Q]; P] {
+            pub(crate) unsafe fn inner<const P: usize, const Q: usize>(s: Rows) -> [[f32; Q]; P] {
                 let mut sums: [[$vector; Q]; P] = [[$zero(); Q]; P];
                 let mask = $first((s.depth - 1) % $lanes + 1);
                 for c in 0..s.count {

@@ -14,7 +14,7 @@ use crate::base_weight::{BaseWeight, Held};
 use crate::block_linear::{LowRank, Projection, project};
 use crate::cpu::gemm::Compute;
 use crate::cpu::storage::{OnFlex, matrix_on_flex, weight_on_flex};
-use crate::packed_linear::packed_linear;
+use crate::quantized_linear::packed_linear;
 
 pub use mask::Dropout;
 

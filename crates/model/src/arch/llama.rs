@@ -12,10 +12,10 @@ use enamel_kernels::{
     swiglu_project,
 };
 
-use super::recompute::train_blocks;
 use crate::causal_lm::{LoadError, ModelInput};
 use crate::config::LlamaConfig;
-use crate::kv_cache::KvCache;
+use crate::generation::kv_cache::KvCache;
+use crate::nn::recompute::train_blocks;
 
 /// Hands out a parameter's values by full name and shape.
 pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<HostValues, LoadError> + 'a;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use enamel_kernels::PackedRows;
-use enamel_kernels::quant::{
+use enamel_kernels::quantized::formats::{
     Absmax, DynamicBlocks, FloatKind, FourBitTensor, Int8Rows, OUTLIER_THRESHOLD, QuantError,
     QuantState,
 };

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use enamel_kernels::PackedRows;
-use enamel_kernels::quant::FloatKind;
+use enamel_kernels::quantized::formats::FloatKind;
 use serde_json::Value;
 
 use super::bitsandbytes::{Quantised, Settings};

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use enamel_kernels::quant::FloatKind;
+use enamel_kernels::quantized::formats::FloatKind;
 use enamel_kernels::{HostValues, PackedRows};
 use rayon::prelude::*;
 use serde_json::Value;

@@ -6,7 +6,7 @@
 use enamel_adapter::{ModuleKind, ModuleShape};
 use serde_json::{Map, Value};
 
-use crate::rope::RopeConfig;
+use crate::nn::rope::RopeConfig;
 
 mod reader;
 mod vit;
@@ -282,7 +282,7 @@ impl LlamaConfig {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::rope::RopeScaling;
+    use crate::nn::rope::RopeScaling;
     use serde_json::json;
 
     fn version_5() -> Value {

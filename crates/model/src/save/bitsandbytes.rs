@@ -5,7 +5,7 @@ use std::path::Path;
 
 use enamel_adapter::{ModuleKind, ModuleShape};
 use enamel_kernels::PackedRows;
-use enamel_kernels::quant::{
+use enamel_kernels::quantized::formats::{
     Absmax, BLOCK_SIZES, FloatKind, NESTED_BLOCK, NestedState, QuantState,
 };
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ use super::{
 use crate::causal_lm::CausalLm;
 use crate::checkpoint::{Checkpoint, TensorSource};
 use crate::config::LlamaConfig;
-use crate::loading::{Format, Quantization};
+use crate::quantization::{Format, Quantization};
 
 /// What was quantised.
 #[derive(Clone, Debug, PartialEq, Eq)]

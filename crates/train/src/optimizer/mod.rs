@@ -4,15 +4,11 @@
 //! formula and a copy of each parameter while the model is held elsewhere.
 
 mod bytes;
-mod optim;
 mod pages;
 mod record;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests;
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests_optim;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -23,8 +19,8 @@ use burn::optim::GradientsParams;
 use burn::tensor::{GradientCheckpointingStrategy, Shape, Tensor};
 use enamel_kernels::{AdamW, AdamWInput, Codes, Moments, adamw, adamw_8bit, adamw_host};
 
+pub use crate::recipe::optim::{MIN_8BIT_SIZE, MIN_PAGED_SIZE, Optim};
 pub use bytes::{OptimizerBytes, state_bytes};
-pub use optim::{MIN_8BIT_SIZE, MIN_PAGED_SIZE, Optim};
 pub(crate) use pages::PAGES;
 use pages::{Pager, Pages};
 pub(crate) use record::check_optim;
@@ -105,7 +101,7 @@ impl Optimizer {
     }
 
     /// One step: every parameter with a gradient moves. The gradients count times `factor` (see
-    /// [`crate::gradients::Clipping`]), which saves writing scaled ones. Parameters that no other clone of the
+    /// [`crate::training::grad_clipping::Clipping`]), which saves writing scaled ones. Parameters that no other clone of the
     /// model holds are overwritten in place.
     ///
     /// Groups of learning rates go by the parameters' ids.

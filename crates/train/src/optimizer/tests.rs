@@ -1,5 +1,8 @@
 //! The optimizer against Burn's, its file, and what it leaves in place.
 
+#[allow(clippy::unwrap_used)]
+mod optim;
+
 use std::path::Path;
 
 use burn::backend::Flex;

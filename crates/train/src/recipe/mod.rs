@@ -8,6 +8,7 @@ mod adapter;
 mod convert;
 mod error;
 mod lock;
+pub(crate) mod optim;
 mod quantization;
 mod read;
 mod reference;

@@ -1,12 +1,12 @@
 //! `[model.quantization]`: how the base's linear layers are held, named as in `BitsAndBytesConfig`.
 
-use enamel_kernels::quant::{BLOCK_SIZES, FloatKind, FourBit};
+use enamel_kernels::quantized::formats::{BLOCK_SIZES, FloatKind, FourBit};
 use serde::{Deserialize, Serialize};
 
 use super::resolve::Findings;
 use super::section::{Verdict, any, given, not_negative, section, verdict};
 use super::settings::ModelSettings;
-use crate::loftq::NOT_QUANTISED;
+use crate::inputs::loftq::NOT_QUANTISED;
 
 section! {
     /// `[model.quantization]`: the frozen base held in fewer bits.

@@ -17,7 +17,7 @@ pub struct Setting {
 }
 
 /// A table of a recipe.
-pub(in crate::recipe) trait Section: Sized {
+pub(crate) trait Section: Sized {
     /// The table's name; empty for the settings above the first table.
     const NAME: &'static str;
     /// Its settings, in the order in which they are documented.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::TrainError;
-use crate::footprint::CheckMemory;
+use crate::memory::CheckMemory;
 use crate::optimizer::Optim;
 
 use super::quantization::QuantizationSettings;

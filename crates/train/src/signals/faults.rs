@@ -12,7 +12,7 @@ pub fn guard() {
 mod unix {
     use enamel_model::checkpoint::mapped_at;
 
-    use crate::footprint::notice;
+    use crate::memory::oom_notice;
     use crate::signals::terminal;
 
     pub(super) fn guard() {
@@ -36,6 +36,6 @@ mod unix {
             return;
         };
         terminal::restore_now();
-        notice::leave(message)
+        oom_notice::leave(message)
     }
 }

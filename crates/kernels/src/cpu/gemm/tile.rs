@@ -234,11 +234,11 @@ pub(super) unsafe fn store(tile: *const f32, rows: usize, width: usize, out: Out
 pub(super) mod portable {
     use super::{Out, Run, store};
 
-    pub(in super::super) const LANES: usize = 4;
+    pub(crate) const LANES: usize = 4;
     /// 64-bit Arm has 32 vector registers, the x86 baseline 16.
     const MANY: bool = cfg!(target_arch = "aarch64");
-    pub(in super::super) const VECTORS: usize = if MANY { 3 } else { 2 };
-    pub(in super::super) const ROWS: usize = if MANY { 8 } else { 4 };
+    pub(crate) const VECTORS: usize = if MANY { 3 } else { 2 };
+    pub(crate) const ROWS: usize = if MANY { 8 } else { 4 };
 
     fn fma(a: f32, b: f32, c: f32) -> f32 {
         if cfg!(target_arch = "aarch64") {
@@ -250,7 +250,7 @@ pub(super) mod portable {
 
     /// # Safety
     /// As [`super::TileFn`].
-    pub(in super::super) unsafe fn tile(rows: usize, vectors: usize, runs: &[Run], out: Out) {
+    pub(crate) unsafe fn tile(rows: usize, vectors: usize, runs: &[Run], out: Out) {
         // SAFETY: passed on to the caller.
         unsafe {
             match (rows, vectors) {
@@ -296,7 +296,7 @@ pub(super) mod portable {
 
     /// # Safety
     /// As [`super::TransposeFn`].
-    pub(in super::super) unsafe fn transpose(
+    pub(crate) unsafe fn transpose(
         from: *const f32,
         from_stride: usize,
         to: *mut f32,

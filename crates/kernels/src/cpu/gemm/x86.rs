@@ -13,12 +13,7 @@ macro_rules! tiles {
             /// # Safety
             /// As [`super::super::tile::TileFn`].
             #[target_feature(enable = $features)]
-            pub(in super::super) unsafe fn tile(
-                rows: usize,
-                vectors: usize,
-                runs: &[Run],
-                out: Out,
-            ) {
+            pub(crate) unsafe fn tile(rows: usize, vectors: usize, runs: &[Run], out: Out) {
                 // SAFETY: passed on to the caller.
                 #[allow(unreachable_patterns)]
                 unsafe {

@@ -9,7 +9,7 @@ use super::keys;
 use super::quant::BlockType;
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::error::Problems;
-use crate::rope::yarn_mscale;
+use crate::nn::rope::yarn_mscale;
 
 /// The tensor into which llama.cpp's converter bakes the rope scaling of Llama 3.1 and later.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";

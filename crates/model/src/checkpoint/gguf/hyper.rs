@@ -2,7 +2,7 @@
 
 use super::write::Metadata;
 use crate::config::{Family, LlamaConfig};
-use crate::rope::{RopeConfig, RopeScaling, yarn_mscale};
+use crate::nn::rope::{RopeConfig, RopeScaling, yarn_mscale};
 
 /// Refuses what is not of llama.cpp's architecture "llama", whose row order and names are written.
 pub(crate) fn architecture(config: &LlamaConfig, problems: &mut Vec<String>) {

@@ -227,7 +227,7 @@ fn judge_name(name: &str) -> Name {
 }
 
 /// Control characters and those that turn the direction of text.
-pub(in crate::source) fn is_unprintable(c: char) -> bool {
+pub(crate) fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
 }

@@ -1,0 +1,244 @@
+//! README.md of an adapter directory: Hugging Face's model card.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use crate::files::foreign::shown;
+use crate::methods::AdapterConfig;
+use crate::plan::AdapterPlan;
+
+/// What an adapter directory says about its origin.
+#[derive(Clone, Debug, Default)]
+pub struct SaveMeta {
+    /// The base model's name or directory.
+    pub base_model_name_or_path: Option<String>,
+    /// The base model's revision.
+    pub revision: Option<String>,
+    /// What identifies the base's weights, to be written into the adapter's file.
+    pub base_identity: Option<String>,
+    /// `CAUSAL_LM` for a language model.
+    pub task_type: Option<String>,
+    /// Markdown to put at the end of the model card.
+    pub extra_readme: Option<String>,
+}
+
+/// Settings worth a line each, where a method has them.
+const WORTH_A_LINE: [&str; 26] = [
+    "r",
+    "init_r",
+    "target_r",
+    "rank_pattern",
+    "lora_alpha",
+    "alpha",
+    "alpha_pattern",
+    "lora_dropout",
+    "vera_dropout",
+    "rank_dropout",
+    "module_dropout",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "lora_bias",
+    "decompose_both",
+    "decompose_factor",
+    "d_initial",
+    "projection_prng_key",
+    "trainable_token_indices",
+    "modules_to_save",
+    "adapters",
+    "layerwise_scalings",
+    "xlora_depth",
+    "top_k_lora",
+    "use_trainable_adapters",
+];
+
+/// What a method is called in a heading.
+fn method_name(config: &AdapterConfig) -> &'static str {
+    match config {
+        AdapterConfig::Lora(lora) if lora.use_dora => "DoRA",
+        AdapterConfig::Lora(_) => "LoRA",
+        AdapterConfig::Loha(_) => "LoHa",
+        AdapterConfig::Lokr(_) => "LoKr",
+        AdapterConfig::AdaLora(_) => "AdaLoRA",
+        AdapterConfig::Vera(_) => "VeRA",
+        AdapterConfig::Ia3(_) => "(IA)³",
+        AdapterConfig::XLora(_) => "X-LoRA",
+        AdapterConfig::Full(_) => "Full fine-tuning",
+    }
+}
+
+pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &SaveMeta) -> String {
+    let mut card = String::from("---\n");
+    let mut line = |text: String| {
+        card.push_str(&text);
+        card.push('\n');
+    };
+    let base = config.base_model_name_or_path();
+    if let Some(base) = base {
+        line(format!("base_model: {}", quoted(base)));
+    }
+    line("library_name: peft".into());
+    if config.task_type() == Some("CAUSAL_LM") {
+        line("pipeline_tag: text-generation".into());
+    }
+    let tag = config.peft_type().to_lowercase();
+    line(format!("tags:\n- {tag}\n- enamel\n---\n"));
+    let name = method_name(config);
+    line(format!(
+        "# {name} adapter for {}\n",
+        base.map_or("its base model".to_owned(), as_markdown_text)
+    ));
+    line(format!(
+        "{} trained parameters{}, in {} adapted modules{}.\n",
+        plan.trainable,
+        match plan.total {
+            // Written without the base at hand.
+            0 => String::new(),
+            total => format!(" ({:.4} % of {total})", plan.percent()),
+        },
+        plan.targets.len(),
+        match plan.saved.len() {
+            0 => String::new(),
+            count => format!(" and {count} saved whole"),
+        }
+    ));
+    if let AdapterConfig::Lora(lora) = config
+        && let Some(bits) = lora.loftq().and_then(|loftq| loftq.bits)
+    {
+        line(format!(
+            "It began as LoftQ: it makes up for what its base lost when it was quantised to {bits} bits. Use it on the \
+             base quantised so, not on the dense one.\n"
+        ));
+    }
+    let json_config = config.to_json();
+    for key in WORTH_A_LINE {
+        let value = &json_config[key];
+        let empty = match value {
+            Value::Null => true,
+            Value::Object(map) => map.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            _ => false,
+        };
+        // PEFT's file has an `r` that AdaLoRA does not use, and which of its ranks are left fills pages.
+        let idle =
+            matches!(config, AdapterConfig::AdaLora(_)) && ["r", "rank_pattern"].contains(&key);
+        if !empty && !idle {
+            line(format!("- {key}: {}", as_markdown_text(&value.to_string())));
+        }
+    }
+    line(String::new());
+    line("## Use\n\nWith Enamel:\n".into());
+    let reference = base.unwrap_or("BASE");
+    line(format!(
+        "```sh\nenamel chat --model {} --adapter THIS_DIRECTORY\n```\n",
+        for_shell(reference)
+    ));
+    line("With PEFT:\n".into());
+    let revision = config
+        .revision()
+        .map_or(String::new(), |r| format!(", revision={}", quoted(r)));
+    line(format!(
+        "```python\nfrom transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n\
+         base = AutoModelForCausalLM.from_pretrained({}{revision})\n\
+         model = PeftModel.from_pretrained(base, \"THIS_DIRECTORY\")\n```",
+        quoted(reference)
+    ));
+    if let Some(extra) = &meta.extra_readme {
+        let _ = write!(card, "\n{}\n", extra.trim_end());
+    }
+    card
+}
+
+/// A string of YAML, of JSON and of Python, on one line whatever is in it.
+fn quoted(text: &str) -> String {
+    let json = json!(text).to_string();
+    // What JSON leaves and YAML has no place for.
+    let plain =
+        |c: char| !c.is_control() && !('\u{2028}'..='\u{2029}').contains(&c) && c != '\u{feff}';
+    json.chars().fold(String::new(), |mut all, c| {
+        match plain(c) {
+            true => all.push(c),
+            false => drop(write!(all, "\\u{:04x}", u32::from(c))),
+        }
+        all
+    })
+}
+
+/// Text that Markdown shows as it is, on one line and in one cell of a table: no tag, code, link or picture.
+pub fn as_markdown_text(text: &str) -> String {
+    shown(text)
+        .replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('`', "&#96;")
+        .replace('|', "&#124;")
+        .replace("](", "]&#40;")
+        .replace("][", "]&#91;")
+}
+
+/// One word of a shell's command, which does nothing in it.
+fn for_shell(text: &str) -> String {
+    let tame = |c: char| c.is_ascii_alphanumeric() || "/._-@:+".contains(c);
+    if !text.is_empty() && !text.starts_with('-') && text.chars().all(tame) {
+        return text.to_owned();
+    }
+    format!("'{}'", shown(text).replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::config::LoraConfig;
+
+    fn card_of(base: &str) -> String {
+        let config = LoraConfig {
+            base_model_name_or_path: Some(base.into()),
+            modules_to_save: Some(vec!["<img src=x>".into()]),
+            ..LoraConfig::default()
+        };
+        model_card(
+            &config.into(),
+            &AdapterPlan::default(),
+            &SaveMeta::default(),
+        )
+    }
+
+    /// The heading, the YAML and the commands hold one line of the name and obey nothing in it.
+    #[test]
+    fn a_name_from_elsewhere_stays_text() {
+        let card = card_of("a\nb: c\u{1b}[2J\u{7f}<script>\"'`$(touch x)![p](http://x)");
+        assert!(
+            card.starts_with(
+                "---\nbase_model: \"a\\nb: c\\u001b[2J\\u007f<script>\\\"'`$(touch x)![p](http://x)\"\nlibrary_name"
+            ),
+            "{card}"
+        );
+        let heading = card
+            .lines()
+            .find(|line| line.starts_with("# LoRA"))
+            .unwrap();
+        assert_eq!(
+            heading,
+            "# LoRA adapter for a\\nb: c\\u{1b}[2J\\u{7f}&lt;script&gt;\"'&#96;$(touch x)![p]&#40;http://x)"
+        );
+        assert!(
+            card.contains("- modules_to_save: [\"&lt;img src=x&gt;\"]"),
+            "{card}"
+        );
+        assert!(
+            card.contains(
+                "--model 'a\\nb: c\\u{1b}[2J\\u{7f}<script>\"'\\''`$(touch x)![p](http://x)' --adapter"
+            ),
+            "{card}"
+        );
+        assert!(!card.chars().any(|c| c.is_control() && c != '\n'));
+    }
+
+    #[test]
+    fn a_plain_name_is_not_quoted_for_the_shell() {
+        assert!(card_of("org/name-1.0").contains("--model org/name-1.0 --adapter"));
+        assert!(card_of("-x").contains("--model '-x' --adapter"));
+    }
+}

@@ -1,0 +1,6 @@
+//! What an adapter starts from where that is more than a draw of numbers, and the draws.
+
+pub mod eva;
+pub mod loftq;
+pub(crate) mod random;
+pub(crate) mod torch_rng;

@@ -1,0 +1,167 @@
+//! How a model shows its parameters to this crate: by name, in a fixed order.
+
+use crate::layers::embedding::Embedding;
+use crate::layers::frozen::Frozen;
+use crate::layers::linear::Linear;
+use crate::layers::routing::Routing;
+use crate::methods::xlora::XLora;
+
+/// A named place that an adapter or `modules_to_save` can take hold of, to change it.
+pub enum Slot<'a> {
+    /// A linear layer.
+    Linear(&'a mut Linear),
+    /// An embedding table.
+    Embedding(&'a mut Embedding),
+    /// A norm's weight.
+    Norm(&'a mut Frozen<1>),
+}
+
+/// A named place, to read it.
+pub enum SlotRef<'a> {
+    /// A linear layer.
+    Linear(&'a Linear),
+    /// An embedding table.
+    Embedding(&'a Embedding),
+    /// A norm's weight.
+    Norm(&'a Frozen<1>),
+}
+
+/// Does the same to whatever kind of module a slot is.
+macro_rules! each {
+    ($slot:expr, $module:ident => $body:expr) => {
+        match $slot {
+            Slot::Linear($module) => $body,
+            Slot::Embedding($module) => $body,
+            Slot::Norm($module) => $body,
+        }
+    };
+    (ref $slot:expr, $module:ident => $body:expr) => {
+        match $slot {
+            SlotRef::Linear($module) => $body,
+            SlotRef::Embedding($module) => $body,
+            SlotRef::Norm($module) => $body,
+        }
+    };
+}
+
+impl Slot<'_> {
+    pub(crate) fn route(&mut self, routing: &Routing) {
+        each!(self, module => module.routing = routing.clone());
+    }
+
+    pub(crate) fn enable(&mut self, enabled: bool) {
+        each!(self, module => module.enabled = enabled);
+    }
+
+    /// Takes off the adapter called `name`, or all of them.
+    pub(crate) fn remove(&mut self, name: Option<&str>) {
+        each!(self, module => module.parts.retain(|part| name.is_some_and(|name| part.name != name)));
+    }
+
+    /// Counts the base as frozen again, whatever was trained of it.
+    pub(crate) fn release_base(&mut self) {
+        each!(self, module => module.trains_base = false);
+    }
+}
+
+impl SlotRef<'_> {
+    /// Names of the adapters that touch this place.
+    pub(crate) fn adapters(&self) -> Vec<&str> {
+        each!(ref self, module => module.parts.iter().map(|part| part.name.as_str()).collect())
+    }
+
+    /// Whether an adapter is folded into the base here.
+    pub(crate) fn is_merged(&self) -> bool {
+        each!(ref self, module => module.unmerged.is_some())
+    }
+
+    pub(crate) fn routing(&self) -> &Routing {
+        each!(ref self, module => &module.routing)
+    }
+
+    /// What this place looks like from outside.
+    pub fn shape(&self, name: &str, head: bool) -> ModuleShape {
+        let (kind, shape, bias) = match self {
+            Self::Linear(linear) => {
+                let kind = if head {
+                    ModuleKind::Head
+                } else {
+                    ModuleKind::Linear
+                };
+                (kind, linear.weight.dims().to_vec(), linear.bias.is_some())
+            }
+            Self::Embedding(table) => (ModuleKind::Embedding, table.weight.dims().to_vec(), false),
+            Self::Norm(norm) => (ModuleKind::Norm, norm.weight.dims().to_vec(), false),
+        };
+        ModuleShape {
+            name: name.to_string(),
+            kind,
+            shape,
+            bias,
+        }
+    }
+}
+
+/// A model that adapters can be attached to.
+pub trait Adaptable {
+    /// Calls `f` with each module's full name (`model.layers.0.self_attn.q_proj`), in the order in
+    /// which the model lists them; the order is the same in every run.
+    fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>));
+    /// The same, for reading.
+    fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>));
+    /// The classifier that mixes X-LoRA's experts, where the model has room for one and carries one.
+    fn gate(&self) -> Option<&XLora> {
+        None
+    }
+    /// Where that classifier goes, in a model that has room for one.
+    fn gate_place(&mut self) -> Option<&mut Option<XLora>> {
+        None
+    }
+    /// The classifier, to change it.
+    fn gate_mut(&mut self) -> Option<&mut XLora> {
+        self.gate_place().and_then(Option::as_mut)
+    }
+    /// Whether the linear layer called `name` yields the logits, so that `all-linear` leaves it out.
+    /// Unless a model says otherwise, that is the one called `lm_head`.
+    fn is_head(&self, name: &str) -> bool {
+        name.rsplit('.').next() == Some("lm_head")
+    }
+}
+
+/// What kind of module a name stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModuleKind {
+    /// A linear layer (an adapter's target).
+    Linear,
+    /// The linear layer that yields logits; `all-linear` leaves it out.
+    Head,
+    /// An embedding table.
+    Embedding,
+    /// A norm.
+    Norm,
+}
+
+/// One module of a model that need not be loaded: enough to match targets and count parameters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModuleShape {
+    /// Full name.
+    pub name: String,
+    /// Kind.
+    pub kind: ModuleKind,
+    /// Shape of `weight`: `[out, in]`, `[vocabulary, hidden]` or `[hidden]`.
+    pub shape: Vec<usize>,
+    /// Whether there is a bias, of `shape[0]` elements.
+    pub bias: bool,
+}
+
+impl ModuleShape {
+    /// Names and shapes of its tensors in a checkpoint.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let mut tensors = Vec::new();
+        if self.bias {
+            tensors.push((format!("{}.bias", self.name), self.shape[..1].to_vec()));
+        }
+        tensors.push((format!("{}.weight", self.name), self.shape.clone()));
+        tensors
+    }
+}

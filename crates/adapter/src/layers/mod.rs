@@ -1,0 +1,8 @@
+//! The layers that a model is built of, so that adapters can be put on them.
+
+pub mod adaptable;
+pub mod base_param;
+pub mod embedding;
+pub mod frozen;
+pub mod linear;
+pub mod routing;

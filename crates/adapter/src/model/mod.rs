@@ -1,0 +1,6 @@
+//! What is done to a whole model: adapters attached, chosen, merged, and their parameters read and written.
+
+pub mod active;
+pub mod attach;
+pub mod merge;
+pub mod trainable;

@@ -1,0 +1,518 @@
+//! `enamel plan`: everything a recipe comes to, with nothing large in memory.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
+use enamel_data::Note;
+use enamel_kernels::Compute;
+use enamel_model::LlamaConfig;
+use enamel_model::checkpoint::parse_json;
+use enamel_model::config::vit_modules;
+use enamel_model::source::PullProgress;
+use serde_json::Value;
+
+use crate::device;
+use crate::error::TrainError;
+use crate::inputs::Inputs;
+use crate::inputs::base_model::OpenBase;
+use crate::inputs::eva;
+use crate::inputs::loftq;
+use crate::memory::{Estimate, Packed};
+use crate::recipe::{Cadence, GradientCheckpointing, Length, Recipe};
+use crate::run::notes;
+use crate::training::data_loader::steps_per_epoch;
+
+/// What training a recipe would be.
+#[derive(Clone, Debug)]
+pub struct PlanReport {
+    /// The base, as the recipe names it.
+    pub model: String,
+    /// Where it came from; empty if only its configuration was there.
+    pub source: String,
+    /// Its shape in words.
+    pub shape: String,
+    /// The compute dtype and what it comes to, in words; empty for a model that is planned for alone.
+    pub computing: String,
+    /// The adapter's rank, alpha and dropout in words.
+    pub method: String,
+    /// Matched modules and counts.
+    pub adapter: AdapterPlan,
+    /// Which activations training keeps.
+    pub checkpointing: GradientCheckpointing,
+    /// The memory that training takes; none for a model that is not run here.
+    pub memory: Option<Estimate>,
+    /// The data, unless only the model was asked about.
+    pub data: Option<DataPlan>,
+}
+
+/// What the data come to.
+#[derive(Clone, Debug)]
+pub struct DataPlan {
+    /// Rows to train on.
+    pub train_rows: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Those of them that are trained.
+    pub trained_tokens: usize,
+    /// Longest training row, in tokens.
+    pub longest: usize,
+    /// Rows to validate on.
+    pub valid_rows: usize,
+    /// Training rows shortened to `max_length`.
+    pub truncated: usize,
+    /// Training rows left out as unusable or too long.
+    pub left_out: usize,
+    /// What is worth saying.
+    pub notes: Vec<Note>,
+    /// Optimizer steps of one epoch.
+    pub steps_per_epoch: usize,
+    /// Optimizer steps of the run.
+    pub steps: usize,
+    /// Rhythm, batch and schedule in words.
+    pub rhythm: String,
+}
+
+/// Optimizer steps an epoch and in all, for `rows` training rows.
+pub fn step_counts(recipe: &Recipe, rows: usize) -> (usize, usize) {
+    let train = &recipe.train;
+    let per_epoch = steps_per_epoch(rows, train.batch_size, train.gradient_accumulation_steps);
+    let total = match train.length() {
+        Length::Steps(steps) => steps,
+        Length::Epochs(epochs) => ((epochs * per_epoch as f64).ceil() as usize).max(1),
+    };
+    (per_epoch, total)
+}
+
+/// Steps of a run of which only the model is known: AdaLoRA wants a number, and counts do not depend on
+/// it.
+const PLAN_STEPS: usize = usize::MAX;
+
+/// Opens everything that the recipe names and counts. The base is fetched if it is not there.
+pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanReport, TrainError> {
+    let inputs = Inputs::open(recipe, None, progress)?;
+    Ok(PlanReport {
+        model: recipe.model.base.clone(),
+        source: inputs.base.local.source_note.clone(),
+        shape: shape(&inputs.base.config),
+        computing: inputs.computing(),
+        method: method(&inputs.adapter),
+        memory: Some(Estimate::of_inputs(recipe, &inputs)),
+        checkpointing: recipe.train.gradient_checkpointing,
+        data: Some(data_plan(recipe, &inputs)),
+        adapter: inputs.plan,
+    })
+}
+
+/// Counts for a model alone. A directory that holds nothing but `config.json`, or such a file, is
+/// enough; so is that of a model that can be planned for and not run.
+pub fn plan_model(
+    recipe: &Recipe,
+    progress: &mut dyn PullProgress,
+) -> Result<PlanReport, TrainError> {
+    let Known {
+        shape,
+        modules,
+        source,
+        config: llama,
+        bf16,
+        packed,
+    } = known(recipe, progress)?;
+    let config = recipe.adapter.config(PLAN_STEPS);
+    // A tied head that the adapter takes hold of becomes a matrix of its own.
+    let untied = llama.as_ref().map(LlamaConfig::untied);
+    let (llama, modules) = match untied {
+        Some(untied) if enamel_adapter::takes_head(&config, &untied.modules()) => {
+            let modules = untied.modules();
+            (Some(untied), modules)
+        }
+        _ => (llama, modules),
+    };
+    let adapter = enamel_adapter::plan(&modules, &config)?;
+    let device = device::open(recipe.device.parse()?).ok();
+    let memory = llama.map(|llama| {
+        let device = device
+            .as_ref()
+            .map(|(device, choice)| (device, choice.to_string()));
+        Estimate::of_config(recipe, (&llama, &config, &adapter), (bf16, packed), device)
+    });
+    Ok(PlanReport {
+        model: recipe.model.base.clone(),
+        source,
+        shape,
+        computing: String::new(),
+        method: method(&config),
+        adapter,
+        memory,
+        checkpointing: recipe.train.gradient_checkpointing,
+        data: None,
+    })
+}
+
+/// Bytes that one weight of the base takes: two where matrices are held in bf16.
+pub(crate) fn weight_bytes(recipe: &Recipe, inputs: &Inputs) -> usize {
+    let bf16 = inputs.compute == Compute::Bf16 || inputs.base.checkpoint.is_bf16();
+    // A trained base is f32, whatever it was loaded in.
+    let frozen = recipe.adapter.method != "full";
+    match bf16 && frozen && enamel_kernels::holds_bf16(&inputs.device) {
+        true => 2,
+        false => size_of::<f32>(),
+    }
+}
+
+/// What is known of a model without its weights.
+struct Known {
+    /// Its shape in words.
+    shape: String,
+    modules: Vec<ModuleShape>,
+    /// Where it came from.
+    source: String,
+    /// Its configuration, if it is one that can be run.
+    config: Option<LlamaConfig>,
+    /// Whether its matrices are in bf16.
+    bf16: bool,
+    /// Those that are quantised in its files.
+    packed: Packed,
+}
+
+fn known(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<Known, TrainError> {
+    let Some(json) = config_only(Path::new(&recipe.model.base))? else {
+        let base = OpenBase::open(&recipe.model.base, None, progress)?;
+        return Ok(Known {
+            shape: shape(&base.config),
+            modules: base.config.modules(),
+            packed: base.packed(),
+            source: base.local.source_note,
+            bf16: base.checkpoint.is_bf16(),
+            config: Some(base.config),
+        });
+    };
+    if json.get("model_type").and_then(Value::as_str) == Some("vit") {
+        let modules = vit_modules(&json)?;
+        let words = format!("vit, {} modules; to plan for, not to run", modules.len());
+        return Ok(Known {
+            shape: words,
+            modules,
+            source: String::new(),
+            config: None,
+            bf16: false,
+            packed: Packed::new(),
+        });
+    }
+    let config = LlamaConfig::from_json(&json)?;
+    Ok(Known {
+        shape: shape(&config),
+        modules: config.modules(),
+        source: String::new(),
+        bf16: config.dtype.as_deref() == Some("bfloat16"),
+        packed: Packed::new(),
+        config: Some(config),
+    })
+}
+
+/// The configuration at `path`, if there is one without weights beside it.
+fn config_only(path: &Path) -> Result<Option<Value>, TrainError> {
+    let file = match path.extension() {
+        Some(extension) if extension == "json" => path.to_owned(),
+        _ => path.join("config.json"),
+    };
+    let is_weights = |name: &str| {
+        !name.starts_with('.')
+            && [".safetensors", ".safetensors.index.json"]
+                .iter()
+                .any(|end| name.ends_with(end))
+    };
+    let entries = path.read_dir().into_iter().flatten().flatten();
+    let mut names = entries.map(|entry| entry.file_name());
+    if !file.is_file() || names.any(|name| is_weights(&name.to_string_lossy())) {
+        return Ok(None);
+    }
+    let bytes = std::fs::read(&file).map_err(TrainError::io(&file, "reading it"))?;
+    let json = parse_json(&bytes).map_err(|reason| TrainError::Run {
+        path: file.clone(),
+        reason,
+        help: "give a directory with the model's config.json".to_owned(),
+    })?;
+    Ok(Some(json))
+}
+
+fn data_plan(recipe: &Recipe, inputs: &Inputs) -> DataPlan {
+    let train = &inputs.train;
+    let (steps_per_epoch, steps) = step_counts(recipe, train.rows.len());
+    DataPlan {
+        train_rows: train.rows.len(),
+        tokens: train.tokens(),
+        trained_tokens: train.trained_tokens(),
+        longest: train
+            .rows
+            .iter()
+            .map(|row| row.input_ids.len())
+            .max()
+            .unwrap_or(0),
+        valid_rows: inputs.valid.len(),
+        truncated: train.truncated,
+        left_out: train.dropped + train.skipped.len(),
+        notes: train.notes.clone(),
+        steps_per_epoch,
+        steps,
+        rhythm: rhythm(recipe, steps),
+    }
+}
+
+fn shape(config: &LlamaConfig) -> String {
+    format!(
+        "{}, {} layers of width {}, {} tokens",
+        config.family.model_type(),
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.vocab_size
+    )
+}
+
+/// The adapter in words: the method and its settings as PEFT's file names them.
+fn method(config: &AdapterConfig) -> String {
+    let json = config.to_json();
+    let on = |key: &str| json[key].as_bool() == Some(true);
+    let (name, keys): (&str, &[&str]) = match config {
+        AdapterConfig::Lora(lora) if lora.use_dora => {
+            ("DoRA", &["r", "lora_alpha", "lora_dropout"])
+        }
+        AdapterConfig::Lora(_) => ("LoRA", &["r", "lora_alpha", "lora_dropout"]),
+        AdapterConfig::Loha(_) => ("LoHa", &["r", "alpha"]),
+        AdapterConfig::Lokr(_) => ("LoKr", &["r", "alpha", "decompose_factor"]),
+        AdapterConfig::AdaLora(_) => (
+            "AdaLoRA",
+            &["init_r", "target_r", "lora_alpha", "lora_dropout"],
+        ),
+        AdapterConfig::Vera(_) => ("VeRA", &["r", "d_initial", "vera_dropout"]),
+        AdapterConfig::Ia3(_) => ("(IA)³", &[]),
+        AdapterConfig::XLora(_) => (
+            "X-LoRA",
+            &["xlora_depth", "xlora_size", "layerwise_scalings"],
+        ),
+        AdapterConfig::Full(_) => ("full fine-tuning", &[]),
+    };
+    let mut text = name.to_owned();
+    for key in keys {
+        text.push_str(&format!(", {key} = {}", json[key]));
+    }
+    for (key, word) in [
+        ("use_rslora", "rsLoRA"),
+        ("decompose_both", "both factors decomposed"),
+    ] {
+        if on(key) {
+            text.push_str(&format!(", {word}"));
+        }
+    }
+    if loftq::config(config).is_some() {
+        text.push_str(", LoftQ's start");
+    }
+    if eva::config(config).is_some_and(|lora| lora.eva_rho() > 1.0) {
+        text.push_str(", ranks as written (EVA moves them once it has seen the data)");
+    }
+    text
+}
+
+fn rhythm(recipe: &Recipe, steps: usize) -> String {
+    let train = &recipe.train;
+    let every = |cadence| match cadence {
+        Cadence::Never => "never".to_owned(),
+        Cadence::Steps(n) => format!("every {n} steps"),
+        Cadence::Epoch => "every epoch".to_owned(),
+    };
+    format!(
+        "{} × {} rows a step, learning rate {} after {} steps of warm-up, validation {}, checkpoint {}",
+        train.batch_size,
+        train.gradient_accumulation_steps,
+        train.learning_rate,
+        train.warmup(steps),
+        every(train.eval_cadence()),
+        every(train.save_cadence()),
+    )
+}
+
+impl PlanReport {
+    /// Matched modules by pattern: `model.layers.*.self_attn.q_proj`, how many, and of what shape
+    /// and rank.
+    pub fn groups(&self) -> Vec<ModuleGroup> {
+        let mut groups: Vec<ModuleGroup> = Vec::new();
+        let mut places: BTreeMap<(String, usize, usize, usize), usize> = BTreeMap::new();
+        for target in &self.adapter.targets {
+            let pattern = layer_pattern(&target.name);
+            let key = (pattern, target.r, target.in_features, target.out_features);
+            let place = *places.entry(key.clone()).or_insert_with(|| {
+                groups.push(ModuleGroup {
+                    pattern: key.0.clone(),
+                    r: target.r,
+                    in_features: target.in_features,
+                    out_features: target.out_features,
+                    count: 0,
+                    params: 0,
+                });
+                groups.len() - 1
+            });
+            if let Some(group) = groups.get_mut(place) {
+                group.count += 1;
+                group.params += target.params;
+            }
+        }
+        groups
+    }
+}
+
+/// Modules that differ in nothing but their layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModuleGroup {
+    /// Name, with `*` for the layer's number.
+    pub pattern: String,
+    /// Rank.
+    pub r: usize,
+    /// Width of the input.
+    pub in_features: usize,
+    /// Width of the output.
+    pub out_features: usize,
+    /// Modules.
+    pub count: usize,
+    /// Trained parameters of all of them.
+    pub params: usize,
+}
+
+/// A module's name with `*` for numbers.
+pub fn layer_pattern(name: &str) -> String {
+    let part = |part: &str| match part.parse::<usize>() {
+        Ok(_) => "*".to_owned(),
+        Err(_) => part.to_owned(),
+    };
+    name.split('.').map(part).collect::<Vec<_>>().join(".")
+}
+
+fn thousands(n: usize) -> String {
+    notes::thousands(n as u64)
+}
+
+/// Bytes in binary units.
+pub fn bytes_text(bytes: usize) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+impl fmt::Display for PlanReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "model      {}", self.model)?;
+        if !self.source.is_empty() {
+            writeln!(f, "           {}", self.source)?;
+        }
+        writeln!(f, "           {}", self.shape)?;
+        if !self.computing.is_empty() {
+            writeln!(f, "compute    {}", self.computing)?;
+        }
+        writeln!(f, "adapter    {}", self.method)?;
+        let groups = self.groups();
+        let width = groups.iter().map(|g| g.pattern.len()).max().unwrap_or(0);
+        for g in &groups {
+            let shape = format!("{} -> {}", g.in_features, g.out_features);
+            writeln!(
+                f,
+                "           {:width$}  × {:<3}  {shape:<14}  r = {:<3}  {:>13}",
+                g.pattern,
+                g.count,
+                g.r,
+                thousands(g.params)
+            )?;
+        }
+        for saved in &self.adapter.saved {
+            let (name, params) = (&saved.name, thousands(saved.params));
+            writeln!(f, "           {name:width$}  trained whole  {params:>26}")?;
+        }
+        let line = |f: &mut fmt::Formatter<'_>, what: String, params: usize| {
+            writeln!(f, "           {what:width$}  {:>41}", thousands(params))
+        };
+        let biases = &self.adapter.biases;
+        if !biases.is_empty() {
+            let params = biases.iter().map(|b| b.len).sum();
+            line(f, format!("{} biases of the base", biases.len()), params)?;
+        }
+        for tokens in &self.adapter.tokens {
+            let rows = format!("{} rows of {}", tokens.indices.len(), tokens.name);
+            line(f, rows, tokens.indices.len() * tokens.width)?;
+        }
+        for (key, [rows, columns]) in &self.adapter.shared {
+            writeln!(
+                f,
+                "           {key:width$}  [{rows}, {columns}], shared and not trained"
+            )?;
+        }
+        writeln!(
+            f,
+            "trainable  {} of {} parameters ({:.4} %)",
+            thousands(self.adapter.trainable),
+            thousands(self.adapter.total),
+            self.adapter.percent()
+        )?;
+        write!(f, "kept       {}", self.checkpointing)?;
+        if let Some(data) = &self.data {
+            write!(f, "\n{data}")?;
+        }
+        match &self.memory {
+            Some(memory) => write!(f, "\n{memory}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for DataPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "data       {} rows to train on: {} tokens, {} of them trained, longest row {}; {} rows to validate on",
+            thousands(self.train_rows),
+            thousands(self.tokens),
+            thousands(self.trained_tokens),
+            thousands(self.longest),
+            thousands(self.valid_rows)
+        )?;
+        if self.truncated + self.left_out > 0 {
+            write!(
+                f,
+                "\n           {} rows shortened, {} left out",
+                self.truncated, self.left_out
+            )?;
+        }
+        for note in &self.notes {
+            write!(f, "\n           note: {note}")?;
+        }
+        write!(
+            f,
+            "\nsteps      {} an epoch, {} in all\n           {}",
+            thousands(self.steps_per_epoch),
+            thousands(self.steps),
+            self.rhythm
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(bytes_text(19_537_920), "18.6 MiB");
+    }
+
+    #[test]
+    fn layers_of_one_kind_are_one_pattern() {
+        assert_eq!(
+            layer_pattern("model.layers.12.mlp.up_proj"),
+            "model.layers.*.mlp.up_proj"
+        );
+        assert_eq!(layer_pattern("lm_head"), "lm_head");
+    }
+}

@@ -1,0 +1,385 @@
+//! Everything a run reads, opened and checked against each other before anything large is made.
+
+pub mod base_model;
+pub mod eva;
+pub mod loftq;
+pub mod provenance;
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleKind};
+use enamel_data::{Example, Examples, load_examples, split_rows};
+use enamel_kernels::Compute;
+use enamel_model::checkpoint::{hex, sha256_file};
+use enamel_model::source::PullProgress;
+use enamel_model::{CausalLm, Loading, Quantization};
+use sha2::{Digest, Sha256};
+
+use crate::device;
+use crate::error::TrainError;
+
+use crate::inputs::base_model::OpenBase;
+
+use crate::commands::plan::step_counts;
+
+use crate::recipe::{AdapterSettings, FileHash, LockInfo, Recipe};
+
+/// The inputs of a run.
+pub struct Inputs {
+    /// Where to compute (no autodiff).
+    pub device: Device,
+    /// Its name.
+    pub device_name: String,
+    /// What products with the base multiply.
+    pub compute: Compute,
+    /// What becomes of the base's linear layers.
+    pub quantization: Quantization,
+    /// The base model.
+    pub base: OpenBase,
+    /// Training rows.
+    pub train: Examples,
+    /// Validation rows.
+    pub valid: Vec<Example>,
+    /// The adapter's configuration: the recipe's, or that of the adapter training starts from.
+    pub adapter: AdapterConfig,
+    /// What it matches.
+    pub plan: AdapterPlan,
+    /// Why a base that its files have quantised is held dense though the recipe does not say so.
+    pub dense_for: Vec<String>,
+    /// Hashes and versions.
+    pub lock: LockInfo,
+}
+
+impl Inputs {
+    /// Opens and checks everything. `template_time` is the time that a chat template with a date in it
+    /// shall show, when an earlier run has to be repeated.
+    ///
+    /// # Errors
+    /// The first kind of input with problems, with all problems of that kind.
+    pub fn open(
+        recipe: &Recipe,
+        template_time: Option<i64>,
+        progress: &mut dyn PullProgress,
+    ) -> Result<Self, TrainError> {
+        let (device, choice) = device::open(recipe.device.parse()?)?;
+        recipe
+            .train
+            .gradient_checkpointing
+            .check(&device, &choice)?;
+        let template = recipe.model.chat_template_text()?;
+        let mut base = OpenBase::open(&recipe.model.base, template.as_deref(), progress)?;
+        if let Some(time) = template_time {
+            base.tokenizer.set_template_time(time)?;
+        }
+        base.tokenizer
+            .set_template_arguments(recipe.data.chat_template_kwargs.0.clone());
+        let adapter = match &recipe.adapter.init_from {
+            Some(dir) => enamel_adapter::load_config(dir)?,
+            // How many steps there are is known once the data are; no other setting depends on it.
+            None => recipe.adapter.config(usize::MAX),
+        };
+        base.for_adapters(std::slice::from_ref(&adapter))?;
+        // An adapter from elsewhere may name modules that this model lacks; PEFT loads it all the same.
+        let plan = match &recipe.adapter.init_from {
+            Some(_) => enamel_adapter::plan_for_load(&base.config.modules(), &adapter)?,
+            None => enamel_adapter::plan(&base.config.modules(), &adapter)?,
+        };
+        let asked = Quantization::from(&recipe.model.quantization);
+        let (quantization, dense_for) = quantization(asked, &base, &adapter, &plan)?;
+        // Hashing a model takes about as long as reading it, and shares nothing with the rows.
+        let (data, model_hashes) =
+            rayon::join(|| Data::load(recipe, &base), || base.checkpoint.hashes());
+        let Data {
+            train,
+            valid,
+            files: data_files,
+        } = data?;
+        let (_, steps) = step_counts(recipe, train.rows.len());
+        let adapter = match &recipe.adapter.init_from {
+            Some(_) => adapter,
+            None => recipe.adapter.config(steps),
+        };
+        if recipe.adapter.init_from.is_none() {
+            enamel_adapter::plan(&base.config.modules(), &adapter)?;
+        }
+        let lock = LockInfo {
+            enamel: env!("CARGO_PKG_VERSION").to_string(),
+            burn: "0.22.1".to_string(),
+            device: choice.to_string(),
+            cpu: choice.cpu_path().map(str::to_owned),
+            platform: format!("{}-{}", std::env::consts::OS, std::env::consts::ARCH),
+            threads: rayon::current_num_threads(),
+            model_source: base.local.source_note.clone(),
+            template_time: base
+                .tokenizer
+                .chat_template()
+                .filter(|t| t.uses_clock())
+                .map(enamel_data::ChatTemplate::now),
+            model_files: model_hashes?
+                .into_iter()
+                .map(|(path, sha256)| FileHash { path, sha256 })
+                .collect(),
+            tokenizer_files: vec![FileHash {
+                path: PathBuf::from("tokenizer.json and chat template"),
+                sha256: tokenizer_hash(&base),
+            }],
+            data_files,
+            init_files: init_files(&recipe.adapter)?,
+        };
+        let device_name = choice.to_string();
+        Ok(Self {
+            device,
+            device_name,
+            compute: recipe.model.compute_dtype.into(),
+            quantization,
+            base,
+            train,
+            valid,
+            adapter,
+            plan,
+            dense_for,
+            lock,
+        })
+    }
+
+    /// The compute dtype with what it comes to here: `bf16: bf16 weights, f32 products: ..`.
+    pub fn computing(&self) -> String {
+        let words = self.base.computing(self.compute, &self.device);
+        let base = match self.quantization.format {
+            Some(format) => format!("; base: {format}"),
+            None if self.dense_for.is_empty() => String::new(),
+            None => {
+                let mut why: Vec<_> = self.dense_for.iter().take(2).cloned().collect();
+                let more = self.dense_for.len() - why.len();
+                if more > 0 {
+                    why.push(format!("and {more} more"));
+                }
+                let why = why.join("; ");
+                format!("; base: dense, though its files have it quantised ({why})")
+            }
+        };
+        format!("{}: {words}{base}", self.compute.name())
+    }
+
+    /// How the base is to be held.
+    pub fn loading(&self) -> Loading {
+        Loading {
+            compute: self.compute,
+            quantization: self.quantization.clone(),
+        }
+    }
+
+    /// The base with the adapter attached, on the plain device: from `checkpoint` when resuming, else
+    /// from `adapter.init_from`, else with its first values; and the adapter's configuration, which the
+    /// first values may have a say in.
+    ///
+    /// # Errors
+    /// Anything wrong with the weights or the adapter's files.
+    pub fn model(
+        &self,
+        recipe: &Recipe,
+        checkpoint: Option<&Path>,
+        say: &dyn Fn(&str),
+    ) -> Result<(CausalLm, AdapterConfig), TrainError> {
+        let mut model = self.base.weights(&self.device, &self.loading())?;
+        let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
+            Some(dir) => {
+                let config = enamel_adapter::load_pretrained(&mut model, dir, true)?.config;
+                if checkpoint.is_none() {
+                    for note in provenance::notes(dir, Some(&self.base)) {
+                        say(&format!("note     {note}"));
+                    }
+                }
+                if let Some(note) = loftq::beside_dense(&config, &model) {
+                    say(&format!("note     {note}"));
+                }
+                config
+            }
+            None => {
+                if let Some(note) = provenance::head_note(&self.adapter, &self.base) {
+                    say(&format!("note     {note}"));
+                }
+                self.first(&mut model, recipe, say)?
+            }
+        };
+        Ok((model, config))
+    }
+
+    /// Attaches the adapter with its first values.
+    fn first(
+        &self,
+        model: &mut CausalLm,
+        recipe: &Recipe,
+        say: &dyn Fn(&str),
+    ) -> Result<AdapterConfig, TrainError> {
+        if let Some(config) = eva::config(&self.adapter) {
+            return eva::attach(model, config.clone(), self, recipe, say);
+        }
+        if let Some(config) = loftq::config(&self.adapter) {
+            let files = &self.base.checkpoint;
+            let how = (self.quantization.format, recipe.seed);
+            return loftq::attach(model, config.clone(), files, how, say);
+        }
+        enamel_adapter::attach(model, &self.adapter, recipe.seed)?;
+        Ok(self.adapter.clone())
+    }
+}
+
+/// The recipe's quantisation, checked against the model and the adapter. An adapter that changes the base, or
+/// trains a linear layer of it, has a base dense that only the file quantises: then also why.
+///
+/// # Errors
+/// Names in `skip_modules` that are not there; an adapter that cannot have what the recipe asks for, with all
+/// that speaks against it.
+pub(crate) fn quantization(
+    mut quantization: Quantization,
+    base: &OpenBase,
+    adapter: &AdapterConfig,
+    plan: &AdapterPlan,
+) -> Result<(Quantization, Vec<String>), TrainError> {
+    let modules = base.config.modules();
+    quantization.check(&modules)?;
+    let packed = base.checkpoint.packed();
+    let linear = |name: &str| {
+        let module = modules.iter().find(|module| module.name == name);
+        module.is_some_and(|module| module.kind == ModuleKind::Linear)
+    };
+    if let Some(config) = loftq::config(adapter) {
+        let targets = plan.targets.iter().map(|target| target.name.as_str());
+        let quantised = |name: &&str| linear(name) && !quantization.skips(name);
+        let stored = |module: &str| {
+            let stored = packed.get(&format!("{module}.weight"));
+            stored.is_some_and(|stored| stored.bitsandbytes)
+        };
+        let targets: Vec<&str> = targets.filter(quantised).collect();
+        loftq::check(config, quantization.format, &targets, &stored)?;
+    }
+    let mut against = Vec::new();
+    match adapter {
+        AdapterConfig::Full(_) => against.push("full fine-tuning trains them".to_owned()),
+        AdapterConfig::Lora(lora) if lora.init_lora_weights.takes_from_base() => {
+            against.push("init_lora_weights takes a part out of them".to_owned());
+        }
+        _ => {}
+    }
+    for saved in &plan.saved {
+        if linear(&saved.name) && !quantization.skips(&saved.name) {
+            against.push(format!("modules_to_save trains {}", saved.name));
+        }
+    }
+    match quantization.format {
+        Some(format) if !against.is_empty() => Err(TrainError::Mismatch(format!(
+            "the base's weights are to be {}, and such weights cannot be changed: {}\n  \
+             help: name the layers in model.quantization.skip_modules, choose another adapter, or remove \
+             [model.quantization]",
+            format.name(),
+            against.join("; ")
+        ))),
+        _ => {
+            if quantization.dequantize || packed.is_empty() {
+                against.clear();
+            }
+            quantization.dequantize |= !against.is_empty();
+            Ok((quantization, against))
+        }
+    }
+}
+
+/// The rows of a run and the files they come from.
+struct Data {
+    train: Examples,
+    valid: Vec<Example>,
+    files: Vec<FileHash>,
+}
+
+impl Data {
+    fn load(recipe: &Recipe, base: &OpenBase) -> Result<Self, TrainError> {
+        let positions = base.config.rope.context_length();
+        let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
+        train.note_positions(positions);
+        let mut files = hashes_of(&train);
+        let valid = match recipe.data.valid_spec() {
+            None => hold_back(&mut train, recipe),
+            Some(spec) => {
+                let mut valid = load_examples(&spec, &base.tokenizer)?;
+                valid.note_positions(positions);
+                files.extend(hashes_of(&valid));
+                for note in valid.notes {
+                    // The same files may be both.
+                    if !train.notes.contains(&note) {
+                        train.notes.push(note);
+                    }
+                }
+                valid.rows
+            }
+        };
+        Ok(Self {
+            train,
+            valid,
+            files,
+        })
+    }
+}
+
+/// The validation rows of a recipe and nothing else of a run.
+///
+/// # Errors
+/// As for loading them for the run.
+pub(crate) fn validation_rows(
+    recipe: &Recipe,
+    base: &OpenBase,
+) -> Result<Vec<Example>, TrainError> {
+    match recipe.data.valid_spec() {
+        Some(spec) => Ok(load_examples(&spec, &base.tokenizer)?.rows),
+        None if recipe.data.valid_fraction <= 0.0 => Ok(Vec::new()),
+        None => {
+            let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
+            Ok(hold_back(&mut train, recipe))
+        }
+    }
+}
+
+fn hashes_of(examples: &Examples) -> Vec<FileHash> {
+    let files = examples.files.iter();
+    files
+        .map(|f| FileHash {
+            path: f.path.clone(),
+            sha256: f.sha256.clone(),
+        })
+        .collect()
+}
+
+/// Takes the validation share out of the training rows.
+fn hold_back(train: &mut Examples, recipe: &Recipe) -> Vec<Example> {
+    let fraction = recipe.data.valid_fraction;
+    if fraction <= 0.0 {
+        return Vec::new();
+    }
+    let (keep, held) = split_rows(train.rows.len(), fraction, recipe.seed);
+    let held = held.into_iter().map(|i| train.rows[i].clone()).collect();
+    train.rows = keep.into_iter().map(|i| train.rows[i].clone()).collect();
+    held
+}
+
+fn tokenizer_hash(base: &OpenBase) -> String {
+    let mut hash = Sha256::new();
+    hash.update(base.tokenizer.sha256().as_bytes());
+    if let Some(template) = base.tokenizer.chat_template() {
+        hash.update(template.source().as_bytes());
+    }
+    hex(&hash.finalize())
+}
+
+/// The files of the adapter that training starts from, or of the experts that it mixes.
+fn init_files(adapter: &AdapterSettings) -> Result<Vec<FileHash>, TrainError> {
+    let names = ["adapter_config.json", "adapter_model.safetensors"];
+    let experts = adapter.adapters.0.iter().map(|(_, dir)| dir);
+    let dirs = adapter.init_from.iter().chain(experts);
+    dirs.flat_map(|dir| names.map(|name| dir.join(name)))
+        .map(|path| {
+            let sha256 = sha256_file(&path).map_err(TrainError::io(&path, "reading"))?;
+            Ok(FileHash { path, sha256 })
+        })
+        .collect()
+}
