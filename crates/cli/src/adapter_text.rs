@@ -2,10 +2,11 @@
 
 use std::io::{Result, Write};
 
+use enamel_train::bytes_text;
 use enamel_train::commands::adapters::{
     AdapterDiff, AdapterReport, Combined, Converted, KindReport, Listed,
 };
-use enamel_train::commands::plan::{bytes_text, layer_pattern};
+use enamel_train::commands::plan::layer_pattern;
 use serde_json::Value;
 
 fn thousands(count: usize) -> String {

@@ -67,7 +67,7 @@ impl Args {
 
 /// The lines to change, and what the run takes then.
 fn proposal(out: &mut impl Write, proposal: &Proposal) -> std::io::Result<()> {
-    let room = plan::bytes_text(proposal.room);
+    let room = enamel_train::bytes_text(proposal.room);
     let changes = !proposal.changes.is_empty();
     match (changes, proposal.fits()) {
         (false, true) => return writeln!(out, "\nfits {room} as it is"),

@@ -5,7 +5,7 @@ use burn::tensor::Device;
 pub use enamel_kernels::CPU_VARIABLE;
 use enamel_kernels::CpuPath;
 
-use crate::error::TrainError;
+use crate::error::{CpuPathAbsent, TrainError};
 
 /// A compute device as a person asks for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,16 +92,6 @@ pub struct CpuInfo {
     pub available: Vec<&'static str>,
     /// The instructions that multiply bf16; none where bf16 weights are multiplied in f32.
     pub bf16_products: Option<&'static str>,
-}
-
-/// `ENAMEL_CPU` names no path of this machine.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{CPU_VARIABLE}={asked}: this machine has {}; unset it or name one of these", available.join(", "))]
-pub struct CpuPathAbsent {
-    /// What it says.
-    pub asked: String,
-    /// The paths there are, the plainest first.
-    pub available: Vec<&'static str>,
 }
 
 /// The CPU path in use and those there are.

@@ -6,6 +6,7 @@
 pub mod commands;
 pub mod device;
 mod error;
+mod files;
 pub mod inputs;
 pub mod memory;
 pub mod optimizer;
@@ -16,9 +17,9 @@ pub mod signals;
 mod text;
 pub mod training;
 
-pub use crate::run::notes::thousands;
-pub use crate::text::{quoted, shown};
+pub use crate::text::{bytes_text, quoted, shown, thousands};
 pub use enamel_kernels::Compute;
 pub use error::TrainError;
-pub use run::{RunOutcome, TrainOptions, train};
+pub use run::{TrainOptions, train};
 pub use run_dir::Resume;
+pub use run_dir::results::RunOutcome;

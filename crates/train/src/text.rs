@@ -1,7 +1,7 @@
-//! Text of others, made visible: what a data file, a tensor's name or a template says must not move a cursor, set a
-//! window's title, write to a clipboard or turn a line around.
-
+//! Text for people: numbers, durations, and what others wrote made visible, so that a data file, a tensor's
+//! name or a template cannot move a cursor, set a window's title, write to a clipboard or turn a line around.
 use std::borrow::Cow;
+use std::sync::Arc;
 
 /// `text` with its control characters written as JSON writes them (`\u001b`), line breaks and tabs aside.
 ///
@@ -39,9 +39,47 @@ pub fn quoted(text: &str) -> String {
     }
 }
 
+/// Bytes in binary units.
+pub fn bytes_text(bytes: usize) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+/// `1234567` as `1,234,567`.
+pub fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, d) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(d);
+    }
+    out
+}
+
+/// `1h 02m`, `3m 20s` or `45s`.
+pub fn duration_text(seconds: f64) -> String {
+    let s = seconds.max(0.0).round() as u64;
+    match (s / 3600, s / 60 % 60, s % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m {s:02}s"),
+        (h, m, _) => format!("{h}h {m:02}m"),
+    }
+}
+
+/// Says one line to the person who waits.
+pub type Say = Arc<dyn Fn(&str) + Send + Sync>;
+
 #[cfg(test)]
 mod tests {
-    use super::{quoted, shown};
+    use super::*;
 
     #[test]
     fn a_word_of_a_command_is_one_word() {
@@ -79,5 +117,29 @@ mod tests {
         let value = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok();
         assert!(value(json).is_some());
         assert_eq!(value(&shown(json)), value(json));
+    }
+
+    #[test]
+    fn thousands_are_grouped() {
+        for (n, text) in [
+            (0, "0"),
+            (999, "999"),
+            (1000, "1,000"),
+            (4_884_480, "4,884,480"),
+        ] {
+            assert_eq!(thousands(n), text);
+        }
+    }
+
+    #[test]
+    fn durations_read_well() {
+        assert_eq!(duration_text(44.6), "45s");
+        assert_eq!(duration_text(200.0), "3m 20s");
+        assert_eq!(duration_text(3720.0), "1h 02m");
+    }
+
+    #[test]
+    fn numbers_read_well() {
+        assert_eq!(bytes_text(19_537_920), "18.6 MiB");
     }
 }

@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use crate::error::TrainError;
 use crate::recipe::Recipe;
-use crate::run::RunOutcome;
-use crate::run::notes::thousands;
 use crate::run_dir::LOCK;
 use crate::run_dir::fingerprint::same_settings;
+use crate::run_dir::results::RunOutcome;
+use crate::text::thousands;
 
 /// What one run came to.
 #[derive(Clone, Debug, Serialize)]

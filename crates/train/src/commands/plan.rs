@@ -6,7 +6,6 @@ use std::path::Path;
 
 use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
 use enamel_data::Note;
-use enamel_kernels::Compute;
 use enamel_model::LlamaConfig;
 use enamel_model::checkpoint::parse_json;
 use enamel_model::config::vit_modules;
@@ -17,12 +16,12 @@ use crate::device;
 use crate::error::TrainError;
 use crate::inputs::Inputs;
 use crate::inputs::base_model::OpenBase;
+use crate::inputs::base_model::Packed;
 use crate::inputs::eva;
 use crate::inputs::loftq;
-use crate::memory::{Estimate, Packed};
-use crate::recipe::{Cadence, GradientCheckpointing, Length, Recipe};
-use crate::run::notes;
-use crate::training::data_loader::steps_per_epoch;
+use crate::inputs::step_counts;
+use crate::memory::Estimate;
+use crate::recipe::{Cadence, GradientCheckpointing, Recipe};
 
 /// What training a recipe would be.
 #[derive(Clone, Debug)]
@@ -72,17 +71,6 @@ pub struct DataPlan {
     pub steps: usize,
     /// Rhythm, batch and schedule in words.
     pub rhythm: String,
-}
-
-/// Optimizer steps an epoch and in all, for `rows` training rows.
-pub fn step_counts(recipe: &Recipe, rows: usize) -> (usize, usize) {
-    let train = &recipe.train;
-    let per_epoch = steps_per_epoch(rows, train.batch_size, train.gradient_accumulation_steps);
-    let total = match train.length() {
-        Length::Steps(steps) => steps,
-        Length::Epochs(epochs) => ((epochs * per_epoch as f64).ceil() as usize).max(1),
-    };
-    (per_epoch, total)
 }
 
 /// Steps of a run of which only the model is known: AdaLoRA wants a number, and counts do not depend on
@@ -148,17 +136,6 @@ pub fn plan_model(
         checkpointing: recipe.train.gradient_checkpointing,
         data: None,
     })
-}
-
-/// Bytes that one weight of the base takes: two where matrices are held in bf16.
-pub(crate) fn weight_bytes(recipe: &Recipe, inputs: &Inputs) -> usize {
-    let bf16 = inputs.compute == Compute::Bf16 || inputs.base.checkpoint.is_bf16();
-    // A trained base is f32, whatever it was loaded in.
-    let frozen = recipe.adapter.method != "full";
-    match bf16 && frozen && enamel_kernels::holds_bf16(&inputs.device) {
-        true => 2,
-        false => size_of::<f32>(),
-    }
 }
 
 /// What is known of a model without its weights.
@@ -388,19 +365,7 @@ pub fn layer_pattern(name: &str) -> String {
 }
 
 fn thousands(n: usize) -> String {
-    notes::thousands(n as u64)
-}
-
-/// Bytes in binary units.
-pub fn bytes_text(bytes: usize) -> String {
-    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS[unit])
+    crate::text::thousands(n as u64)
 }
 
 impl fmt::Display for PlanReport {
@@ -501,11 +466,6 @@ impl fmt::Display for DataPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_read_well() {
-        assert_eq!(bytes_text(19_537_920), "18.6 MiB");
-    }
 
     #[test]
     fn layers_of_one_kind_are_one_pattern() {

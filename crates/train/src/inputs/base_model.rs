@@ -15,7 +15,6 @@ use serde_json::Value;
 
 use crate::error::TrainError;
 use crate::inputs::provenance;
-use crate::memory::Packed;
 
 /// A base model whose files are open and agree with each other. None of its weights are in memory.
 pub struct OpenBase {
@@ -315,3 +314,6 @@ fn stop_ids(tokenizer: &Tokenizer, generation_config: Option<&Value>) -> Vec<u32
     }
     ids
 }
+
+/// Matrices that are quantised in the base's files, by their tensors' names.
+pub type Packed = std::collections::HashMap<String, enamel_model::checkpoint::StoredPacked>;

@@ -12,6 +12,7 @@ use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use enamel_model::{CausalLm, Format};
 
 use crate::error::TrainError;
+use crate::recipe::NOT_QUANTISED;
 
 /// The LoRA configuration that starts as LoftQ, if this is one.
 pub fn config(adapter: &AdapterConfig) -> Option<&LoraConfig> {
@@ -108,10 +109,6 @@ fn problems(
     }
     problems
 }
-
-/// Why LoftQ needs a recipe that quantises.
-pub(crate) const NOT_QUANTISED: &str = "it makes up for what quantising the base loses, and nothing is quantised \
-     while this base is loaded (weights that the model's files have quantised have nothing to be compared with)";
 
 /// Whether the adapter's base is the quantised model: it began as LoftQ.
 pub fn began_so(adapter: &AdapterConfig) -> bool {

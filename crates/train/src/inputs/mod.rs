@@ -21,9 +21,7 @@ use crate::error::TrainError;
 
 use crate::inputs::base_model::OpenBase;
 
-use crate::commands::plan::step_counts;
-
-use crate::recipe::{AdapterSettings, FileHash, LockInfo, Recipe};
+use crate::recipe::{AdapterSettings, FileHash, Length, LockInfo, Recipe};
 
 /// The inputs of a run.
 pub struct Inputs {
@@ -382,4 +380,20 @@ fn init_files(adapter: &AdapterSettings) -> Result<Vec<FileHash>, TrainError> {
             Ok(FileHash { path, sha256 })
         })
         .collect()
+}
+
+/// Optimizer steps an epoch and in all, for `rows` training rows.
+pub fn step_counts(recipe: &Recipe, rows: usize) -> (usize, usize) {
+    let train = &recipe.train;
+    let per_epoch = steps_per_epoch(rows, train.batch_size, train.gradient_accumulation_steps);
+    let total = match train.length() {
+        Length::Steps(steps) => steps,
+        Length::Epochs(epochs) => ((epochs * per_epoch as f64).ceil() as usize).max(1),
+    };
+    (per_epoch, total)
+}
+
+/// Optimizer steps an epoch of `rows` rows; the last batch and the last step may be smaller.
+pub fn steps_per_epoch(rows: usize, batch_size: usize, accumulation: usize) -> usize {
+    rows.div_ceil(batch_size).div_ceil(accumulation)
 }

@@ -5,26 +5,16 @@ use std::fmt;
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan};
 use enamel_model::{LlamaConfig, Quantization};
-use serde::{Deserialize, Serialize};
 
 use super::{
-    ERROR, Footprint, Kind, Model, Packed, Proposal, Room, Settings, Weights, estimate, fit, room,
+    ERROR, Footprint, Kind, Model, Proposal, Room, Settings, Weights, estimate, fit, room,
 };
-use crate::commands::plan::{bytes_text, weight_bytes};
 use crate::error::TrainError;
 use crate::inputs::Inputs;
-use crate::recipe::Recipe;
-
-/// What happens where a run is estimated to need more memory than there is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CheckMemory {
-    /// It does not start if even an estimate that is too high by its error would not fit.
-    #[default]
-    Error,
-    /// It says so and starts.
-    Warn,
-}
+use crate::inputs::base_model::Packed;
+use crate::recipe::{CheckMemory, Recipe};
+use crate::text::bytes_text;
+use enamel_kernels::Compute;
 
 /// A recipe's memory and the device's.
 #[derive(Clone, Debug)]
@@ -209,5 +199,16 @@ impl fmt::Display for Estimate {
             bytes_text(room.bytes),
             room.source
         )
+    }
+}
+
+/// Bytes that one weight of the base takes: two where matrices are held in bf16.
+pub(crate) fn weight_bytes(recipe: &Recipe, inputs: &Inputs) -> usize {
+    let bf16 = inputs.compute == Compute::Bf16 || inputs.base.checkpoint.is_bf16();
+    // A trained base is f32, whatever it was loaded in.
+    let frozen = recipe.adapter.method != "full";
+    match bf16 && frozen && enamel_kernels::holds_bf16(&inputs.device) {
+        true => 2,
+        false => size_of::<f32>(),
     }
 }

@@ -23,13 +23,13 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use available::{Room, room};
-pub use estimate::{CheckMemory, Estimate};
+pub use estimate::Estimate;
 pub use fit::{Change, Proposal, fit, parse_bytes};
-pub use model::{Block, Head, Kind, Method, Model, Packed, Part};
+pub use model::{Block, Head, Kind, Method, Model, Part};
 pub use settings::{Settings, Weights};
 
-use crate::commands::plan::bytes_text;
 use crate::optimizer::state_bytes;
+use crate::text::bytes_text;
 
 /// Bytes of a float in memory.
 const FLOAT: usize = size_of::<f32>();

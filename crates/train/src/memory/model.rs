@@ -7,8 +7,8 @@ use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig, ModuleShape};
 use enamel_kernels::{holds_bf16, on_host};
 use enamel_model::LlamaConfig;
-use enamel_model::checkpoint::StoredPacked;
 
+use crate::inputs::base_model::Packed;
 use crate::inputs::loftq;
 
 /// What computes.
@@ -136,9 +136,6 @@ pub struct Head {
     /// Whether it does more than multiply: logits of all labelled rows exist at once then.
     pub whole_logits: bool,
 }
-
-/// Matrices that are quantised in the base's files, by their tensors' names.
-pub type Packed = HashMap<String, StoredPacked>;
 
 /// A model and an adapter.
 #[derive(Clone, Debug, PartialEq)]

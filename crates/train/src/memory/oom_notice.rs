@@ -5,9 +5,6 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 #[cfg(unix)]
 use crate::signals::terminal;
 
-/// The exit code of a process that ended so: the one of any other error.
-pub const EXIT_CODE: i32 = 1;
-
 static NOTICE: AtomicPtr<Notice> = AtomicPtr::new(std::ptr::null_mut());
 
 struct Notice {
@@ -40,24 +37,7 @@ pub fn end() {
         return;
     };
     terminal::restore_now();
-    leave(notice.text.as_bytes())
-}
-
-/// Writes `text` to stderr and ends the process, by system calls alone.
-#[cfg(unix)]
-pub(crate) fn leave(text: &[u8]) -> ! {
-    let mut rest = text;
-    // SAFETY: system calls with buffers of the length they are given; the process ends here.
-    unsafe {
-        while !rest.is_empty() {
-            let n = libc::write(2, rest.as_ptr().cast(), rest.len());
-            match usize::try_from(n) {
-                Ok(n) if n > 0 => rest = rest.get(n..).unwrap_or_default(),
-                _ => break,
-            }
-        }
-        libc::_exit(EXIT_CODE)
-    }
+    terminal::end_with(notice.text.as_bytes())
 }
 
 /// Where there is no such system call, the process ends as the standard library ends it.

@@ -14,8 +14,8 @@ use memmap2::{MmapMut, MmapOptions};
 use tempfile::TempPath;
 
 use super::Optim;
-use crate::commands::plan::bytes_text;
 use crate::error::TrainError;
+use crate::text::bytes_text;
 
 /// How the file's name begins, as long as it has one; the id of the run comes next.
 pub(crate) const PAGES: &str = ".optimizer-";

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{Recipe, RecipeError};
-use crate::run_dir::checkpoints::write_atomic;
+use crate::files::write_atomic;
 
 /// What a run stood on besides its recipe.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,7 +6,6 @@
 
 mod adapter;
 mod convert;
-mod error;
 mod lock;
 pub(crate) mod optim;
 mod quantization;
@@ -22,16 +21,17 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::error::recipe::{Origin, Problem, Problems, RecipeError};
 pub use adapter::{AdapterSettings, InitWeights, LoftqSettings, Modules, Ordered};
-pub use error::{Origin, Problem, Problems, RecipeError};
 pub use lock::{FileHash, LockInfo, write_lock};
+pub(crate) use quantization::NOT_QUANTISED;
 pub use quantization::{FourBitCompute, FourBitType, QuantizationSettings};
 pub use read::{RecipeFile, Variant};
 pub use reference::reference;
 pub use section::Setting;
 pub use settings::{
-    ComputeDtype, DataSettings, GradientCheckpointing, ModelSettings, OutputSettings, Paths,
-    Schedule, Strategy, TemplateArguments, TrainSettings,
+    CheckMemory, ComputeDtype, DataSettings, GradientCheckpointing, ModelSettings, OutputSettings,
+    Paths, Schedule, Strategy, TemplateArguments, TrainSettings,
 };
 
 /// A recipe with nothing left open. Paths of models and data are absolute; the output directory is

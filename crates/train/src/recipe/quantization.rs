@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use super::resolve::Findings;
 use super::section::{Verdict, any, given, not_negative, section, verdict};
 use super::settings::ModelSettings;
-use crate::inputs::loftq::NOT_QUANTISED;
 
 section! {
     /// `[model.quantization]`: the frozen base held in fewer bits.
@@ -263,3 +262,7 @@ pub(super) fn check_loftq(recipe: &mut super::Recipe, found: &mut Findings<'_>) 
         "leave loftq_bits out, or quantise to as many bits",
     );
 }
+
+/// Why LoftQ needs a recipe that quantises.
+pub(crate) const NOT_QUANTISED: &str = "it makes up for what quantising the base loses, and nothing is quantised \
+     while this base is loaded (weights that the model's files have quantised have nothing to be compared with)";

@@ -8,12 +8,12 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::adapter::AdapterSettings;
-use super::error::{Origin, Problem, Problems, RecipeError};
 use super::lock::LockInfo;
 use super::quantization::QuantizationSettings;
 use super::section::{Section, Setting};
 use super::settings::{DataSettings, General, ModelSettings, OutputSettings, TrainSettings};
 use super::{Recipe, resolve};
+use crate::error::recipe::{Origin, Problem, Problems, RecipeError};
 
 /// A recipe as written, with the overrides of the command line; nothing in it is checked yet.
 #[derive(Clone, Debug)]

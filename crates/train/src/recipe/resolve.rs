@@ -6,10 +6,10 @@ use enamel_model::source::expand_home;
 
 use super::Recipe;
 use super::adapter::misplaced;
-use super::error::{Origin, Problem};
 use super::quantization;
 use super::read::Origins;
 use super::settings::{GradientCheckpointing, Schedule, Strategy};
+use crate::error::recipe::{Origin, Problem};
 
 /// Fills in `recipe` and appends what contradicts itself to `problems`.
 pub(super) fn resolve(

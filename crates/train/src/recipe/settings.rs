@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::TrainError;
-use crate::memory::CheckMemory;
-use crate::optimizer::Optim;
+use crate::recipe::optim::Optim;
 
 use super::quantization::QuantizationSettings;
 use super::section::{
@@ -353,4 +352,15 @@ pub enum Strategy {
     Steps,
     /// At the end of each epoch.
     Epoch,
+}
+
+/// What happens where a run is estimated to need more memory than there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckMemory {
+    /// It does not start if even an estimate that is too high by its error would not fit.
+    #[default]
+    Error,
+    /// It says so and starts.
+    Warn,
 }

@@ -3,8 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::optim::Optim;
 use super::*;
-use crate::optimizer::Optim;
 
 mod loftq;
 

@@ -13,23 +13,26 @@ use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
 use enamel_adapter::{AdapterConfig, RankAllocator, SaveMeta};
 use enamel_kernels::AdamW;
 use enamel_model::source::PullProgress;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use crate::commands::plan::step_counts;
 use crate::error::TrainError;
 use crate::inputs::Inputs;
-use crate::memory::{Estimate, Footprint, oom_notice};
+use crate::inputs::step_counts;
+use crate::memory::{Estimate, oom_notice};
 use crate::optimizer::Optimizer;
 use crate::recipe::{Cadence, LockInfo, Recipe};
-use crate::run::samples::{Prompt, Sample};
+use crate::run::samples::Prompt;
 use crate::run_dir::belongings::{METRICS, MODEL, SAMPLES, SUMMARY};
 use crate::run_dir::checkpoints;
-use crate::run_dir::checkpoints::{ADAPTER, Best, Checkpoints, RunState};
+use crate::run_dir::checkpoints::{ADAPTER, Checkpoints, RunState};
 use crate::run_dir::ground;
 use crate::run_dir::ground::Ground;
 use crate::run_dir::hold::Hold;
+use crate::run_dir::results::RunOutcome;
+use crate::run_dir::results::Sample;
 use crate::run_dir::{Resume, RunDir, Standing};
 use crate::signals::StopFlag;
+use crate::text::Say;
 use crate::text::shown;
 use crate::training::data_loader::{EvalLoader, StepLoader, StepPlan, StepSettings};
 use crate::training::lora_plus;
@@ -40,7 +43,7 @@ use crate::training::metrics::{
 use crate::training::metrics_log::Journal;
 use crate::training::renderer::{Dashboard, Lines};
 use crate::training::train_step::Trainee;
-use crate::training::training_loop::{LoopEnd, Rhythm, Say, StepStrategy};
+use crate::training::training_loop::{LoopEnd, Rhythm, StepStrategy};
 
 /// How to run, besides what the recipe says.
 pub struct TrainOptions<'a> {
@@ -58,53 +61,6 @@ pub struct TrainOptions<'a> {
     pub progress: &'a mut dyn PullProgress,
     /// What the run stood on that wrote the recipe, if it is a lock file.
     pub locked: Option<LockInfo>,
-}
-
-/// What a run came to; `summary.json` holds the same.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct RunOutcome {
-    /// The run directory.
-    pub dir: PathBuf,
-    /// The finished adapter; none when the run was interrupted, or trained the base itself.
-    pub adapter: Option<PathBuf>,
-    /// The finished model of a run that trained the base itself.
-    #[serde(default)]
-    pub model: Option<PathBuf>,
-    /// Newest checkpoint.
-    pub checkpoint: Option<PathBuf>,
-    /// The signal that interrupted it.
-    pub interrupted: Option<i32>,
-    /// Interrupted from the dashboard.
-    pub stopped_by_user: bool,
-    /// Whether early stopping ended it.
-    pub stopped_early: bool,
-    /// Steps done.
-    pub step: usize,
-    /// Steps planned.
-    pub total_steps: usize,
-    /// Validation loss before the first step.
-    pub first_valid_loss: Option<f64>,
-    /// Validation loss of the adapter that was kept.
-    pub valid_loss: Option<f64>,
-    /// Lowest validation loss and its step.
-    pub best: Option<Best>,
-    /// Mean training loss of the last stretch.
-    pub train_loss: Option<f64>,
-    /// Trainable parameters.
-    pub trainable: usize,
-    /// Tokens trained on, padding left out.
-    pub tokens: u64,
-    /// Time spent in training steps, interruptions left out.
-    pub seconds: f64,
-    /// Tokens a second in training steps.
-    pub tokens_per_second: f64,
-    /// Most resident memory, in bytes.
-    pub peak_memory: u64,
-    /// What was expected of it before the run, by part.
-    #[serde(default)]
-    pub estimated_memory: Option<Footprint>,
-    /// Answers before and after.
-    pub samples: Vec<Sample>,
 }
 
 /// Trains as `recipe` says.

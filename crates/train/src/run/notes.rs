@@ -5,9 +5,11 @@ use std::fmt::Write;
 use crate::error::TrainError;
 use crate::inputs::Inputs;
 use crate::recipe::{LockInfo, Recipe, RecipeFile};
-use crate::run::RunOutcome;
+use crate::run_dir::results::RunOutcome;
 use crate::run_dir::{LOCK, Resume, RunDir};
-use crate::training::training_loop::{Rhythm, Say};
+use crate::text::Say;
+use crate::text::thousands;
+use crate::training::training_loop::Rhythm;
 
 /// Training from a lock file promises the same bits, so changed files are an error.
 ///
@@ -43,19 +45,6 @@ pub fn template_time(recipe: &Recipe, resume: &Resume, locked: Option<&LockInfo>
     let mut runs = own.into_iter().chain([recipe.output_dir()]);
     let lock = runs.find_map(|run| RecipeFile::read(&run.join(LOCK)).ok())?;
     lock.lock_info().ok().flatten()?.template_time
-}
-
-/// `1234567` as `1,234,567`.
-pub fn thousands(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, d) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(d);
-    }
-    out
 }
 
 /// Says what will happen, from the inputs as they were found.
@@ -151,19 +140,4 @@ pub fn card(recipe: &Recipe, inputs: &Inputs, outcome: &RunOutcome) -> String {
         row("validation loss after", format!("{loss:.4}"));
     }
     card
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn thousands_are_grouped() {
-        for (n, text) in [
-            (0, "0"),
-            (999, "999"),
-            (1000, "1,000"),
-            (4_884_480, "4,884,480"),
-        ] {
-            assert_eq!(super::thousands(n), text);
-        }
-    }
 }

@@ -6,13 +6,13 @@ use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, Value, context};
 
 use crate::error::TrainError;
+use crate::files::write_atomic;
 use crate::inputs::Inputs;
 use crate::recipe::Recipe;
-use crate::run::RunOutcome;
-use crate::run::notes::thousands;
-use crate::run_dir::checkpoints::write_atomic;
+use crate::run_dir::results::RunOutcome;
+use crate::text::duration_text;
 use crate::text::shown;
-use crate::training::metrics::duration_text;
+use crate::text::thousands;
 use crate::training::metrics_log;
 use crate::training::metrics_log::Entry;
 

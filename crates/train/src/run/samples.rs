@@ -4,7 +4,6 @@ use std::ops::ControlFlow;
 
 use enamel_data::{Example, Message, Tokenizer};
 use enamel_model::{CausalLm, Sampling, generate};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::TrainError;
@@ -20,19 +19,6 @@ pub struct Prompt {
     pub ids: Vec<u32>,
     /// The answer in the data, if the question comes from there.
     pub reference: Option<String>,
-}
-
-/// A question with the answers to it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Sample {
-    /// The question.
-    pub prompt: String,
-    /// The answer in the data.
-    pub reference: Option<String>,
-    /// The base model's answer.
-    pub before: String,
-    /// The adapted model's answer.
-    pub after: String,
 }
 
 /// The prompts that the recipe names, else the first questions of `rows`, evenly spaced.

@@ -14,10 +14,10 @@ use sha2::{Digest, Sha256};
 
 use crate::error::TrainError;
 use crate::recipe::{LockInfo, Recipe, RecipeFile};
-use crate::run::samples::Sample;
 use crate::run_dir::checkpoints;
 use crate::run_dir::checkpoints::{ADAPTER, CHECKPOINTS, Checkpoints};
 use crate::run_dir::lock::{MARKER, Marker};
+use crate::run_dir::results::Sample;
 
 /// The lock file.
 pub(crate) const LOCK: &str = "recipe.lock.toml";

@@ -10,13 +10,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::TrainError;
+use crate::files::SAVING;
+use crate::files::WRITING;
+use crate::files::sync_dir;
+use crate::files::sync_tree;
 use crate::run_dir::belongings::MODEL;
 use crate::run_dir::belongings::{
     FORMER, LOCK, METRICS, REPORT, SAMPLES, SUMMARY, is_record, is_result,
 };
-use crate::run_dir::checkpoints::{
-    ADAPTER, CHECKPOINTS, Checkpoints, SAVING, WRITING, step_of, sync_dir, sync_tree,
-};
+use crate::run_dir::checkpoints::{ADAPTER, CHECKPOINTS, Checkpoints, step_of};
 use crate::run_dir::lock::Marker;
 
 /// An old run out of the way.

@@ -5,8 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::error::TrainError;
+use crate::files::staging;
+use crate::files::sync_dir;
+use crate::files::sync_tree;
+use crate::files::write_atomic;
 use crate::run_dir::belongings;
-use crate::run_dir::checkpoints::{staging, sync_dir, sync_tree, write_atomic};
 use crate::run_dir::former::Replaced;
 use crate::run_dir::lock::RunLock;
 

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::error::TrainError;
-use crate::training::metrics::duration_text;
+use crate::text::duration_text;
 
 /// Name of the file.
 pub(crate) const MARKER: &str = "run.lock";

@@ -12,6 +12,7 @@ pub(crate) mod former;
 pub mod ground;
 pub(crate) mod hold;
 pub(crate) mod lock;
+pub mod results;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,7 +20,6 @@ use std::sync::Arc;
 
 use crate::error::TrainError;
 use crate::recipe::{LockInfo, Recipe, write_lock};
-use crate::run::RunOutcome;
 use crate::run_dir::belongings::{MODEL, SUMMARY, Survey};
 use crate::run_dir::checkpoint_check::{Offered, Sound};
 use crate::run_dir::checkpoints::{ADAPTER, CHECKPOINTS, Checkpoints, RunState, step_of};
@@ -27,7 +27,8 @@ use crate::run_dir::fingerprint::{Started, fingerprint, other_run};
 use crate::run_dir::former::Replaced;
 use crate::run_dir::hold::Hold;
 use crate::run_dir::lock::{RunLock, new_id};
-use crate::training::training_loop::Say;
+use crate::run_dir::results::RunOutcome;
+use crate::text::Say;
 
 /// Name of the lock file.
 pub(crate) use crate::run_dir::belongings::LOCK;

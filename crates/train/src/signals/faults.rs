@@ -12,7 +12,6 @@ pub fn guard() {
 mod unix {
     use enamel_model::checkpoint::mapped_at;
 
-    use crate::memory::oom_notice;
     use crate::signals::terminal;
 
     pub(super) fn guard() {
@@ -36,6 +35,6 @@ mod unix {
             return;
         };
         terminal::restore_now();
-        oom_notice::leave(message)
+        terminal::end_with(message)
     }
 }

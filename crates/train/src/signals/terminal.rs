@@ -269,3 +269,23 @@ mod unix {
         unsafe { libc::write(descriptor, bytes.as_ptr().cast(), bytes.len()) };
     }
 }
+
+/// Writes `text` to stderr and ends the process, by system calls alone.
+#[cfg(unix)]
+pub(crate) fn end_with(text: &[u8]) -> ! {
+    let mut rest = text;
+    // SAFETY: system calls with buffers of the length they are given; the process ends here.
+    unsafe {
+        while !rest.is_empty() {
+            let n = libc::write(2, rest.as_ptr().cast(), rest.len());
+            match usize::try_from(n) {
+                Ok(n) if n > 0 => rest = rest.get(n..).unwrap_or_default(),
+                _ => break,
+            }
+        }
+        libc::_exit(EXIT_CODE)
+    }
+}
+
+/// The exit code of a process that ended so: the one of any other error.
+pub const EXIT_CODE: i32 = 1;

@@ -7,6 +7,7 @@ use burn::data::dataset::DatasetError;
 use burn::tensor::Device;
 use enamel_data::{Batch, Example, collate, epoch_order};
 
+use crate::inputs::steps_per_epoch;
 use crate::training::train_step::StepItem;
 
 /// The rows of every step of a run: a pure function of settings, seed and step number.
@@ -37,11 +38,6 @@ pub struct StepSettings {
     pub max_grad_norm: f64,
     /// Share of each label that is spread evenly over the vocabulary.
     pub label_smoothing: f64,
-}
-
-/// Optimizer steps an epoch of `rows` rows; the last batch and the last step may be smaller.
-pub fn steps_per_epoch(rows: usize, batch_size: usize, accumulation: usize) -> usize {
-    rows.div_ceil(batch_size).div_ceil(accumulation)
 }
 
 impl StepPlan {

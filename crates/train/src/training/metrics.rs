@@ -9,6 +9,7 @@ use burn::train::metric::{
     SerializedEntry,
 };
 
+use crate::text::duration_text;
 use crate::training::train_step::{EvalOutput, StepOutput};
 
 /// What sets one figure apart from another.
@@ -255,16 +256,6 @@ impl Metric for Progress {
     fn clear(&mut self) {}
 }
 
-/// `1h 02m`, `3m 20s` or `45s`.
-pub fn duration_text(seconds: f64) -> String {
-    let s = seconds.max(0.0).round() as u64;
-    match (s / 3600, s / 60 % 60, s % 60) {
-        (0, 0, s) => format!("{s}s"),
-        (0, m, s) => format!("{m}m {s:02}s"),
-        (h, m, _) => format!("{h}h {m:02}m"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -278,12 +269,5 @@ mod tests {
             metric.weight += weight;
         }
         assert!((metric.final_value().current() - 1.5f64.exp()).abs() < 1e-12);
-    }
-
-    #[test]
-    fn durations_read_well() {
-        assert_eq!(duration_text(44.6), "45s");
-        assert_eq!(duration_text(200.0), "3m 20s");
-        assert_eq!(duration_text(3720.0), "1h 02m");
     }
 }

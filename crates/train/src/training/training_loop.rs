@@ -25,13 +25,11 @@ use crate::optimizer::Optimizer;
 use crate::run_dir::checkpoints::{Best, Checkpoints, RunState};
 use crate::run_dir::hold::Hold;
 use crate::signals::{Phase, StopFlag};
+use crate::text::Say;
+use crate::text::duration_text;
 use crate::training::data_loader::StepPlan;
-use crate::training::metrics::duration_text;
 use crate::training::metrics_log::{Entry, Journal};
 use crate::training::train_step::{EvalOutput, StepOutput, Trainee};
-
-/// Says one line to the person who waits.
-pub type Say = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// When things happen, in optimizer steps.
 #[derive(Clone, Debug, PartialEq)]

@@ -17,8 +17,9 @@ use serde::Serialize;
 
 use crate::error::TrainError;
 use crate::inputs::base_model::OpenBase;
+use crate::inputs::base_model::Packed;
 use crate::memory::process::{Memory, page_faults};
-use crate::memory::{Footprint, Kind, Model, Packed, Settings, Weights, estimate};
+use crate::memory::{Footprint, Kind, Model, Settings, Weights, estimate};
 use crate::optimizer::{Optim, Optimizer};
 use crate::recipe::{GradientCheckpointing, Recipe};
 use crate::training::train_step::{StepItem, Trainee};

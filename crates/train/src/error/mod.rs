@@ -1,7 +1,10 @@
 //! What can go wrong between a recipe and a finished run.
 
+pub(crate) mod recipe;
+
 use std::path::PathBuf;
 
+use enamel_kernels::CPU_VARIABLE;
 use thiserror::Error;
 
 /// An error of planning, training, evaluating, scoring or merging.
@@ -27,10 +30,10 @@ pub enum TrainError {
     },
     /// `ENAMEL_CPU` names what this machine has not.
     #[error(transparent)]
-    CpuPath(#[from] crate::device::CpuPathAbsent),
+    CpuPath(#[from] CpuPathAbsent),
     /// The recipe.
     #[error(transparent)]
-    Recipe(#[from] crate::recipe::RecipeError),
+    Recipe(#[from] recipe::RecipeError),
     /// The data.
     #[error(transparent)]
     Data(#[from] enamel_data::DataError),
@@ -119,4 +122,14 @@ impl TrainError {
         let path = path.to_path_buf();
         move |source| Self::Io { path, what, source }
     }
+}
+
+/// `ENAMEL_CPU` names no path of this machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{CPU_VARIABLE}={asked}: this machine has {}; unset it or name one of these", available.join(", "))]
+pub struct CpuPathAbsent {
+    /// What it says.
+    pub asked: String,
+    /// The paths there are, the plainest first.
+    pub available: Vec<&'static str>,
 }
