@@ -105,3 +105,29 @@ fn list(problems: &[String]) -> String {
 }
 
 pub(crate) type Result<T> = std::result::Result<T, AdapterError>;
+
+/// Foreign text for a message: without characters that a terminal obeys.
+pub(crate) fn shown(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let plain = !c.is_control();
+            let escaped = (!plain).then(|| c.escape_debug());
+            escaped
+                .into_iter()
+                .flatten()
+                .chain(plain.then_some(c))
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shown;
+
+    #[test]
+    fn control_characters_of_foreign_text_are_shown() {
+        assert_eq!(shown("a\u{1b}[2Jb"), "a\\u{1b}[2Jb");
+        assert_eq!(shown("q_proj \"ü\""), "q_proj \"ü\"");
+    }
+}

@@ -10,7 +10,9 @@ use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use enamel_kernels::quantized::formats::{FloatKind, FourBitOptions, FourBitTensor};
 use enamel_kernels::{BaseWeight, PackedRows, PackedWeight};
 
-use crate::layers::adaptable::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
+use crate::base::module_shape::ModuleKind;
+use crate::base::module_shape::ModuleShape;
+use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
 use crate::{Embedding, Frozen, Linear};
 
 pub const HIDDEN: usize = 64;

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
-use enamel_adapter::layers::frozen::param_id;
+use enamel_adapter::base::ids::param_id;
 use enamel_adapter::methods::xlora;
 use enamel_adapter::{Adaptable, Slot, SlotRef, XLora};
 use enamel_kernels::quantized::formats::QuantError;

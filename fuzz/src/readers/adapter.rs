@@ -3,8 +3,8 @@
 use anyhow::{Context, Result};
 use burn::tensor::Device;
 use enamel_adapter::config::Purpose;
-use enamel_adapter::files::inspect::AdapterFacts;
-use enamel_adapter::files::offline::HostAdapter;
+use enamel_adapter::offline::HostAdapter;
+use enamel_adapter::offline::inspect::AdapterFacts;
 use enamel_adapter::{
     AdapterConfig, AdapterFile, MethodConfig, SaveMeta, attach, load_pretrained, merge,
     save_pretrained, shapes, unmerge,

@@ -5,8 +5,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use super::MajoritySign;
-use crate::init::random::unit;
-use crate::layers::frozen::fnv1a;
+use crate::linalg::random::fnv1a;
+use crate::linalg::random::unit;
 
 /// Which mask is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -130,7 +130,7 @@ pub(crate) fn setting(key: &str, value: &Value) -> String {
     if short.len() < value.len() {
         short.push('…');
     }
-    crate::files::foreign::shown(&format!("{key} = {short}"))
+    crate::error::shown(&format!("{key} = {short}"))
 }
 
 /// Whether a value switches its feature on.
@@ -204,7 +204,7 @@ macro_rules! peft_config {
                 };
                 let mut problems = read.problems;
                 if problems.is_empty() {
-                    problems = crate::methods::MethodConfig::problems(&config, $crate::config::Purpose::Load);
+                    problems = MethodConfig::problems(&config, $crate::config::Purpose::Load);
                 }
                 if problems.is_empty() {
                     return Ok(config);

@@ -6,16 +6,16 @@
 )]
 
 pub(crate) mod fields;
-mod lora;
-mod targets;
+pub(crate) mod targets;
+mod trained;
 
 use serde_json::{Map, Value, json};
 
 use crate::error::{AdapterError, Result};
 
 pub use fields::Pattern;
-pub use lora::{Bias, InitLora, Loftq, LoraConfig, ONE_LOFTQ_ITERATION, TokenIndices};
 pub use targets::Targets;
+pub use trained::{Bias, TokenIndices};
 
 /// What a configuration is about to be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +147,3 @@ pub(crate) fn layer_problems(
     }
     problems
 }
-
-#[cfg(test)]
-mod tests;

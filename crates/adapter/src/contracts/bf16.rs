@@ -5,8 +5,8 @@ use burn::tensor::{DType, Device};
 use enamel_kernels::{BaseWeight, Compute, HostValues};
 
 use super::*;
+use crate::base::base_param::BaseParam;
 use crate::layers::adaptable::Slot;
-use crate::layers::base_param::BaseParam;
 use crate::testing::ids;
 use crate::{attach, export_gradients, merge};
 

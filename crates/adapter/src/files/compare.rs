@@ -4,14 +4,17 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use super::IsBase;
+use crate::base::module_shape::ModuleKind;
+use crate::base::module_shape::ModuleShape;
+use crate::error::shown;
 use crate::error::{AdapterError, Result};
-use crate::files::foreign::shown;
 use crate::files::store::{CONFIG, Stored, not_finite};
-use crate::layers::adaptable::{Adaptable, ModuleKind, ModuleShape, SlotRef};
+use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::methods::{AdapterConfig, MethodConfig};
 use crate::model::attach::shapes;
 use crate::model::trainable::HostTensor;
-use crate::plan::{AdapterPlan, PREFIX};
+use crate::plan::AdapterPlan;
+use crate::plan::PREFIX;
 
 /// Keys and shapes of every tensor of the file.
 pub(crate) fn expected(

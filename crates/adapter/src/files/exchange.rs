@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use crate::config::InitLora;
 use crate::files::store::AdapterFile;
 use crate::methods::AdapterConfig;
+use crate::methods::lora::config::InitLora;
 use crate::model::trainable::HostTensor;
 
 /// Plain LoRA that adds on the untouched base what this adapter and its start add together:

@@ -7,7 +7,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::layers::adaptable::{ModuleKind, ModuleShape};
+use crate::base::module_shape::ModuleKind;
+use crate::base::module_shape::ModuleShape;
 use crate::methods::AdapterConfig;
 use crate::plan::PREFIX;
 

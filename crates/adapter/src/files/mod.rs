@@ -11,30 +11,31 @@ pub(crate) mod exact_json;
 mod exchange;
 pub(crate) mod foreign;
 pub mod infer_modules;
-pub mod inspect;
 pub mod model_card;
-pub mod offline;
 pub mod store;
 pub(crate) mod tied;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use crate::config::{InitLora, LoraConfig, Targets};
+use crate::base::module_shape::ModuleShape;
+use crate::base::routing::DEFAULT;
+use crate::base::routing::check_name;
+use crate::config::Targets;
 use crate::error::{AdapterError, Result};
 use crate::files::foreign::moved;
 use crate::files::model_card::{SaveMeta, model_card};
-use crate::files::store::{
-    AdapterFile, CONFIG, Stored, WEIGHTS, check_name, load_config, read_tensors,
-};
-use crate::layers::adaptable::{Adaptable, ModuleShape, SlotRef};
-use crate::layers::routing::DEFAULT;
+use crate::files::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, read_tensors};
+use crate::layers::adaptable::{Adaptable, SlotRef};
+use crate::methods::lora::config::InitLora;
+use crate::methods::lora::config::LoraConfig;
 use crate::methods::{AdapterConfig, MethodConfig, Start};
 use crate::model::attach::{SharedValues, Values, attached, install, shapes};
+use crate::model::plan::plan_for_load;
 use crate::model::trainable::{
     HostTensor, export_origin_of, export_params_of, export_shared_of, for_each_param_of_mut,
 };
-use crate::plan::{AdapterPlan, plan_for_load};
+use crate::plan::AdapterPlan;
 
 use compare::{agree, compared};
 pub(crate) use compare::{expected, made_for};
@@ -321,9 +322,9 @@ fn is_base_of<M: Adaptable>(model: &M) -> impl Fn(&str, &Stored) -> bool + '_ {
                 SlotRef::Embedding(table) => &table.weight,
                 SlotRef::Norm(_) => return,
             };
-            let held = crate::methods::to_host(name, base.dense()).unwrap_or_default();
+            let held = crate::base::to_host(name, base.dense()).unwrap_or_default();
             same = stored.is_rounded(&held, values)
-                || crate::layers::base_param::are_rounded(values, base, &held);
+                || crate::base::base_param::are_rounded(values, base, &held);
         });
         same
     }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::files::foreign::shown;
+use crate::error::shown;
 use crate::methods::AdapterConfig;
 use crate::plan::AdapterPlan;
 
@@ -190,7 +190,7 @@ fn for_shell(text: &str) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::config::LoraConfig;
+    use crate::methods::lora::config::LoraConfig;
 
     fn card_of(base: &str) -> String {
         let config = LoraConfig {

@@ -14,11 +14,12 @@ use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Map, Value, json};
 
+use crate::base::module_shape::ModuleShape;
+use crate::error::shown;
 use crate::error::{AdapterError, Result};
 use crate::exact_json;
 use crate::files::foreign;
-use crate::files::foreign::{MLX_WEIGHTS, shown};
-use crate::layers::adaptable::ModuleShape;
+use crate::files::foreign::MLX_WEIGHTS;
 use crate::methods::AdapterConfig;
 use crate::model::trainable::HostTensor;
 use crate::staging::StagedFile;
@@ -222,27 +223,6 @@ pub fn read_tensor_file(path: &Path) -> Result<Vec<HostTensor>> {
     Ok(all
         .filter_map(|(key, stored)| Some((key, stored.shape, stored.values?)))
         .collect())
-}
-
-/// A name that may stand for an adapter: it becomes a folder's name and, in PEFT, part of a key.
-///
-/// # Errors
-/// A name that would leave the folder, hide in it, or split a key.
-pub fn check_name(name: &str) -> Result<()> {
-    let reason = if name.is_empty() {
-        "it is empty"
-    } else if name.contains(['/', '\\', '\0', ':']) {
-        "it would name another folder"
-    } else if name.contains('.') {
-        "PEFT's keys are split at dots"
-    } else if name.chars().any(char::is_control) {
-        "it holds control characters"
-    } else {
-        return Ok(());
-    };
-    Err(AdapterError::Choice {
-        problems: vec![format!("{name:?} cannot be an adapter's name: {reason}")],
-    })
 }
 
 /// A tensor as it lies in a file.

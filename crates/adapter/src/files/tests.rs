@@ -260,7 +260,7 @@ fn base_weights_beside_the_adapter_must_be_this_bases() {
     let mut base = Vec::new();
     Tiny::new(&Device::flex()).for_each_slot_ref(&mut |_, slot| {
         if let SlotRef::Embedding(table) = slot {
-            base = crate::methods::to_host("embed", table.weight.dense()).unwrap();
+            base = crate::base::to_host("embed", table.weight.dense()).unwrap();
         }
     });
     let mut bytes: Vec<u8> = base.iter().flat_map(|v| v.to_le_bytes()).collect();

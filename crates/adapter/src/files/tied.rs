@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::files::foreign::shown;
+use crate::error::shown;
 use crate::files::store::Stored;
 use crate::methods::{AdapterConfig, MethodConfig};
 use crate::model::trainable::HostTensor;

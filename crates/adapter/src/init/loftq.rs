@@ -14,14 +14,15 @@ use std::fmt;
 use enamel_kernels::PackedWeight;
 use rayon::prelude::*;
 
-use crate::config::LoraConfig;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::linalg::{LinalgError, Matrix, svd_truncated};
 use crate::methods::GivenFactors;
+use crate::methods::lora::config::LoraConfig;
 use crate::methods::lora::init::{failed, shared};
 use crate::model::attach::shapes;
-use crate::plan::{TargetPlan, plan};
+use crate::model::plan::plan;
+use crate::plan::TargetPlan;
 
 /// Layers that are decomposed at a time, at most: each takes memory for a few dense copies of its weight.
 const AT_ONCE: usize = 2;

@@ -2,5 +2,3 @@
 
 pub mod eva;
 pub mod loftq;
-pub(crate) mod random;
-pub(crate) mod torch_rng;

@@ -1,9 +1,11 @@
 //! How a model shows its parameters to this crate: by name, in a fixed order.
 
+use crate::base::module_shape::ModuleKind;
+use crate::base::module_shape::ModuleShape;
+use crate::base::routing::Routing;
 use crate::layers::embedding::Embedding;
 use crate::layers::frozen::Frozen;
 use crate::layers::linear::Linear;
-use crate::layers::routing::Routing;
 use crate::methods::xlora::XLora;
 
 /// A named place that an adapter or `modules_to_save` can take hold of, to change it.
@@ -125,43 +127,5 @@ pub trait Adaptable {
     /// Unless a model says otherwise, that is the one called `lm_head`.
     fn is_head(&self, name: &str) -> bool {
         name.rsplit('.').next() == Some("lm_head")
-    }
-}
-
-/// What kind of module a name stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ModuleKind {
-    /// A linear layer (an adapter's target).
-    Linear,
-    /// The linear layer that yields logits; `all-linear` leaves it out.
-    Head,
-    /// An embedding table.
-    Embedding,
-    /// A norm.
-    Norm,
-}
-
-/// One module of a model that need not be loaded: enough to match targets and count parameters.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ModuleShape {
-    /// Full name.
-    pub name: String,
-    /// Kind.
-    pub kind: ModuleKind,
-    /// Shape of `weight`: `[out, in]`, `[vocabulary, hidden]` or `[hidden]`.
-    pub shape: Vec<usize>,
-    /// Whether there is a bias, of `shape[0]` elements.
-    pub bias: bool,
-}
-
-impl ModuleShape {
-    /// Names and shapes of its tensors in a checkpoint.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let mut tensors = Vec::new();
-        if self.bias {
-            tensors.push((format!("{}.bias", self.name), self.shape[..1].to_vec()));
-        }
-        tensors.push((format!("{}.weight", self.name), self.shape.clone()));
-        tensors
     }
 }

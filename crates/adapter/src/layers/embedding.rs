@@ -4,11 +4,11 @@ use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
 use enamel_kernels::BaseWeight;
 
-use crate::layers::base_param::{BaseParam, rows_of};
-use crate::layers::routing::{Routing, groups, index, reunite};
+use crate::base::base_param::{BaseParam, rows_of};
+use crate::base::routing::Gates;
+use crate::base::routing::{Routing, groups, index, reunite};
 use crate::methods::lora::embedding::LoraEmbedding;
 use crate::methods::tokens::TrainableTokens;
-use crate::methods::xlora::Gates;
 
 /// A frozen table `[vocabulary, hidden]` and any number of adapters beside it.
 #[derive(Module, Debug)]

@@ -1,9 +1,10 @@
 //! A base parameter that stays as loaded, with room for the trained copy of `modules_to_save`.
 
-use burn::module::{Module, Param, ParamId};
+use crate::base::ids::frozen_param;
+use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use crate::layers::routing::Routing;
+use crate::base::routing::Routing;
 
 /// A norm's weight (`D = 1`), or another parameter that is used as a whole.
 #[derive(Module, Debug)]
@@ -64,22 +65,4 @@ impl<const D: usize> Frozen<D> {
     pub fn part(&self, name: &str) -> Option<&FrozenPart<D>> {
         self.parts.iter().find(|part| part.name == name)
     }
-}
-
-/// A parameter that needs no gradient, with an id derived from its name.
-pub fn frozen_param<const D: usize>(name: &str, value: Tensor<D>) -> Param<Tensor<D>> {
-    Param::initialized(param_id(name), value).set_require_grad(false)
-}
-
-/// The id of the parameter called `name`: it depends on nothing but the name, so that optimizer state
-/// keyed by it can be read back in another process.
-pub fn param_id(name: &str) -> ParamId {
-    ParamId::from(fnv1a(name))
-}
-
-/// FNV-1a, 64 bits.
-pub(crate) fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }

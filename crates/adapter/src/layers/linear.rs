@@ -1,13 +1,16 @@
 //! The linear layer that adapters attach to.
 
+use crate::base::Base;
+use std::fmt;
+use std::sync::Arc;
+
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use enamel_kernels::{BaseWeight, Compute, Projection};
 
-use crate::init::eva::Probe;
-use crate::layers::base_param::BaseParam;
-use crate::layers::frozen::frozen_param;
-use crate::layers::routing::{Routing, groups, index, reunite};
+use crate::base::base_param::BaseParam;
+use crate::base::ids::frozen_param;
+use crate::base::routing::{Routing, groups, index, reunite};
 use crate::methods::Adapter;
 
 /// `y = x·Wᵀ + b` with a frozen base and any number of adapters beside it.
@@ -35,6 +38,16 @@ pub struct Linear {
     /// What looks at the inputs, where something does (EVA).
     #[module(skip)]
     pub(crate) probe: Option<Probe>,
+}
+
+/// Is shown the input of a layer, `[rows, in]`.
+#[derive(Clone)]
+pub(crate) struct Probe(pub(crate) Arc<dyn Fn(&Tensor<2>) + Send + Sync>);
+
+impl fmt::Debug for Probe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Probe")
+    }
 }
 
 /// What one adapter does to one linear layer: at most one of `adapter` and `saved`.
@@ -65,30 +78,6 @@ pub struct SavedLinear {
 pub(crate) struct UnmergedLinear {
     pub(crate) weight: BaseParam,
     pub(crate) bias: Option<Param<Tensor<1>>>,
-}
-
-/// Weight and bias of the layer that an adapter is beside.
-#[derive(Clone, Debug)]
-pub struct Base {
-    /// `[out, in]`, with what products round their factors to.
-    pub weight: BaseWeight,
-    /// `[out]`
-    pub bias: Option<Tensor<1>>,
-}
-
-impl Base {
-    /// `x · Wᵀ + b`, `[rows, in]` to `[rows, out]`.
-    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        self.plus_bias(enamel_kernels::linear(x, self.weight.clone()))
-    }
-
-    /// Adds the bias, if there is one.
-    pub fn plus_bias(&self, y: Tensor<2>) -> Tensor<2> {
-        match &self.bias {
-            Some(bias) => y + bias.clone().unsqueeze(),
-            None => y,
-        }
-    }
 }
 
 impl Linear {
@@ -167,7 +156,7 @@ impl Linear {
 
     fn rows(&self, x: Tensor<2>) -> Tensor<2> {
         if let Some(probe) = &self.probe {
-            probe.see(&x);
+            (probe.0)(&x);
         }
         if self.idle() {
             return self.base().forward(x);

@@ -395,7 +395,7 @@ fn gaussian(rows: usize, cols: usize, seed: u64) -> Result<Matrix> {
     Matrix::new(
         rows,
         cols,
-        crate::init::random::gaussian(&mut rng, rows * cols, 1.0),
+        crate::linalg::random::gaussian(&mut rng, rows * cols, 1.0),
     )
 }
 

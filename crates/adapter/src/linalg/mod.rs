@@ -2,6 +2,8 @@
 //! that a result does not depend on how many there are.
 
 mod factor;
+pub(crate) mod random;
+pub(crate) mod torch_rng;
 
 pub use factor::{Svd, ThinSvd, qr, svd_randomized, svd_randomized_from, svd_truncated};
 

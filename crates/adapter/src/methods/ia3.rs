@@ -8,11 +8,11 @@ use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use crate::base::Base;
 use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets};
 use crate::error::Result;
-use crate::init::random::gaussian;
-use crate::layers::linear::Base;
+use crate::linalg::random::gaussian;
 use crate::plan::TargetPlan;
 use crate::plan::target::{Selection, names_module};
 

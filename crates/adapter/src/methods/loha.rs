@@ -13,11 +13,11 @@ use burn::tensor::Tensor;
 use enamel_kernels::{Held, khatri_rao_columns, khatri_rao_rows, linear, lora_linear};
 
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use crate::base::Base;
 use crate::config::fields::peft_config;
 use crate::config::{Pattern, Purpose, Targets, layer_problems, probability, rank_problems};
 use crate::error::Result;
-use crate::init::random::kaiming;
-use crate::layers::linear::Base;
+use crate::linalg::random::kaiming;
 use crate::plan::TargetPlan;
 use crate::plan::target::{DEFAULT_TARGETS, Selection};
 

@@ -12,11 +12,11 @@ use serde_json::Value;
 
 use super::loha::{left_out, output_mask};
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use crate::base::Base;
 use crate::config::fields::{PeftValue, peft_config};
 use crate::config::{Pattern, Purpose, Targets, layer_problems, probability, rank_problems};
 use crate::error::Result;
-use crate::init::random::kaiming;
-use crate::layers::linear::Base;
+use crate::linalg::random::kaiming;
 use crate::plan::TargetPlan;
 use crate::plan::target::{DEFAULT_TARGETS, Selection};
 

@@ -16,6 +16,7 @@ pub mod tokens;
 pub mod vera;
 pub mod xlora;
 
+use crate::base::to_host;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use enamel_kernels::{BaseWeight, LowRank};
@@ -24,9 +25,10 @@ use serde_json::Value;
 
 pub(crate) use dropout::{at_work, drawn, dropping};
 
-use crate::config::{Bias, LoraConfig, Purpose, Targets, TokenIndices, object_of};
+use crate::base::Base;
+use crate::config::{Bias, Purpose, Targets, TokenIndices, object_of};
 use crate::error::{AdapterError, Result};
-use crate::layers::linear::Base;
+use crate::methods::lora::config::LoraConfig;
 use crate::methods::xlora::XLoraConfig;
 use crate::plan::TargetPlan;
 use crate::plan::target::Selection;
@@ -66,7 +68,7 @@ pub trait Method: Module {
         Vec::new()
     }
     /// What the parameters started from, where the base is understood to have given it up
-    /// ([`InitLora::takes_from_base`](crate::config::InitLora::takes_from_base)), in the order of [`MethodConfig::parameters`].
+    /// ([`InitLora::takes_from_base`](crate::methods::lora::config::InitLora::takes_from_base)), in the order of [`MethodConfig::parameters`].
     fn origin(&self) -> Option<Vec<Tensor<2>>> {
         None
     }
@@ -168,7 +170,7 @@ pub struct Start<'a> {
 impl Start<'_> {
     /// The generator of one parameter: seed and name decide what it draws.
     pub fn rng(&self, target: &TargetPlan, parameter: &str) -> ChaCha8Rng {
-        crate::init::random::rng(self.seed, &target.key(parameter))
+        crate::linalg::random::rng(self.seed, &target.key(parameter))
     }
 }
 
@@ -215,10 +217,10 @@ impl Placement<'_> {
 
 /// The id of an adapter's parameter. The adapter without a name has ids that depend on the key alone.
 pub(crate) fn adapter_param_id(adapter: &str, key: &str) -> ParamId {
-    if adapter == crate::layers::routing::DEFAULT {
-        crate::layers::frozen::param_id(key)
+    if adapter == crate::base::routing::DEFAULT {
+        crate::base::ids::param_id(key)
     } else {
-        crate::layers::frozen::param_id(&format!("{adapter}/{key}"))
+        crate::base::ids::param_id(&format!("{adapter}/{key}"))
     }
 }
 
@@ -305,16 +307,6 @@ fn replace<const D: usize>(param: &mut Param<Tensor<D>>, values: Vec<f32>) {
             new
         }
     });
-}
-
-/// A tensor's values as f32, row-major.
-pub(crate) fn to_host<const D: usize>(name: &str, tensor: Tensor<D>) -> Result<Vec<f32>> {
-    tensor
-        .try_into_vec_as::<f32>()
-        .map_err(|e| AdapterError::Read {
-            name: name.to_string(),
-            reason: format!("{e:?}"),
-        })
 }
 
 /// Makes one enum of the methods and passes every call on.

@@ -3,7 +3,7 @@
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 
-use crate::layers::routing::index;
+use crate::base::routing::index;
 
 /// The rows, which replace those of the table.
 #[derive(Module, Debug)]

@@ -11,12 +11,12 @@ use burn::tensor::Tensor;
 use enamel_kernels::lora_linear;
 
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use crate::base::Base;
 use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets, layer_problems, probability};
 use crate::error::Result;
-use crate::init::random::gaussian;
-use crate::init::torch_rng::Mersenne;
-use crate::layers::linear::Base;
+use crate::linalg::random::gaussian;
+use crate::linalg::torch_rng::Mersenne;
 use crate::plan::TargetPlan;
 use crate::plan::target::{DEFAULT_TARGETS, Selection};
 

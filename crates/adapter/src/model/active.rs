@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use crate::base::routing::{DEFAULT, Routing};
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, SlotRef};
-use crate::layers::routing::{DEFAULT, Routing};
 
 /// Puts the named adapters in use, added up; none of them for the base alone.
 ///

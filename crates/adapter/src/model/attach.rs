@@ -5,18 +5,22 @@ use std::collections::HashMap;
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
-use crate::config::Bias;
+use crate::base::module_shape::ModuleShape;
+use crate::base::routing::check_name;
+use crate::base::routing::{DEFAULT, Routing};
+use crate::base::to_host;
 use crate::error::{AdapterError, Result};
-use crate::files::store::check_name;
-use crate::layers::adaptable::{Adaptable, ModuleShape, Slot, SlotRef};
+use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
 use crate::layers::embedding::EmbeddingPart;
 use crate::layers::frozen::FrozenPart;
 use crate::layers::linear::{Linear, LinearPart, SavedLinear};
-use crate::layers::routing::{DEFAULT, Routing};
 use crate::methods::tokens::TrainableTokens;
-use crate::methods::{Given, MethodConfig, Placement, Start, adapter_param_id, to_host};
+use crate::methods::{Given, MethodConfig, Placement, Start, adapter_param_id};
 use crate::model::active::{refuse_merged, route};
-use crate::plan::{AdapterPlan, PREFIX, TargetPlan, plan};
+use crate::model::plan::plan;
+use crate::plan::AdapterPlan;
+use crate::plan::PREFIX;
+use crate::plan::TargetPlan;
 
 /// Attaches a new adapter called [`DEFAULT`] and puts it in use. Its parameters are drawn from `seed`
 /// and their own names, so that they do not depend on order, threads or which other modules are
@@ -383,15 +387,6 @@ impl Copier<'_> {
     fn copy<const D: usize>(&self, key: &str, from: Tensor<D>) -> Param<Tensor<D>> {
         Param::initialized(adapter_param_id(self.adapter, key), from.detach())
             .set_require_grad(self.trainable)
-    }
-}
-
-/// Whether `bias` trains that of a module that is a target or not.
-pub(crate) fn trains_bias(bias: Bias, is_target: bool) -> bool {
-    match bias {
-        Bias::None => false,
-        Bias::All => true,
-        Bias::LoraOnly => is_target,
     }
 }
 

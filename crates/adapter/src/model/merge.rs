@@ -5,11 +5,12 @@ use std::sync::Arc;
 use burn::module::Param;
 use burn::tensor::Tensor;
 
+use crate::base::Base;
+use crate::base::ids::frozen_param;
+use crate::base::routing::Routing;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
-use crate::layers::frozen::frozen_param;
-use crate::layers::linear::{Base, Linear, UnmergedLinear};
-use crate::layers::routing::Routing;
+use crate::layers::linear::{Linear, UnmergedLinear};
 use crate::model::active::{refuse_merged, routing};
 use crate::model::attach::detach;
 
@@ -209,7 +210,8 @@ fn finite<const D: usize>(tensor: Tensor<D>) -> bool {
 #[allow(clippy::unwrap_used, clippy::expect_used)]
 mod tests {
     use super::*;
-    use crate::config::{LoraConfig, Targets};
+    use crate::config::Targets;
+    use crate::methods::lora::config::LoraConfig;
     use crate::testing::{Tiny, difference, perturb};
     use crate::{attach, export_trainable, import_trainable, trainable};
     use burn::module::Module;

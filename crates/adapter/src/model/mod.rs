@@ -3,4 +3,5 @@
 pub mod active;
 pub mod attach;
 pub mod merge;
+pub mod plan;
 pub mod trainable;

@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use burn::module::ParamId;
 use burn::tensor::Gradients;
 
+use crate::base::routing::DEFAULT;
+use crate::base::to_host;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
-use crate::layers::routing::DEFAULT;
-use crate::methods::{ParamMut, ParamRef, to_host};
+use crate::methods::{ParamMut, ParamRef};
 use crate::plan::PREFIX;
 
 /// Calls `f` with every trained parameter of the adapter called `adapter` (copies, biases and single

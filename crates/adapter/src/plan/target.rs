@@ -3,8 +3,9 @@
 
 use fancy_regex::Regex;
 
+use crate::base::module_shape::ModuleKind;
+use crate::base::module_shape::ModuleShape;
 use crate::config::Targets;
-use crate::layers::adaptable::{ModuleKind, ModuleShape};
 
 /// The part of a configuration that all methods share.
 pub struct Selection<'a> {

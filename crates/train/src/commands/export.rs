@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_adapter::AdapterConfig;
-use enamel_adapter::files::offline::{Delta, HostAdapter};
+use enamel_adapter::offline::{Delta, HostAdapter};
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::save::{
     GgufLora, GgufOptions, GgufTokens, OutType, SaveDtype, SavedGguf, write_gguf, write_gguf_lora,

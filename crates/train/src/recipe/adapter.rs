@@ -4,7 +4,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::path::PathBuf;
 
-use enamel_adapter::config::ONE_LOFTQ_ITERATION;
+use enamel_adapter::methods::lora::config::ONE_LOFTQ_ITERATION;
 use enamel_adapter::{Bias, TokenIndices};
 use serde::de::{DeserializeOwned, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::shown;
+use crate::base::module_shape::ModuleShape;
+use crate::error::shown;
 use crate::files::infer_modules::split;
-use crate::layers::adaptable::ModuleShape;
 use crate::plan::PREFIX;
 
 /// Parameters that may have the adapter's name behind them, as in a plain `state_dict()`.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::shown;
+use crate::error::shown;
 use crate::files::store::Stored;
 use crate::plan::PREFIX;
 

@@ -17,20 +17,5 @@ pub(crate) use named::what_is_there;
 /// mlx-lm's file of weights.
 pub(crate) const MLX_WEIGHTS: &str = "adapters.safetensors";
 
-/// Foreign text for a message: without characters that a terminal obeys.
-pub(crate) fn shown(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            let plain = !c.is_control();
-            let escaped = (!plain).then(|| c.escape_debug());
-            escaped
-                .into_iter()
-                .flatten()
-                .chain(plain.then_some(c))
-                .collect::<Vec<_>>()
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests;

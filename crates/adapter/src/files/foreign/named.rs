@@ -35,5 +35,5 @@ fn known(name: &str) -> Option<String> {
         "config.json" => "a model's configuration: this is a model's directory and no adapter's",
         _ => return None,
     };
-    Some(format!("{} is there: {what}", super::shown(name)))
+    Some(format!("{} is there: {what}", crate::error::shown(name)))
 }

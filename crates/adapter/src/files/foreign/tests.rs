@@ -104,12 +104,6 @@ fn several_adapters_and_twice_the_same_tensor_are_refused() {
 }
 
 #[test]
-fn control_characters_of_foreign_text_are_shown() {
-    assert_eq!(shown("a\u{1b}[2Jb"), "a\\u{1b}[2Jb");
-    assert_eq!(shown("q_proj \"ü\""), "q_proj \"ü\"");
-}
-
-#[test]
 fn keys_for_the_model_without_its_head_find_their_module() {
     let modules = crate::testing::LlamaSizes {
         layers: 2,

@@ -16,14 +16,16 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::tensor::Tensor;
 
-use crate::config::{LoraConfig, Targets};
+use crate::config::Targets;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, Slot};
+use crate::layers::linear::Probe;
 use crate::methods::GivenFactors;
-use crate::plan::{AdapterPlan, TargetPlan};
+use crate::methods::lora::config::LoraConfig;
+use crate::plan::AdapterPlan;
+use crate::plan::TargetPlan;
 use pca::Pca;
-pub(crate) use record::Probe;
-use record::{Input, Layer, Record, Stage, failed, open};
+use record::{Input, Layer, Record, Stage, failed, open, see};
 pub use settings::Settings;
 
 /// Looks on as a model runs, and finds the directions of its layers' inputs.
@@ -141,10 +143,8 @@ impl Observer {
         }));
         model.for_each_slot(&mut |name, slot| {
             if let (Slot::Linear(linear), Some(layer)) = (slot, places.get(name)) {
-                linear.probe = Some(Probe {
-                    layer: *layer,
-                    record: record.clone(),
-                });
+                let (layer, record) = (*layer, record.clone());
+                linear.probe = Some(Probe(Arc::new(move |x| see(&record, layer, x))));
             }
         });
         Ok(Self {
@@ -215,8 +215,7 @@ impl Observer {
             .iter()
             .position(|layer| layer.name == module);
         if let Some(layer) = layer {
-            let record = self.record.clone();
-            Probe { layer, record }.see(&x);
+            see(&self.record, layer, &x);
         }
     }
 

@@ -159,7 +159,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f64 {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::init::random::{gaussian, rng};
+    use crate::linalg::random::{gaussian, rng};
 
     /// Rows about a mean that is not zero, with three directions of unequal length.
     fn rows(count: usize, width: usize, salt: u64) -> Matrix {

@@ -1,34 +1,25 @@
 //! What probes write down as a model runs: who reads which input, and the directions of each.
 
 use std::hash::{DefaultHasher, Hasher};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::pca::Pca;
+use crate::base::routing::index;
+use crate::base::to_host;
 use crate::error::{AdapterError, Result};
-use crate::layers::routing::index;
 use crate::linalg::{LinalgError, Matrix};
-use crate::methods::to_host;
 
-/// What a linear layer of a watched model passes its input to.
-#[derive(Clone, Debug)]
-pub(crate) struct Probe {
-    pub(super) layer: usize,
-    pub(super) record: Arc<Mutex<Record>>,
-}
-
-impl Probe {
-    /// Notes the input `[rows, in]`.
-    pub fn see(&self, x: &Tensor<2>) {
-        let mut record = open(&self.record);
-        if record.failed.is_none()
-            && let Err(error) = record.note(self.layer, x)
-        {
-            // A forward pass has no way to fail; `Observer::see` does.
-            record.failed = Some(error);
-        }
+/// Notes the input `[rows, in]` of a layer.
+pub(super) fn see(record: &Mutex<Record>, layer: usize, x: &Tensor<2>) {
+    let mut record = open(record);
+    if record.failed.is_none()
+        && let Err(error) = record.note(layer, x)
+    {
+        // A forward pass has no way to fail; `Observer::see` does.
+        record.failed = Some(error);
     }
 }
 

@@ -2,8 +2,8 @@
 
 use serde::Deserialize;
 
-use crate::config::LoraConfig;
 use crate::error::{AdapterError, Result};
+use crate::methods::lora::config::LoraConfig;
 
 /// EVA's settings: `eva_config` in PEFT's file, with PEFT's defaults.
 #[derive(Clone, Debug, PartialEq, Deserialize)]

@@ -2,7 +2,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use serde_json::json;
 
 use super::*;
-use crate::init::random::{gaussian, rng};
+use crate::linalg::random::{gaussian, rng};
 use crate::testing::{HIDDEN, Tiny, ids};
 use crate::{InitLora, Linear, SlotRef, attach_given, export_trainable, plan, shapes};
 

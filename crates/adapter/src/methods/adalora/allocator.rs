@@ -10,16 +10,18 @@ use std::collections::HashMap;
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
+use crate::base::routing::DEFAULT;
+use crate::base::to_host;
 use crate::error::Result;
 use crate::layers::adaptable::{Adaptable, SlotRef};
-use crate::layers::routing::DEFAULT;
 use crate::methods::adalora::{A, AdaLoraConfig, B, E};
-use crate::methods::{Adapter, AdapterConfig, ParamRef, to_host};
+use crate::methods::{Adapter, AdapterConfig, ParamRef};
 use crate::model::attach::{Values, detach, install, shapes};
+use crate::model::plan::plan_for_load;
 use crate::model::trainable::{
     HostTensor, export_trainable, for_each_trainable, for_each_trainable_mut,
 };
-use crate::plan::{PREFIX, plan_for_load};
+use crate::plan::PREFIX;
 
 /// What one optimizer step did to the ranks.
 #[derive(Clone, Debug, PartialEq)]

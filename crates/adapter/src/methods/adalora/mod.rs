@@ -13,11 +13,11 @@ use enamel_kernels::lora_linear;
 use serde_json::{Value, json};
 
 use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use crate::base::Base;
 use crate::config::fields::{Pattern, peft_config};
 use crate::config::{Purpose, Targets, layer_problems, probability};
 use crate::error::Result;
-use crate::init::random::gaussian;
-use crate::layers::linear::Base;
+use crate::linalg::random::gaussian;
 use crate::plan::TargetPlan;
 use crate::plan::target::{DEFAULT_TARGETS, Selection};
 

@@ -7,10 +7,11 @@
 
 use super::embedding;
 use super::{A, B};
-use crate::config::{InitLora, LoraConfig};
 use crate::error::{AdapterError, Result};
-use crate::init::random::{gaussian, kaiming};
+use crate::linalg::random::{gaussian, kaiming};
 use crate::linalg::{LinalgError, Matrix, Svd, qr, svd_randomized, svd_truncated};
+use crate::methods::lora::config::InitLora;
+use crate::methods::lora::config::LoraConfig;
 use crate::methods::{MethodConfig, Start};
 use crate::plan::TargetPlan;
 
@@ -31,7 +32,7 @@ pub(crate) fn initial(
             // PEFT's `False` leaves torch's own initialisation, which is that of the weight.
             InitLora::Random => {
                 let bound = 1.0 / (target.r as f64).sqrt();
-                crate::init::random::uniform(&mut start.rng(target, "lora_B.bias"), out, bound)
+                crate::linalg::random::uniform(&mut start.rng(target, "lora_B.bias"), out, bound)
             }
             _ => vec![0.0; out],
         });

@@ -5,6 +5,7 @@
 //! 2024 (arXiv:2402.09353, with the length taken as a constant in the backward pass, its section 4.3);
 //! initialisation and names as in PEFT's `tuners/lora/layer.py`.
 
+pub mod config;
 pub mod embedding;
 pub mod init;
 
@@ -19,9 +20,10 @@ use super::{
     Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start, drawn,
     dropping,
 };
-use crate::config::{Bias, LoraConfig, Purpose, TokenIndices};
+use crate::base::Base;
+use crate::config::{Bias, Purpose, TokenIndices};
 use crate::error::Result;
-use crate::layers::linear::Base;
+use crate::methods::lora::config::LoraConfig;
 use crate::plan::TargetPlan;
 use crate::plan::target::{DEFAULT_TARGETS, Selection, Tie};
 
@@ -371,8 +373,9 @@ mod tests {
     use burn::module::Module;
     use burn::tensor::{Device, Distribution, Tensor};
 
-    use crate::config::{LoraConfig, Targets};
+    use crate::config::Targets;
     use crate::layers::adaptable::{Adaptable, SlotRef};
+    use crate::methods::lora::config::LoraConfig;
     use crate::testing::{Tiny, difference, fill, generator, perturb};
     use crate::{Linear, attach};
 

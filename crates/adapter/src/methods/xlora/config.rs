@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::config::fields::{PeftValue, peft_config};
-use crate::config::{Bias, LoraConfig, Pattern, Purpose, probability};
+use crate::config::{Bias, Pattern, Purpose, probability};
 use crate::error::{AdapterError, Result};
 use crate::files::store::{CONFIG, load_config};
+use crate::methods::lora::config::LoraConfig;
 use crate::methods::{Adapter, AdapterConfig, MethodConfig, Parameters, Placement, Start};
 use crate::plan::TargetPlan;
 use crate::plan::target::Selection;

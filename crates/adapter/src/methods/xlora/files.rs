@@ -9,18 +9,23 @@ use burn::tensor::Device;
 
 use super::config::Expert;
 use super::{GateLayer, Mixing, XLora, XLoraConfig, key};
+use crate::base::module_shape::ModuleKind;
+use crate::base::module_shape::ModuleShape;
+use crate::base::module_shape::elements;
+use crate::base::routing::{DEFAULT, Routing};
 use crate::config::Purpose;
 use crate::error::{AdapterError, Result};
 use crate::files::model_card::{SaveMeta, model_card};
 use crate::files::store::{AdapterFile, CONFIG, WEIGHTS, not_finite, read_tensors};
 use crate::files::{LoadedAdapter, SaveForm, load_pretrained_as, save_pretrained_as};
-use crate::layers::adaptable::{Adaptable, ModuleKind, ModuleShape, Slot};
-use crate::layers::routing::{DEFAULT, Routing};
+use crate::layers::adaptable::{Adaptable, Slot};
 use crate::methods::{MethodConfig, Placement};
 use crate::model::active::route;
 use crate::model::attach::{attached, detach, device, shapes};
+use crate::model::plan::plan_for_load;
 use crate::model::trainable::export_params_of;
-use crate::plan::{AdapterPlan, TargetPlan, elements, plan_for_load};
+use crate::plan::AdapterPlan;
+use crate::plan::TargetPlan;
 
 /// What an X-LoRA would be on a model of these modules: the experts' configurations are read, their
 /// weights are not. Each adapted layer has the largest rank that an expert has there.
@@ -151,8 +156,8 @@ pub(crate) fn attach<M: Adaptable>(
         .map(|(index, outputs, inputs)| {
             let bound = 1.0 / (*inputs as f64).sqrt();
             let draw = |own: &str, count| {
-                crate::init::random::uniform(
-                    &mut crate::init::random::rng(seed, &key(*index, own)),
+                crate::linalg::random::uniform(
+                    &mut crate::linalg::random::rng(seed, &key(*index, own)),
                     count,
                     bound,
                 )

@@ -13,6 +13,7 @@ mod files;
 #[cfg(test)]
 mod tests;
 
+use crate::base::routing::Gates;
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
@@ -21,35 +22,14 @@ use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Tensor};
 use enamel_kernels::linear;
 
+use crate::base::routing::{DEFAULT, Routing};
 use crate::layers::adaptable::Adaptable;
-use crate::layers::routing::{DEFAULT, Routing};
 use crate::methods::{ParamMut, ParamRef, at_work};
 use crate::model::active::{route, routing};
 
 pub(crate) use config::Expert;
 pub use config::XLoraConfig;
 pub(crate) use files::{attach, load, plan, save};
-
-/// How much of each expert each token gets, in every adapted layer.
-#[derive(Clone, Debug)]
-pub struct Gates {
-    /// The experts, in the order of the last axis.
-    pub names: Arc<[String]>,
-    /// `[tokens, layers, experts]`; one layer stands for all.
-    pub values: Tensor<3>,
-}
-
-impl Gates {
-    /// The share of `expert` for each token in one layer, `[tokens, 1]`.
-    pub(crate) fn share(&self, layer: usize, expert: usize) -> Tensor<2> {
-        let [tokens, layers, _] = self.values.dims();
-        let layer = layer.min(layers - 1);
-        self.values
-            .clone()
-            .slice([0..tokens, layer..layer + 1, expert..expert + 1])
-            .reshape([tokens, 1])
-    }
-}
 
 /// The classifier that decides the mixture: linear layers with ReLU and dropout between them, on the
 /// last hidden states of the first pass.

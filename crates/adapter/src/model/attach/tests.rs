@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
-use crate::config::{InitLora, LoraConfig, Targets};
-use crate::layers::frozen::param_id;
+use crate::base::ids::param_id;
+use crate::config::Targets;
+use crate::methods::lora::config::InitLora;
+use crate::methods::lora::config::LoraConfig;
 use crate::testing::{LlamaSizes, Tiny, difference, ids, perturb};
 use crate::{export_gradients, export_trainable, trainable};
 use burn::tensor::Device;

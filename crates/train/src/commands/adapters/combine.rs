@@ -6,9 +6,9 @@ use burn::tensor::Device;
 use enamel_adapter::combine::{
     self, CombinationType, CombineOptions, CombinePlan, LoraFactors, SeededMasks, combine_module,
 };
-use enamel_adapter::files::inspect;
-use enamel_adapter::files::inspect::{AdapterFacts, joined_targets};
-use enamel_adapter::files::offline::{Delta, HostAdapter};
+use enamel_adapter::offline::inspect;
+use enamel_adapter::offline::inspect::{AdapterFacts, joined_targets};
+use enamel_adapter::offline::{Delta, HostAdapter};
 use enamel_adapter::{
     AdapterConfig, AdapterFile, Bias, HostTensor, InitLora, LoraConfig, ModuleShape,
     as_markdown_text,

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_adapter::combine::{LowRankFit, RankChoice};
-use enamel_adapter::files::inspect;
-use enamel_adapter::files::inspect::AdapterFacts;
-use enamel_adapter::files::offline::{Delta, HostAdapter, HostModule};
 use enamel_adapter::linalg::Matrix;
+use enamel_adapter::offline::inspect;
+use enamel_adapter::offline::inspect::AdapterFacts;
+use enamel_adapter::offline::{Delta, HostAdapter, HostModule};
 use enamel_adapter::{
     AdapterConfig, AdapterFile, HostTensor, LoraConfig, ModuleKind, ModuleShape, as_markdown_text,
 };

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use enamel_adapter::combine::{self, DeltaDiff};
-use enamel_adapter::files::inspect;
-use enamel_adapter::files::inspect::AdapterFacts;
-use enamel_adapter::files::offline::{Delta, HostAdapter};
+use enamel_adapter::offline::inspect;
+use enamel_adapter::offline::inspect::AdapterFacts;
+use enamel_adapter::offline::{Delta, HostAdapter};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;

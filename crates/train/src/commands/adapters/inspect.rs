@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_adapter::files::infer_modules::kind_of;
-use enamel_adapter::files::inspect;
-use enamel_adapter::files::inspect::AdapterFacts;
-use enamel_adapter::files::offline::HostAdapter;
+use enamel_adapter::offline::HostAdapter;
+use enamel_adapter::offline::inspect;
+use enamel_adapter::offline::inspect::AdapterFacts;
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;

@@ -8,7 +8,7 @@ mod inspect;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use enamel_adapter::files::inspect::AdapterFacts;
+use enamel_adapter::offline::inspect::AdapterFacts;
 use enamel_adapter::{AdapterConfig, load_config};
 use serde::Serialize;
 

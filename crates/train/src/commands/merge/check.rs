@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use enamel_adapter::files::offline::{HostAdapter, HostModule};
+use enamel_adapter::offline::{HostAdapter, HostModule};
 use enamel_adapter::{Linear, ModuleShape, Slot};
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::{CausalLm, LlamaConfig, ModelInput};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use enamel_adapter::files::infer_modules::kind_of;
-use enamel_adapter::files::offline::{HostAdapter, HostModule};
+use enamel_adapter::offline::{HostAdapter, HostModule};
 use enamel_adapter::{ModuleKind, ModuleShape};
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::save::SaveDtype;

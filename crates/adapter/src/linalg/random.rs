@@ -3,8 +3,6 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use crate::layers::frozen::fnv1a;
-
 /// The generator of the parameter called `name`.
 pub(crate) fn rng(seed: u64, name: &str) -> ChaCha8Rng {
     let mut key = [0; 32];
@@ -42,4 +40,11 @@ pub(crate) fn gaussian(rng: &mut ChaCha8Rng, count: usize, deviation: f64) -> Ve
 /// Uniform over `[0, 1)`, of 53 bits.
 pub(crate) fn unit(rng: &mut ChaCha8Rng) -> f64 {
     (rng.next_u64() >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// FNV-1a, 64 bits.
+pub(crate) fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }

@@ -7,18 +7,20 @@
 
 use std::path::Path;
 
+use crate::base::module_shape::ModuleShape;
 use crate::config::{Pattern, Targets};
 use crate::error::{AdapterError, Result};
 use crate::files::expected;
 use crate::files::foreign::MLX_WEIGHTS;
 use crate::files::infer_modules::{kind_of, modules_of};
 use crate::files::model_card::{SaveMeta, model_card};
-use crate::files::offline::{HostAdapter, ReadBase};
 use crate::files::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, read_tensors};
 use crate::files::tied::take_head_if_tied;
-use crate::layers::adaptable::ModuleShape;
 use crate::methods::AdapterConfig;
-use crate::plan::{AdapterPlan, PREFIX, plan_for_load};
+use crate::model::plan::plan_for_load;
+use crate::offline::{HostAdapter, ReadBase};
+use crate::plan::AdapterPlan;
+use crate::plan::PREFIX;
 use crate::staging::{self, StagedDir};
 
 /// One tensor of an adapter's file.
@@ -254,18 +256,19 @@ pub fn joined_targets(all: &[(&str, Option<&Targets>)]) -> std::result::Result<T
 /// Names the modules of a LoRA configuration so that it means exactly `targets`, among `modules`: as they
 /// are named, or by their full names where that would match others, too.
 pub fn name_targets(
-    config: &mut crate::config::LoraConfig,
+    config: &mut crate::methods::lora::config::LoraConfig,
     modules: &[ModuleShape],
     targets: &[&str],
 ) {
-    let meant = |config: &crate::config::LoraConfig| match plan_for_load(modules, config) {
-        Ok(plan) => plan
-            .targets
-            .iter()
-            .map(|t| t.name.as_str())
-            .eq(targets.iter().copied()),
-        Err(_) => false,
-    };
+    let meant =
+        |config: &crate::methods::lora::config::LoraConfig| match plan_for_load(modules, config) {
+            Ok(plan) => plan
+                .targets
+                .iter()
+                .map(|t| t.name.as_str())
+                .eq(targets.iter().copied()),
+            Err(_) => false,
+        };
     // `all-linear` would mean other modules on another base.
     if config.target_modules != Some(Targets::AllLinear) && meant(config) {
         return;

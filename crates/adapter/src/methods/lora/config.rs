@@ -1,11 +1,15 @@
 //! LoRA's configuration.
 
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Purpose;
-use super::fields::{Pattern, PeftValue, peft_config, through_serde};
-use super::targets::Targets;
+use crate::config::Targets;
+use crate::config::fields::{Pattern, PeftValue, peft_config, through_serde};
+use crate::config::{Bias, Purpose, TokenIndices};
+use crate::methods::MethodConfig;
 
 /// How the factors start (`init_lora_weights`).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,50 +106,7 @@ impl From<InitLora> for InitForm {
     }
 }
 
-/// Which biases of the base are trained along (`bias`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Bias {
-    /// None of them.
-    #[default]
-    None,
-    /// Those of all modules that have one.
-    All,
-    /// Those of the adapted modules.
-    LoraOnly,
-}
-
-/// Tokens of which single embedding rows are trained (`trainable_token_indices`).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum TokenIndices {
-    /// Rows of the input embedding.
-    Input(Vec<usize>),
-    /// Rows of the embeddings of these names.
-    Named(std::collections::BTreeMap<String, Vec<usize>>),
-}
-
-impl TokenIndices {
-    /// The tokens for the embedding called `module`, if it is meant.
-    pub fn for_module(&self, module: &str) -> Option<&[usize]> {
-        let ends = |name: &str| {
-            module == name
-                || module
-                    .strip_suffix(name)
-                    .is_some_and(|head| head.ends_with('.'))
-        };
-        let list = match self {
-            Self::Input(list) => ends("embed_tokens").then_some(list),
-            Self::Named(map) => map
-                .iter()
-                .find(|(name, _)| ends(name))
-                .map(|(_, list)| list),
-        };
-        list.map(Vec::as_slice)
-    }
-}
-
-through_serde!(InitLora, Bias, TokenIndices);
+through_serde!(InitLora);
 
 peft_config! {
     /// PEFT's `LoraConfig`. The defaults are PEFT's.
@@ -218,14 +179,17 @@ peft_config! {
 impl LoraConfig {
     /// Options that are out of range or ask for what is not supported, one line each.
     pub fn unsupported(&self, purpose: Purpose) -> Vec<String> {
-        let mut problems = super::rank_problems(
+        let mut problems = crate::config::rank_problems(
             self.r,
             &self.rank_pattern,
             ("lora_alpha", self.lora_alpha),
             &self.alpha_pattern,
         );
-        problems.extend(super::probability("lora_dropout", self.lora_dropout));
-        problems.extend(super::layer_problems(
+        problems.extend(crate::config::probability(
+            "lora_dropout",
+            self.lora_dropout,
+        ));
+        problems.extend(crate::config::layer_problems(
             self.target_modules.as_ref(),
             self.layers_to_transform.as_deref(),
             self.layers_pattern.as_deref(),

@@ -2,9 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::error::{AdapterError, Result};
 use burn::tensor::{Device, Int, Tensor, TensorData};
-
-use crate::methods::xlora::Gates;
 
 /// The name of an adapter that is given none, as in PEFT.
 pub const DEFAULT: &str = "default";
@@ -87,4 +86,46 @@ pub(crate) fn reunite(groups: &[Group<'_>], parts: Vec<Tensor<2>>, device: &Devi
 pub(crate) fn index(places: Vec<i64>, device: &Device) -> Tensor<1, Int> {
     let count = places.len();
     Tensor::from_data(TensorData::new(places, [count]), device)
+}
+
+/// How much of each expert each token gets, in every adapted layer.
+#[derive(Clone, Debug)]
+pub struct Gates {
+    /// The experts, in the order of the last axis.
+    pub names: Arc<[String]>,
+    /// `[tokens, layers, experts]`; one layer stands for all.
+    pub values: Tensor<3>,
+}
+
+impl Gates {
+    /// The share of `expert` for each token in one layer, `[tokens, 1]`.
+    pub(crate) fn share(&self, layer: usize, expert: usize) -> Tensor<2> {
+        let [tokens, layers, _] = self.values.dims();
+        let layer = layer.min(layers - 1);
+        self.values
+            .clone()
+            .slice([0..tokens, layer..layer + 1, expert..expert + 1])
+            .reshape([tokens, 1])
+    }
+}
+
+/// A name that may stand for an adapter: it becomes a folder's name and, in PEFT, part of a key.
+///
+/// # Errors
+/// A name that would leave the folder, hide in it, or split a key.
+pub fn check_name(name: &str) -> Result<()> {
+    let reason = if name.is_empty() {
+        "it is empty"
+    } else if name.contains(['/', '\\', '\0', ':']) {
+        "it would name another folder"
+    } else if name.contains('.') {
+        "PEFT's keys are split at dots"
+    } else if name.chars().any(char::is_control) {
+        "it holds control characters"
+    } else {
+        return Ok(());
+    };
+    Err(AdapterError::Choice {
+        problems: vec![format!("{name:?} cannot be an adapter's name: {reason}")],
+    })
 }

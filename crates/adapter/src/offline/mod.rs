@@ -3,6 +3,7 @@
 //! Every number comes from the methods' own definitions: a module is built alone, the adapter is attached
 //! to it, and it is folded.
 
+pub mod inspect;
 mod one_module;
 
 use std::collections::{BTreeMap, HashMap};
@@ -11,17 +12,21 @@ use std::path::Path;
 use burn::tensor::Device;
 
 use self::one_module::{Module, OneModule};
+use crate::base::module_shape::ModuleKind;
+use crate::base::module_shape::ModuleShape;
+use crate::base::routing::DEFAULT;
+use crate::base::to_host;
 use crate::combine::LoraFactors;
 use crate::error::{AdapterError, Result};
 use crate::files::infer_modules::module_of;
 use crate::files::store::load_config;
 use crate::files::{Checked, install_checked, read_checked};
-use crate::layers::adaptable::{Adaptable, ModuleKind, ModuleShape};
-use crate::layers::routing::DEFAULT;
+use crate::layers::adaptable::Adaptable;
 use crate::linalg::{LinalgError, Matrix};
-use crate::methods::{AdapterConfig, to_host};
+use crate::methods::AdapterConfig;
 use crate::model::trainable::HostTensor;
-use crate::plan::{AdapterPlan, PREFIX};
+use crate::plan::AdapterPlan;
+use crate::plan::PREFIX;
 
 /// Methods of which each module can be taken by itself.
 const BY_MODULE: [&str; 7] = [

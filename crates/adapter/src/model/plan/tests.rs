@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::AdapterConfig;
-use crate::config::LoraConfig;
+use crate::methods::lora::config::LoraConfig;
 use crate::testing::LlamaSizes;
 
 const SMOLLM2: LlamaSizes = LlamaSizes {

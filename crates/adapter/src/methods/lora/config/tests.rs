@@ -7,7 +7,10 @@
     clippy::arithmetic_side_effects
 )]
 
+use serde_json::Map;
+
 use super::*;
+use crate::error::{AdapterError, Result};
 
 fn read(value: Value) -> Result<LoraConfig> {
     LoraConfig::from_json(&value, "adapter_config.json")

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Int, Tensor};
 use enamel_kernels::base_weight::widened;
 use enamel_kernels::{BaseWeight, Compute, Held, Matrix, PackedWeight, embedding};
 
-use crate::layers::frozen::frozen_param;
+use crate::base::ids::frozen_param;
 
 /// A matrix `[out, in]`, and what products with it round their factors to. The one place that knows in
 /// which form it is held: everything else asks for [`Self::get`] to multiply with it and for

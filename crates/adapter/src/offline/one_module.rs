@@ -3,13 +3,15 @@
 use burn::tensor::{Device, Tensor, TensorData};
 
 use super::HostModule;
+use crate::base::module_shape::ModuleKind;
+use crate::base::module_shape::ModuleShape;
+use crate::base::routing::DEFAULT;
+use crate::base::to_host;
 use crate::error::Result;
-use crate::layers::adaptable::{Adaptable, ModuleKind, ModuleShape, Slot, SlotRef};
+use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
 use crate::layers::embedding::Embedding;
 use crate::layers::frozen::Frozen;
 use crate::layers::linear::Linear;
-use crate::layers::routing::DEFAULT;
-use crate::methods::to_host;
 
 /// A model of one module.
 pub(super) struct OneModule {
