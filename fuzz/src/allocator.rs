@@ -68,9 +68,14 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
+/// The bytes in use.
+pub fn in_use() -> usize {
+    LIVE.load(Relaxed)
+}
+
 /// Begins to look for a peak; gives the bytes in use.
 pub fn begin() -> usize {
-    let live = LIVE.load(Relaxed);
+    let live = in_use();
     PEAK.store(live, Relaxed);
     live
 }

@@ -92,7 +92,10 @@ struct Args {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.inner {
-        Some(Inner::Worker(work)) => in_the_pool(|| worker::run(&work)).map(|()| true),
+        Some(Inner::Worker(work)) => match in_the_pool(|| worker::run(&work)) {
+            Ok(false) => return ExitCode::from(worker::HANDS_OVER),
+            other => other,
+        },
         None => run(&cli.args),
     };
     match outcome {

@@ -127,6 +127,8 @@ struct Lane {
 /// Why a worker is no more.
 enum End {
     Done,
+    /// Its memory is worn: another goes on behind its last input.
+    HandsOver,
     Hung,
     Died(ExitStatus),
 }
@@ -149,6 +151,10 @@ impl Lane {
             let number = state.get(Count::Current);
             match end {
                 End::Done => break,
+                End::HandsOver => {
+                    work.from = number.saturating_add(work.step);
+                    continue;
+                }
                 _ if number == u64::MAX => {
                     bail!("{}: the worker ended before its first input", work.reader)
                 }
@@ -196,9 +202,10 @@ impl Lane {
         let mut used = 0.0;
         let end = loop {
             if let Some(status) = child.try_wait()? {
-                break match status.success() {
-                    true => End::Done,
-                    false => End::Died(status),
+                break match status.code() {
+                    Some(0) => End::Done,
+                    Some(code) if code == i32::from(worker::HANDS_OVER) => End::HandsOver,
+                    _ => End::Died(status),
                 };
             }
             used = processor_seconds(child.id()).unwrap_or(used);

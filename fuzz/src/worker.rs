@@ -97,8 +97,15 @@ pub fn folder(path: &Path) -> Result<Folder> {
     Ok(Folder::new(path))
 }
 
-/// Reads all inputs of `work`.
-pub fn run(work: &Work) -> Result<()> {
+/// Bytes in use between two inputs at which a worker ends and another goes on. The tokenizers library keeps a
+/// cache for each tokenizer that a thread has used, which is little for a program and much for ten million.
+const ENOUGH: usize = 1 << 30;
+
+/// The exit code of a worker that ended so.
+pub const HANDS_OVER: u8 = 75;
+
+/// Reads all inputs of `work`; false where some are left for another worker.
+pub fn run(work: &Work) -> Result<bool> {
     let state: &'static State = Box::leak(Box::new(State::open(&work.state)?));
     allocator::note_refusals_in(state.cell(Count::Refused));
     note_panics();
@@ -137,6 +144,9 @@ pub fn run(work: &Work) -> Result<()> {
         now = Instant::now();
         state.raise(Count::Slowest, (now - then).as_micros() as u64);
         number += work.step;
+        if allocator::in_use() > ENOUGH {
+            return Ok(number >= work.until);
+        }
     }
-    Ok(())
+    Ok(true)
 }
