@@ -71,4 +71,4 @@ pub use methods::loha::LohaConfig;
 pub use methods::lokr::{InitLokr, LokrConfig};
 pub use methods::lora::config::{InitLora, Loftq, LoraConfig};
 pub use methods::vera::VeraConfig;
-pub use methods::{Adapter, AdapterConfig, GivenFactors, MethodConfig, ParamMut, ParamRef};
+pub use methods::{Adapter, AdapterConfig, InitFactors, MethodConfig, ParamMut, ParamRef};

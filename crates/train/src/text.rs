@@ -75,7 +75,7 @@ pub fn duration_text(seconds: f64) -> String {
 }
 
 /// Says one line to the person who waits.
-pub type Say = Arc<dyn Fn(&str) + Send + Sync>;
+pub type LogLine = Arc<dyn Fn(&str) + Send + Sync>;
 
 #[cfg(test)]
 mod tests {

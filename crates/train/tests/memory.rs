@@ -14,7 +14,7 @@ use enamel_model::{CausalLm, LlamaConfig, Quantization};
 use enamel_train::memory::{Kind, Model, Settings, Weights, estimate};
 use enamel_train::optimizer::{Optim, Optimizer};
 use enamel_train::recipe::Recipe;
-use enamel_train::training::train_step::{StepItem, Trainee};
+use enamel_train::training::train_step::{StepItem, TrainModel};
 
 struct Counting;
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -80,7 +80,9 @@ fn measure(
     let adapter = Recipe::for_model("none", set).unwrap().adapter.config(1000);
     let plan = enamel_adapter::attach(&mut model, &adapter, 42).unwrap();
     model.set_recompute(NonZeroUsize::new(every));
-    let mut trainee = Trainee { model }.fork(&device.clone().autodiff()).train();
+    let mut trainee = TrainModel { model }
+        .fork(&device.clone().autodiff())
+        .train();
     let mut optimizer = Optimizer::new(AdamW {
         beta1: 0.9,
         beta2: 0.999,

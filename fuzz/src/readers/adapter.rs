@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use burn::tensor::Device;
 use enamel_adapter::config::Purpose;
-use enamel_adapter::offline::HostAdapter;
+use enamel_adapter::offline::AdapterOnDisk;
 use enamel_adapter::offline::inspect::AdapterFacts;
 use enamel_adapter::{
     AdapterConfig, AdapterFile, MethodConfig, SaveMeta, attach, load_pretrained, merge,
@@ -208,7 +208,7 @@ impl Reader for Adapters {
         }
         let _ = AdapterFile::read(dir);
         let modules = shapes(&self.model);
-        if let Ok(adapter) = HostAdapter::read(dir, &modules, None) {
+        if let Ok(adapter) = AdapterOnDisk::read(dir, &modules, None) {
             for module in &modules {
                 let _ = adapter.delta(&module.name, &Device::flex());
             }

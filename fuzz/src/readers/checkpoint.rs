@@ -232,7 +232,7 @@ impl Reader for Reading {
         let journal = metrics_log::read(&path);
         if input.bytes().is_multiple_of(16) {
             // What resuming does to it, which replaces the file.
-            let _ = metrics_log::Journal::open(&path, "", 3, &|_| {});
+            let _ = metrics_log::MetricsLog::open(&path, "", 3, &|_| {});
             folder.forget(JOURNAL);
         }
         Ok(state.is_ok() && checked.is_ok() && loaded.is_ok() && budget.is_ok() && journal.is_ok())

@@ -365,7 +365,7 @@ impl Case {
 
     /// Whether the exchange form is another than the one that is trained.
     fn is_converted(&self) -> bool {
-        matches!(&self.config, AdapterConfig::Lora(c) if c.init_lora_weights.takes_from_base())
+        matches!(&self.config, AdapterConfig::Lora(c) if c.init_lora_weights.subtracts_initial())
     }
 
     /// A model with the adapter as it starts.

@@ -331,7 +331,7 @@ fn a_start_without_its_data_is_refused_and_nothing_is_attached() {
     assert!(adapters(&model).is_empty());
     let given = |_: &str| {
         let a = vec![0.5; 4 * 96];
-        Some(crate::GivenFactors { a, b: None })
+        Some(crate::InitFactors { a, b: None })
     };
     let only_wide = LoraConfig {
         target_modules: list(&["down_proj"]),

@@ -114,7 +114,7 @@ fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig, bool)> {
 #[test]
 fn each_alone_both_and_none_can_be_in_use() {
     let bare = Tiny::new(&Device::flex()).logits();
-    for (name, a, b, adds_up) in pairs() {
+    for (name, a, b, is_additive) in pairs() {
         let [alone_a, alone_b] =
             [("a", &a), ("b", &b)].map(|(n, c)| with(&[(n, c.clone())]).logits());
         let mut model = with(&[("a", a), ("b", b)]);
@@ -133,7 +133,7 @@ fn each_alone_both_and_none_can_be_in_use() {
         let both = model.logits();
         let training = apart(&both, &model.clone().train().logits());
         assert!(training <= 1e-5, "{name}: {training}");
-        if adds_up {
+        if is_additive {
             parts_add_up(&mut model, name);
             set_active(&mut model, &["a", "b"]).unwrap();
         }

@@ -29,7 +29,7 @@ use crate::files::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, rea
 use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::methods::lora::config::InitLora;
 use crate::methods::lora::config::LoraConfig;
-use crate::methods::{AdapterConfig, MethodConfig, Start};
+use crate::methods::{AdapterConfig, InitContext, MethodConfig};
 use crate::model::attach::{SharedValues, Values, attached, install, shapes};
 use crate::model::plan::plan_for_load;
 use crate::model::trainable::{
@@ -202,13 +202,13 @@ pub(crate) fn install_checked<M: Adaptable>(
                 let taken = keys.iter().map(|key| from.remove(key).unwrap_or_default());
                 taken.collect::<Vec<_>>()
             };
-            let origin = match (&mut origin, config.takes_from_base()) {
+            let origin = match (&mut origin, config.subtracts_initial()) {
                 (_, false) => None,
                 (Some(origin), true) => Some(take(origin)),
                 // The decomposition depends on nothing but the weight.
                 (None, true) => Some(config.initial(
                     target,
-                    &Start {
+                    &InitContext {
                         seed: 0,
                         weight,
                         given: None,
@@ -250,7 +250,7 @@ pub fn hotswap<M: Adaptable>(model: &mut M, adapter: &str, dir: &Path) -> Result
             ],
         });
     }
-    if config.takes_from_base() || export_origin_of(model, adapter)?.is_some() {
+    if config.subtracts_initial() || export_origin_of(model, adapter)?.is_some() {
         return Err(AdapterError::Choice {
             problems: vec![
                 "an adapter that took over a part of the base (PiSSA, OLoRA) cannot be exchanged in place; \
@@ -371,7 +371,7 @@ pub(crate) fn read_checked(
     });
     let shared = shared.collect();
     let start = dir.join(ORIGIN);
-    let origin = match (config.takes_from_base(), start.join(WEIGHTS).exists()) {
+    let origin = match (config.subtracts_initial(), start.join(WEIGHTS).exists()) {
         (false, _) => None,
         (true, true) => {
             let stored = read_tensors(&start, config)?.tensors;

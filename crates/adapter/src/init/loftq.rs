@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::linalg::{LinalgError, Matrix, svd_truncated};
-use crate::methods::GivenFactors;
+use crate::methods::InitFactors;
 use crate::methods::lora::config::LoraConfig;
 use crate::methods::lora::init::{failed, shared};
 use crate::model::attach::shapes;
@@ -48,7 +48,7 @@ pub type Original<'a> = dyn Fn(&str) -> Result<Vec<f32>> + Sync + 'a;
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoftqStart {
     /// The factors of each layer that is quantised and lost something by it, by module.
-    pub factors: BTreeMap<String, GivenFactors>,
+    pub factors: BTreeMap<String, InitFactors>,
     /// `‖W − Q‖²` (Frobenius) of each of them, and `‖W − Q − s·B·A‖²`.
     pub errors: BTreeMap<String, [f64; 2]>,
     /// Adapted layers that are not quantised, or lost nothing: they start as LoRA does.
@@ -57,7 +57,7 @@ pub struct LoftqStart {
 
 impl LoftqStart {
     /// The factors' first values for [`attach_given`](crate::attach_given).
-    pub fn given(&self) -> impl Fn(&str) -> Option<GivenFactors> + '_ {
+    pub fn given(&self) -> impl Fn(&str) -> Option<InitFactors> + '_ {
         |module| self.factors.get(module).cloned()
     }
 }
@@ -135,7 +135,7 @@ fn layer(
     target: &TargetPlan,
     packed: &PackedWeight,
     original: &Original<'_>,
-) -> Result<Option<(GivenFactors, [f64; 2])>> {
+) -> Result<Option<(InitFactors, [f64; 2])>> {
     let mut residual = original(&target.name)?;
     let size = target.out_features * target.in_features;
     if residual.len() != size {
@@ -159,7 +159,7 @@ fn layer(
         .map_err(|error| failed(target, error))?;
     let made_up = svd.s.iter().map(|s| s * s).sum::<f64>();
     let (a, b) = shared(&svd, target);
-    let factors = GivenFactors { a, b: Some(b) };
+    let factors = InitFactors { a, b: Some(b) };
     Ok(Some((factors, [lost, (lost - made_up).max(0.0)])))
 }
 

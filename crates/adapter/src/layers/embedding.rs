@@ -91,7 +91,7 @@ impl Embedding {
         for (i, name) in gates.names.iter().enumerate() {
             if let Some(lora) = self.part(name).and_then(|part| part.lora.as_ref()) {
                 let share = gates.share(self.place, i).reshape([batch, tokens, 1]);
-                y = y + lora.part(ids.clone()) * share;
+                y = y + lora.contribution(ids.clone()) * share;
             }
         }
         y

@@ -181,7 +181,7 @@ impl Linear {
                 let mut y = base.forward(x.clone());
                 for (i, name) in gates.names.iter().enumerate() {
                     if let Some(adapter) = self.adapter(name) {
-                        y = y + adapter.part(x.clone(), &base) * gates.share(self.place, i);
+                        y = y + adapter.contribution(x.clone(), &base) * gates.share(self.place, i);
                     }
                 }
                 y
@@ -193,7 +193,7 @@ impl Linear {
     fn through(&self, x: Tensor<2>, names: &[String]) -> Tensor<2> {
         let mut adapters = names.iter().filter_map(|name| self.adapter(name));
         let together = adapters.clone().count() > 1;
-        if together && !adapters.clone().all(Adapter::adds_up) {
+        if together && !adapters.clone().all(Adapter::is_additive) {
             // One of them multiplies what the others made, in the order of the names.
             return self.folded(names).forward(x);
         }
@@ -203,7 +203,7 @@ impl Linear {
         };
         let mut y = first.forward(x.clone(), &base);
         for other in adapters {
-            y = y + other.part(x.clone(), &base);
+            y = y + other.contribution(x.clone(), &base);
         }
         y
     }
@@ -279,7 +279,7 @@ impl Linear {
             return None;
         };
         let mut adapters = names.iter().filter_map(|name| self.adapter(name));
-        if !self.idle() && adapters.any(Adapter::drops) {
+        if !self.idle() && adapters.any(Adapter::has_dropout) {
             return None;
         }
         let Base { weight, bias } = self.in_use();

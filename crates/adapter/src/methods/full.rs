@@ -4,7 +4,7 @@
 //! PEFT has no such method. Its configuration exists so that a checkpoint of such a run is a directory
 //! like any other; PEFT refuses it by its type.
 
-use super::{Adapter, MethodConfig, Parameters, Placement, Start};
+use super::{Adapter, InitContext, MethodConfig, Parameters, Placement};
 use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets};
 use crate::error::{AdapterError, Result};
@@ -38,7 +38,7 @@ impl MethodConfig for FullConfig {
         Vec::new()
     }
 
-    fn initial(&self, target: &TargetPlan, _: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, _: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         Err(no_target(target))
     }
 

@@ -7,7 +7,9 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
-use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use super::{
+    Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
+};
 use crate::base::Base;
 use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets};
@@ -80,7 +82,7 @@ impl Method for Ia3 {
         Base { weight, bias }
     }
 
-    fn adds_up(&self) -> bool {
+    fn is_additive(&self) -> bool {
         false
     }
 
@@ -88,7 +90,7 @@ impl Method for Ia3 {
         1.0
     }
 
-    fn drops(&self) -> bool {
+    fn has_dropout(&self) -> bool {
         false
     }
 
@@ -154,7 +156,7 @@ impl MethodConfig for Ia3Config {
         vec![(L, self.shape(target).to_vec())]
     }
 
-    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, start: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         let count = self.shape(target).iter().product();
         Ok(vec![if self.init_ia3_weights {
             vec![1.0; count]

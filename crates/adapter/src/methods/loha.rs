@@ -12,7 +12,9 @@ use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
 use enamel_kernels::{Held, khatri_rao_columns, khatri_rao_rows, linear, lora_linear};
 
-use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use super::{
+    Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
+};
 use crate::base::Base;
 use crate::config::fields::peft_config;
 use crate::config::{Pattern, Purpose, Targets, layer_problems, probability, rank_problems};
@@ -148,7 +150,7 @@ impl Method for Loha {
         base.plus_bias(y)
     }
 
-    fn part(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+    fn contribution(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
         let random = [&self.module_dropout, &self.rank_dropout];
         if random.iter().any(|d| super::at_work(d, &self.w1_a)) {
             return self.forward(x.clone(), base) - base.forward(x);
@@ -167,7 +169,7 @@ impl Method for Loha {
         self.scale
     }
 
-    fn drops(&self) -> bool {
+    fn has_dropout(&self) -> bool {
         super::at_work(&self.rank_dropout, &self.w1_a)
             || super::at_work(&self.module_dropout, &self.w1_a)
     }
@@ -251,7 +253,7 @@ impl MethodConfig for LohaConfig {
         NAMES.into_iter().zip(shapes).collect()
     }
 
-    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, start: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         let values = self.parameters(target).into_iter().map(|(name, shape)| {
             if name == NAMES[3] && self.init_weights {
                 return vec![0.0; shape.iter().product()];

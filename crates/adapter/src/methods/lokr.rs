@@ -11,7 +11,9 @@ use enamel_kernels::{kron, kron_linear};
 use serde_json::Value;
 
 use super::loha::{left_out, output_mask};
-use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use super::{
+    Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
+};
 use crate::base::Base;
 use crate::config::fields::{PeftValue, peft_config};
 use crate::config::{Pattern, Purpose, Targets, layer_problems, probability, rank_problems};
@@ -182,7 +184,7 @@ impl Method for Lokr {
         self.scale
     }
 
-    fn drops(&self) -> bool {
+    fn has_dropout(&self) -> bool {
         let random = [&self.rank_dropout, &self.module_dropout];
         random.iter().any(|d| super::at_work(d, self.some_param()))
     }
@@ -327,7 +329,7 @@ impl MethodConfig for LokrConfig {
         all
     }
 
-    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, start: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         let zero: &[&str] = match self.init_weights {
             InitLokr::Default => &[W1[0], W1[1]],
             InitLokr::Lycoris => &[W2[0], W2[2]],

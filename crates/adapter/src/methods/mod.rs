@@ -44,11 +44,11 @@ pub trait Method: Module {
     /// `forward` is tested against.
     fn merged(&self, base: Base) -> Base;
     /// What the adapter adds to the layer's output, `[rows, out]`, for sums over several adapters.
-    fn part(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+    fn contribution(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
         self.forward(x.clone(), base) - base.forward(x)
     }
     /// Whether [`Method::part`] is the same whatever other adapters are in use, so that parts add up.
-    fn adds_up(&self) -> bool {
+    fn is_additive(&self) -> bool {
         true
     }
     /// The factors, where `forward` is the base plus their scaled product with x, and nothing else.
@@ -58,7 +58,7 @@ pub trait Method: Module {
     /// The factor in front of the adapter's product.
     fn scale(&self) -> f64;
     /// Whether the forward pass, as things stand, drops anything at random.
-    fn drops(&self) -> bool;
+    fn has_dropout(&self) -> bool;
     /// Calls `f` with each trained parameter under the name it has in PEFT's file after the module's.
     fn for_each_param(&self, f: &mut dyn FnMut(&'static str, ParamRef<'_>));
     /// The same, to change them.
@@ -68,8 +68,8 @@ pub trait Method: Module {
         Vec::new()
     }
     /// What the parameters started from, where the base is understood to have given it up
-    /// ([`InitLora::takes_from_base`](crate::methods::lora::config::InitLora::takes_from_base)), in the order of [`MethodConfig::parameters`].
-    fn origin(&self) -> Option<Vec<Tensor<2>>> {
+    /// ([`InitLora::subtracts_initial`](crate::methods::lora::config::InitLora::subtracts_initial)), in the order of [`MethodConfig::parameters`].
+    fn initial_factors(&self) -> Option<Vec<Tensor<2>>> {
         None
     }
 }
@@ -93,7 +93,7 @@ pub trait MethodConfig {
     fn parameters(&self, target: &TargetPlan) -> Parameters;
     /// Values that the parameters of one target start from, in the order of
     /// [`MethodConfig::parameters`].
-    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>>;
+    fn initial(&self, target: &TargetPlan, start: &InitContext<'_>) -> Result<Vec<Vec<f32>>>;
     /// The adapter of one linear layer, from values in the order of [`MethodConfig::parameters`].
     fn build(&self, target: &TargetPlan, values: Vec<Vec<f32>>, place: &Placement<'_>) -> Adapter;
     /// The factors beside an embedding; `None` where the method knows only linear layers.
@@ -135,7 +135,7 @@ pub trait MethodConfig {
         true
     }
     /// Whether the parameters begin with what the base is understood to have given up.
-    fn takes_from_base(&self) -> bool {
+    fn subtracts_initial(&self) -> bool {
         false
     }
     /// The configuration, where it is of a mixture of adapters and not of one.
@@ -146,7 +146,7 @@ pub trait MethodConfig {
 
 /// First values of a linear layer's factors from elsewhere.
 #[derive(Clone, Debug, PartialEq)]
-pub struct GivenFactors {
+pub struct InitFactors {
     /// A, row-major `[r, in]`.
     pub a: Vec<f32>,
     /// B, row-major `[out, r]`; zero where it is not given.
@@ -154,20 +154,20 @@ pub struct GivenFactors {
 }
 
 /// First values of the factors (EVA, LoftQ), by module.
-pub type Given<'a> = dyn Fn(&str) -> Option<GivenFactors> + 'a;
+pub type InitFactorsFor<'a> = dyn Fn(&str) -> Option<InitFactors> + 'a;
 
 /// What first values may depend on.
-pub struct Start<'a> {
+pub struct InitContext<'a> {
     /// The run's seed.
     pub seed: u64,
     /// The base's weight `[out, in]` (`[vocabulary, hidden]` for an embedding), row-major, when asked
     /// for.
     pub weight: &'a dyn Fn() -> Result<Vec<f32>>,
     /// First values from elsewhere (EVA, LoftQ).
-    pub given: Option<&'a Given<'a>>,
+    pub given: Option<&'a InitFactorsFor<'a>>,
 }
 
-impl Start<'_> {
+impl InitContext<'_> {
     /// The generator of one parameter: seed and name decide what it draws.
     pub fn rng(&self, target: &TargetPlan, parameter: &str) -> ChaCha8Rng {
         crate::linalg::random::rng(self.seed, &target.key(parameter))
@@ -186,7 +186,7 @@ pub struct Placement<'a> {
     pub shared: &'a [(&'static str, Tensor<2>)],
     /// The weight that the adapter is beside.
     pub weight: BaseWeight,
-    /// Values that the parameters started from, where [`MethodConfig::takes_from_base`].
+    /// Values that the parameters started from, where [`MethodConfig::subtracts_initial`].
     pub origin: Option<Vec<Vec<f32>>>,
 }
 
@@ -330,8 +330,8 @@ macro_rules! methods {
             }
 
             /// What it adds to the layer's output; see [`Method::part`].
-            pub fn part(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
-                match self { $(Self::$variant(m) => m.part(x, base),)+ }
+            pub fn contribution(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+                match self { $(Self::$variant(m) => m.contribution(x, base),)+ }
             }
 
             /// Weight and bias with the adapter folded in; see [`Method::merged`].
@@ -339,9 +339,9 @@ macro_rules! methods {
                 match self { $(Self::$variant(m) => m.merged(base),)+ }
             }
 
-            /// Whether its part is the same whatever others do; see [`Method::adds_up`].
-            pub fn adds_up(&self) -> bool {
-                match self { $(Self::$variant(m) => m.adds_up(),)+ }
+            /// Whether its part is the same whatever others do; see [`Method::is_additive`].
+            pub fn is_additive(&self) -> bool {
+                match self { $(Self::$variant(m) => m.is_additive(),)+ }
             }
 
             /// Its factors, where there is nothing else to it; see [`Method::low_rank`].
@@ -355,8 +355,8 @@ macro_rules! methods {
             }
 
             /// Whether it drops anything at random now.
-            pub fn drops(&self) -> bool {
-                match self { $(Self::$variant(m) => m.drops(),)+ }
+            pub fn has_dropout(&self) -> bool {
+                match self { $(Self::$variant(m) => m.has_dropout(),)+ }
             }
 
             /// Its parameters; see [`Method::for_each_param`].
@@ -375,8 +375,8 @@ macro_rules! methods {
             }
 
             /// What its parameters started from; see [`Method::origin`].
-            pub fn origin(&self) -> Option<Vec<Tensor<2>>> {
-                match self { $(Self::$variant(m) => m.origin(),)+ }
+            pub fn initial_factors(&self) -> Option<Vec<Tensor<2>>> {
+                match self { $(Self::$variant(m) => m.initial_factors(),)+ }
             }
         }
     };
@@ -508,7 +508,7 @@ impl MethodConfig for AdapterConfig {
     fn parameters(&self, target: &TargetPlan) -> Parameters {
         self.inner().parameters(target)
     }
-    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, start: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         self.inner().initial(target, start)
     }
     fn build(&self, target: &TargetPlan, values: Vec<Vec<f32>>, place: &Placement<'_>) -> Adapter {
@@ -543,8 +543,8 @@ impl MethodConfig for AdapterConfig {
     fn stores_shared(&self) -> bool {
         self.inner().stores_shared()
     }
-    fn takes_from_base(&self) -> bool {
-        self.inner().takes_from_base()
+    fn subtracts_initial(&self) -> bool {
+        self.inner().subtracts_initial()
     }
     fn xlora(&self) -> Option<&XLoraConfig> {
         self.inner().xlora()

@@ -10,7 +10,9 @@ use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
 use enamel_kernels::lora_linear;
 
-use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use super::{
+    Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
+};
 use crate::base::Base;
 use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets, layer_problems, probability};
@@ -92,7 +94,7 @@ impl Method for Vera {
     fn forward(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
         let (a, b) = self.factors();
         let weight = base.weight.clone();
-        let y = if self.drops() {
+        let y = if self.has_dropout() {
             super::dropping(x, weight, a, b, 1.0, &self.dropout)
         } else {
             lora_linear(x, weight, a, b, 1.0)
@@ -112,7 +114,7 @@ impl Method for Vera {
         1.0
     }
 
-    fn drops(&self) -> bool {
+    fn has_dropout(&self) -> bool {
         super::at_work(&self.dropout, &self.lambda_b)
     }
 
@@ -184,7 +186,7 @@ impl MethodConfig for VeraConfig {
         ]
     }
 
-    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, start: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         Ok(if self.init_weights {
             vec![
                 vec![0.0; target.out_features],

@@ -15,7 +15,7 @@ use crate::layers::embedding::EmbeddingPart;
 use crate::layers::frozen::FrozenPart;
 use crate::layers::linear::{Linear, LinearPart, SavedLinear};
 use crate::methods::tokens::TrainableTokens;
-use crate::methods::{Given, MethodConfig, Placement, Start, adapter_param_id};
+use crate::methods::{InitContext, InitFactorsFor, MethodConfig, Placement, adapter_param_id};
 use crate::model::active::{refuse_merged, route};
 use crate::model::plan::plan;
 use crate::plan::AdapterPlan;
@@ -55,7 +55,7 @@ pub fn attach_given<M: Adaptable, C: MethodConfig>(
     name: &str,
     cfg: &C,
     seed: u64,
-    given: Option<&Given<'_>>,
+    given: Option<&InitFactorsFor<'_>>,
 ) -> Result<AdapterPlan> {
     check_name(name)?;
     if let Some(config) = cfg.xlora() {
@@ -79,13 +79,13 @@ pub fn attach_given<M: Adaptable, C: MethodConfig>(
         &mut |target, weight| {
             let values = cfg.initial(
                 target,
-                &Start {
+                &InitContext {
                     seed,
                     weight,
                     given,
                 },
             )?;
-            let origin = cfg.takes_from_base().then(|| values.clone());
+            let origin = cfg.subtracts_initial().then(|| values.clone());
             Ok(Values { values, origin })
         },
     )?;

@@ -246,7 +246,7 @@ pub(crate) fn export_origin_of<M: Adaptable>(
     model.for_each_slot_ref(&mut |name, slot| {
         if let SlotRef::Linear(linear) = slot
             && let Some(adapter) = linear.part(adapter).and_then(|part| part.adapter.as_ref())
-            && let Some(origin) = adapter.origin()
+            && let Some(origin) = adapter.initial_factors()
         {
             let mut names = Vec::new();
             adapter.for_each_param(&mut |own, _| names.push(format!("{PREFIX}{name}.{own}")));

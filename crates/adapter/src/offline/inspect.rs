@@ -18,7 +18,7 @@ use crate::files::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, rea
 use crate::files::tied::take_head_if_tied;
 use crate::methods::AdapterConfig;
 use crate::model::plan::plan_for_load;
-use crate::offline::{HostAdapter, ReadBase};
+use crate::offline::{AdapterOnDisk, ReadBase};
 use crate::plan::AdapterPlan;
 use crate::plan::PREFIX;
 use crate::staging::{self, StagedDir};
@@ -189,15 +189,15 @@ fn may_be_base(key: &str, modules: &[ModuleShape]) -> bool {
 /// Reads an adapter for the modules that its own tensors tell of, or for those of a model.
 ///
 /// # Errors
-/// As [`HostAdapter::read`]; an adapter whose tensors do not say how wide its modules are (VeRA on modules of
+/// As [`AdapterOnDisk::read`]; an adapter whose tensors do not say how wide its modules are (VeRA on modules of
 /// several kinds), where `modules` is not given.
 pub fn open(
     dir: &Path,
     modules: Option<&[ModuleShape]>,
     base: Option<&ReadBase<'_>>,
-) -> Result<HostAdapter> {
+) -> Result<AdapterOnDisk> {
     if let Some(modules) = modules {
-        return HostAdapter::read(dir, modules, base);
+        return AdapterOnDisk::read(dir, modules, base);
     }
     let facts = AdapterFacts::read(dir)?;
     if matches!(facts.config, AdapterConfig::Vera(_)) {
@@ -215,7 +215,7 @@ pub fn open(
             });
         }
     }
-    HostAdapter::read(dir, &facts.modules, None)
+    AdapterOnDisk::read(dir, &facts.modules, None)
 }
 
 /// The targets of several configurations as one (PEFT's `_check_add_weighted_adapter`).

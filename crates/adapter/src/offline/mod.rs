@@ -44,7 +44,7 @@ pub type ReadBase<'a> = dyn Fn(&str) -> Option<Vec<f32>> + 'a;
 
 /// An adapter in memory, checked against the modules of a model that need not be loaded.
 #[derive(Clone, Debug)]
-pub struct HostAdapter {
+pub struct AdapterOnDisk {
     config: AdapterConfig,
     checked: Checked,
 }
@@ -58,7 +58,7 @@ pub struct HostModule {
     pub bias: Option<Vec<f32>>,
 }
 
-impl HostAdapter {
+impl AdapterOnDisk {
     /// Reads a directory for a model of these modules; everything that does not fit comes in one error.
     /// `base` reads the base's weight of the named module: PEFT stores some weights of the base along,
     /// and they have to be this base's. Without it they are taken for granted.
@@ -264,7 +264,7 @@ impl HostAdapter {
         let plan = &self.checked.plan;
         let dora = matches!(&self.config, AdapterConfig::Lora(lora) if lora.use_dora);
         let whole = !plan.saved.is_empty() || !plan.biases.is_empty() || !plan.tokens.is_empty();
-        let takes = crate::methods::MethodConfig::takes_from_base(&self.config);
+        let takes = crate::methods::MethodConfig::subtracts_initial(&self.config);
         if dora || whole || takes || self.trains_everything() {
             return false;
         }
@@ -365,7 +365,7 @@ impl HostAdapter {
                 Some("DoRA sets the length of the base's rows, so what it adds depends on the base")
             }
             AdapterConfig::Lora(lora)
-                if lora.init_lora_weights.takes_from_base() && self.checked.origin.is_none() =>
+                if lora.init_lora_weights.subtracts_initial() && self.checked.origin.is_none() =>
             {
                 Some(
                     "it began with a part of the base's weights (init_lora_weights), and initial_adapter/ \

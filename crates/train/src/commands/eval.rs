@@ -13,7 +13,7 @@ use crate::inputs::loftq;
 use crate::inputs::provenance;
 use crate::recipe::Recipe;
 use crate::training::data_loader::EvalLoader;
-use crate::training::train_step::Trainee;
+use crate::training::train_step::TrainModel;
 
 /// What an evaluation measured.
 #[derive(Clone, Debug, Serialize)]
@@ -66,7 +66,7 @@ pub fn evaluate(
         notes = provenance::notes(dir, Some(&inputs.base));
         notes.extend(loftq::beside_dense(&loaded.config, &model).map(str::to_owned));
     }
-    let trainee = Trainee { model };
+    let trainee = TrainModel { model };
     let pad = inputs.base.tokenizer.padding_id();
     let started = std::time::Instant::now();
     let loader = EvalLoader::new(&inputs.valid, recipe.train.batch_size, pad);

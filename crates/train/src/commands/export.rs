@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_adapter::AdapterConfig;
-use enamel_adapter::offline::{Delta, HostAdapter};
+use enamel_adapter::offline::{AdapterOnDisk, Delta};
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::save::{
     GgufLora, GgufOptions, GgufTokens, OutType, SaveDtype, SavedGguf, write_gguf, write_gguf_lora,
@@ -267,7 +267,7 @@ fn write_lora(
         let shape = shapes.iter().find(|m| m.name == module)?;
         base.checkpoint.read_f32(&stored(shape, embedding)).ok()
     };
-    let adapter = HostAdapter::read(dir, &shapes, Some(&read))?;
+    let adapter = AdapterOnDisk::read(dir, &shapes, Some(&read))?;
     problems.extend(unfit(&adapter, &config));
     if base.tied.is_some() {
         problems.push(
@@ -338,7 +338,7 @@ fn one_alpha(modules: &mut [GgufLora], alphas: &[f64]) -> (f64, usize) {
 }
 
 /// What of an adapter has no place in a GGUF LoRA.
-fn unfit(adapter: &HostAdapter, config: &LlamaConfig) -> Vec<String> {
+fn unfit(adapter: &AdapterOnDisk, config: &LlamaConfig) -> Vec<String> {
     let plan = adapter.plan();
     let mut problems = Vec::new();
     let mut some = |count: usize, what: &str| {

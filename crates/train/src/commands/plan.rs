@@ -69,7 +69,7 @@ pub struct DataPlan {
     pub steps_per_epoch: usize,
     /// Optimizer steps of the run.
     pub steps: usize,
-    /// Rhythm, batch and schedule in words.
+    /// Intervals, batch and schedule in words.
     pub rhythm: String,
 }
 

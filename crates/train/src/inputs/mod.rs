@@ -256,7 +256,7 @@ pub(crate) fn quantization(
     let mut against = Vec::new();
     match adapter {
         AdapterConfig::Full(_) => against.push("full fine-tuning trains them".to_owned()),
-        AdapterConfig::Lora(lora) if lora.init_lora_weights.takes_from_base() => {
+        AdapterConfig::Lora(lora) if lora.init_lora_weights.subtracts_initial() => {
             against.push("init_lora_weights takes a part out of them".to_owned());
         }
         _ => {}

@@ -87,7 +87,7 @@ impl Method {
             AdapterConfig::Lora(lora) => Self::Lora {
                 dropout: number("lora_dropout") > 0.0,
                 bias: on("lora_bias"),
-                origin: lora.takes_from_base(),
+                origin: lora.subtracts_initial(),
             },
             AdapterConfig::Loha(_) => Self::Loha,
             AdapterConfig::Lokr(_) => Self::Lokr,
@@ -235,7 +235,7 @@ impl Model {
             head: Head {
                 trained: whole(head) || adapted || rows_trained,
                 adapted: adapted || rows_trained,
-                whole_logits: bias || (adapted && drops(method)),
+                whole_logits: bias || (adapted && has_dropout(method)),
             },
             method,
             packed: Packed::new(),
@@ -284,7 +284,7 @@ impl Model {
 }
 
 /// Whether inputs are dropped.
-pub(super) fn drops(method: Method) -> bool {
+pub(super) fn has_dropout(method: Method) -> bool {
     match method {
         Method::Lora { dropout, .. }
         | Method::Dora { dropout }

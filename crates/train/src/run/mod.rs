@@ -32,7 +32,7 @@ use crate::run_dir::results::RunOutcome;
 use crate::run_dir::results::Sample;
 use crate::run_dir::{Resume, RunDir, Standing};
 use crate::signals::StopFlag;
-use crate::text::Say;
+use crate::text::LogLine;
 use crate::text::shown;
 use crate::training::data_loader::{EvalLoader, StepLoader, StepPlan, StepSettings};
 use crate::training::lora_plus;
@@ -40,10 +40,10 @@ use crate::training::lr_schedule::Schedule;
 use crate::training::metrics::{
     GradNorm, LearningRate, Loss, Memory, Perplexity, Progress, Scalar, TokensPerSecond,
 };
-use crate::training::metrics_log::Journal;
+use crate::training::metrics_log::MetricsLog;
 use crate::training::renderer::{Dashboard, Lines};
-use crate::training::train_step::Trainee;
-use crate::training::training_loop::{LoopEnd, Rhythm, StepStrategy};
+use crate::training::train_step::TrainModel;
+use crate::training::training_loop::{Intervals, LoopEnd, StepStrategy};
 
 /// How to run, besides what the recipe says.
 pub struct TrainOptions<'a> {
@@ -54,7 +54,7 @@ pub struct TrainOptions<'a> {
     /// Draw burn-train's dashboard; needs a terminal.
     pub dashboard: bool,
     /// Says lines to the person who waits.
-    pub say: Say,
+    pub say: LogLine,
     /// Set by signals.
     pub stop: StopFlag,
     /// Told of downloads.
@@ -209,7 +209,7 @@ fn step_plan(recipe: &Recipe, inputs: &Inputs) -> StepPlan {
     StepPlan::new(inputs.train.rows.clone(), settings)
 }
 
-fn rhythm(recipe: &Recipe, plan: &StepPlan) -> Rhythm {
+fn rhythm(recipe: &Recipe, plan: &StepPlan) -> Intervals {
     let t = &recipe.train;
     let (per_epoch, total) = step_counts(recipe, plan.rows().len());
     let per_epoch = per_epoch.max(1);
@@ -218,7 +218,7 @@ fn rhythm(recipe: &Recipe, plan: &StepPlan) -> Rhythm {
         Cadence::Steps(n) => Some(n),
         Cadence::Epoch => Some(per_epoch),
     };
-    Rhythm {
+    Intervals {
         total,
         per_epoch,
         eval: every(t.eval_cadence()),
@@ -237,7 +237,7 @@ fn answers_before(
     inputs: &Inputs,
     model: &enamel_model::CausalLm,
     prompts: &[Prompt],
-    say: &Say,
+    say: &LogLine,
 ) -> Result<Vec<String>, TrainError> {
     // A checkpoint of another directory has them beside it.
     let begun = |checkpoint: &PathBuf| Some(checkpoint.parent()?.parent()?.join(SAMPLES));
@@ -290,12 +290,12 @@ fn launch(
     inputs: &Inputs,
     run: &RunDir,
     plan: Arc<StepPlan>,
-    rhythm: Rhythm,
+    rhythm: Intervals,
     (model, adapter): (enamel_model::CausalLm, AdapterConfig),
     options: &TrainOptions<'_>,
-) -> Result<(Trainee, LoopEnd), TrainError> {
+) -> Result<(TrainModel, LoopEnd), TrainError> {
     let t = &recipe.train;
-    let model = Trainee { model };
+    let model = TrainModel { model };
     let settings = AdamW {
         beta1: t.adam_beta1,
         beta2: t.adam_beta2,
@@ -350,7 +350,7 @@ fn launch(
         } else {
             options.say.clone()
         },
-        journal: Mutex::new(Journal::open(
+        journal: Mutex::new(MetricsLog::open(
             &run.path.join(METRICS),
             &run.state.run,
             run.state.step,
@@ -441,11 +441,11 @@ fn finish(
     recipe: &Recipe,
     inputs: &Inputs,
     run: &RunDir,
-    (trainee, adapter): (Trainee, AdapterConfig),
+    (trainee, adapter): (TrainModel, AdapterConfig),
     end: LoopEnd,
     (prompts, before): (&[Prompt], Vec<String>),
     memory: &Estimate,
-    say: &Say,
+    say: &LogLine,
 ) -> Result<RunOutcome, TrainError> {
     let mut model = trainee.model;
     let interrupted = end.signal.is_some() || end.stopped_by_user;

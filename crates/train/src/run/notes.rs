@@ -7,9 +7,9 @@ use crate::inputs::Inputs;
 use crate::recipe::{LockInfo, Recipe, RecipeFile};
 use crate::run_dir::results::RunOutcome;
 use crate::run_dir::{LOCK, Resume, RunDir};
-use crate::text::Say;
+use crate::text::LogLine;
 use crate::text::thousands;
-use crate::training::training_loop::Rhythm;
+use crate::training::training_loop::Intervals;
 
 /// Training from a lock file promises the same bits, so changed files are an error.
 ///
@@ -48,7 +48,7 @@ pub fn template_time(recipe: &Recipe, resume: &Resume, locked: Option<&LockInfo>
 }
 
 /// Says what will happen, from the inputs as they were found.
-pub fn announce(say: &Say, recipe: &Recipe, inputs: &Inputs, run: &RunDir, rhythm: &Rhythm) {
+pub fn announce(say: &LogLine, recipe: &Recipe, inputs: &Inputs, run: &RunDir, rhythm: &Intervals) {
     let plan = &inputs.plan;
     say(&format!(
         "model    {} ({})",

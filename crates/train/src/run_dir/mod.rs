@@ -28,7 +28,7 @@ use crate::run_dir::former::Replaced;
 use crate::run_dir::hold::Hold;
 use crate::run_dir::lock::{RunLock, new_id};
 use crate::run_dir::results::RunOutcome;
-use crate::text::Say;
+use crate::text::LogLine;
 
 /// Name of the lock file.
 pub(crate) use crate::run_dir::belongings::LOCK;
@@ -474,13 +474,13 @@ impl RunDir {
     }
 
     /// Says what there is to know about the directory, but for the first `from` notes.
-    pub fn tell(&self, from: usize, say: &Say) {
+    pub fn tell(&self, from: usize, say: &LogLine) {
         let notes = self.notes.iter().skip(from);
         notes.for_each(|note| say(&format!("note     {note}")));
     }
 
     /// Puts the old run back if the new one has come to nothing, and says so.
-    pub fn leave(&self, say: &Say) {
+    pub fn leave(&self, say: &LogLine) {
         let _changing = self.hold.changing();
         match self.hold.put_back() {
             None => {}

@@ -13,7 +13,7 @@ use crate::text::duration_text;
 use crate::training::train_step::{EvalOutput, StepOutput};
 
 /// What sets one figure apart from another.
-pub trait Figure: Clone + Send + Sync + 'static {
+pub trait MetricSpec: Clone + Send + Sync + 'static {
     /// Name on the dashboard; training and validation share a plot by it.
     const NAME: &'static str;
     /// Unit, empty for none.
@@ -33,7 +33,7 @@ macro_rules! figure {
         $(#[$doc])*
         #[derive(Clone)]
         pub struct $name;
-        impl Figure for $name {
+        impl MetricSpec for $name {
             const NAME: &'static str = $label;
             const UNIT: &'static str = $unit;
             const HIGHER_IS_BETTER: bool = $higher;
@@ -103,7 +103,7 @@ pub struct Scalar<F> {
     figure: PhantomData<F>,
 }
 
-impl<F: Figure> Scalar<F> {
+impl<F: MetricSpec> Scalar<F> {
     /// An empty window.
     pub fn new() -> Self {
         Self {
@@ -134,13 +134,13 @@ impl<F: Figure> Scalar<F> {
     }
 }
 
-impl<F: Figure> Default for Scalar<F> {
+impl<F: MetricSpec> Default for Scalar<F> {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl<F: Figure> Metric for Scalar<F> {
+impl<F: MetricSpec> Metric for Scalar<F> {
     type Input = Sample<F>;
 
     fn name(&self) -> Arc<String> {
@@ -175,7 +175,7 @@ impl<F: Figure> Metric for Scalar<F> {
     }
 }
 
-impl<F: Figure> Numeric for Scalar<F> {
+impl<F: MetricSpec> Numeric for Scalar<F> {
     fn value(&self) -> Option<NumericEntry> {
         self.last
             .is_finite()

@@ -72,12 +72,12 @@ impl Entry {
 
 /// The open file.
 #[derive(Debug)]
-pub struct Journal {
+pub struct MetricsLog {
     path: PathBuf,
     file: File,
 }
 
-impl Journal {
+impl MetricsLog {
     /// Opens the file for the run of this id that has done `step` steps; what a killed run wrote past that is
     /// removed, as it will be written again. Lines that are damaged are left out, which `say` is told of; the
     /// file with them then stays under another name.
@@ -151,7 +151,7 @@ impl Journal {
 }
 
 /// The lines of a journal; none if there is no such file. What is no entry is left out: a last line cut off by
-/// a kill, and damaged ones, of which [`Journal::open`] tells.
+/// a kill, and damaged ones, of which [`MetricsLog::open`] tells.
 ///
 /// # Errors
 /// When the file is there and cannot be read.
@@ -236,7 +236,7 @@ mod tests {
     fn resuming_removes_what_lies_past_the_checkpoint() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut journal = Journal::open(&path, "", 0, &quiet).unwrap();
+        let mut journal = MetricsLog::open(&path, "", 0, &quiet).unwrap();
         for step in [0, 10, 20] {
             journal.write(&valid(step)).unwrap();
         }
@@ -246,7 +246,7 @@ mod tests {
             .unwrap()
             .write_all(b"{\"ki")
             .unwrap();
-        let mut journal = Journal::open(&path, "", 10, &quiet).unwrap();
+        let mut journal = MetricsLog::open(&path, "", 10, &quiet).unwrap();
         journal.write(&valid(30)).unwrap();
         let steps: Vec<usize> = read(&path).unwrap().iter().map(Entry::step).collect();
         assert_eq!(steps, [0, 10, 30]);
@@ -256,7 +256,7 @@ mod tests {
     fn damaged_lines_are_named_and_the_others_stay_to_the_byte() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
-        let mut journal = Journal::open(&path, "", 0, &quiet).unwrap();
+        let mut journal = MetricsLog::open(&path, "", 0, &quiet).unwrap();
         // Without `float_roundtrip`, serde_json reads the last bit of this one wrong.
         let odd = |step| match valid(step) {
             Entry::Valid {
@@ -286,7 +286,7 @@ mod tests {
         std::fs::write(&path, &damaged).unwrap();
 
         let told = std::cell::RefCell::new(Vec::new());
-        Journal::open(&path, "", 20, &|line| {
+        MetricsLog::open(&path, "", 20, &|line| {
             told.borrow_mut().push(line.to_owned())
         })
         .unwrap();

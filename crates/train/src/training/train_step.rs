@@ -17,7 +17,7 @@ use crate::training::grad_clipping::Clipping;
 
 /// The adapted model under training.
 #[derive(Module, Debug)]
-pub struct Trainee {
+pub struct TrainModel {
     /// The frozen base with its adapters.
     pub model: CausalLm,
 }
@@ -103,7 +103,7 @@ pub fn shifted_labels(batch: &Batch) -> Vec<i64> {
     shifted
 }
 
-impl Trainee {
+impl TrainModel {
     /// Sum of the negative log-likelihoods of a batch's labels, `[1]`, with `smoothing` as the share of each
     /// that is spread evenly over the vocabulary. transformers' trainer smooths its validation loss too;
     /// here that one says how likely the labels are, whatever the training.
@@ -136,7 +136,7 @@ impl Trainee {
     }
 }
 
-impl Trainee {
+impl TrainModel {
     /// The same where the head does more than multiply (an adapter with a bias or with dropout is on it):
     /// logits of all labelled rows at once.
     fn loss_through_head(&self, hidden: Tensor<2>, labels: &[i64], smoothing: f64) -> Tensor<1> {
@@ -179,7 +179,7 @@ pub(crate) fn scalar(t: Tensor<1>) -> f64 {
     t.into_data().iter::<f64>().next().unwrap_or(f64::NAN)
 }
 
-impl TrainStep for Trainee {
+impl TrainStep for TrainModel {
     type Input = StepItem;
     type Output = StepOutput;
 
@@ -228,7 +228,7 @@ impl TrainStep for Trainee {
     }
 }
 
-impl InferenceStep for Trainee {
+impl InferenceStep for TrainModel {
     type Input = Batch;
     type Output = EvalOutput;
 

@@ -25,15 +25,15 @@ use crate::optimizer::Optimizer;
 use crate::run_dir::checkpoints::{Best, Checkpoints, RunState};
 use crate::run_dir::hold::Hold;
 use crate::signals::{Phase, StopFlag};
-use crate::text::Say;
+use crate::text::LogLine;
 use crate::text::duration_text;
 use crate::training::data_loader::StepPlan;
-use crate::training::metrics_log::{Entry, Journal};
-use crate::training::train_step::{EvalOutput, StepOutput, Trainee};
+use crate::training::metrics_log::{Entry, MetricsLog};
+use crate::training::train_step::{EvalOutput, StepOutput, TrainModel};
 
 /// When things happen, in optimizer steps.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Rhythm {
+pub struct Intervals {
     /// Steps of the run.
     pub total: usize,
     /// Steps an epoch, for display.
@@ -81,7 +81,7 @@ pub struct StepStrategy {
     /// Where to start.
     pub start: RunState,
     /// When things happen.
-    pub rhythm: Rhythm,
+    pub rhythm: Intervals,
     /// The rows of each step, to name them in errors.
     pub plan: Arc<StepPlan>,
     /// Where checkpoints go.
@@ -97,24 +97,24 @@ pub struct StepStrategy {
     /// Set by signals.
     pub stop: StopFlag,
     /// Says lines when there is no dashboard.
-    pub say: Say,
+    pub say: LogLine,
     /// `metrics.jsonl`.
-    pub journal: Mutex<Journal>,
+    pub journal: Mutex<MetricsLog>,
     /// Filled in when the loop ends.
     pub end: Arc<Mutex<LoopEnd>>,
 }
 
-type Events = SupervisedTrainingEventProcessor<Trainee>;
+type Events = SupervisedTrainingEventProcessor<TrainModel>;
 
-impl SupervisedLearningStrategy<Trainee> for StepStrategy {
+impl SupervisedLearningStrategy<TrainModel> for StepStrategy {
     fn fit(
         &self,
-        components: TrainingComponents<Trainee>,
-        learner: Learner<Trainee>,
-        train: TrainLoader<Trainee>,
-        valid: ValidLoader<Trainee>,
+        components: TrainingComponents<TrainModel>,
+        learner: Learner<TrainModel>,
+        train: TrainLoader<TrainModel>,
+        valid: ValidLoader<TrainModel>,
         _starting_epoch: usize,
-    ) -> (Trainee, Events) {
+    ) -> (TrainModel, Events) {
         // `train` puts the gradient flags, set on a plain device, into force.
         let model = learner.model().fork(&self.device).train();
         // It would keep the first values of every parameter until the end.
@@ -157,7 +157,7 @@ impl SupervisedLearningStrategy<Trainee> for StepStrategy {
 /// The loop's moving parts.
 struct Run<'a> {
     s: &'a StepStrategy,
-    model: Trainee,
+    model: TrainModel,
     optimizer: Optimizer,
     scheduler: ModuleLrScheduler,
     allocator: Option<RankAllocator>,
@@ -165,12 +165,12 @@ struct Run<'a> {
     end: LoopEnd,
     events: Events,
     interrupter: Interrupter,
-    valid: ValidLoader<Trainee>,
+    valid: ValidLoader<TrainModel>,
     memory: Memory,
 }
 
 impl Run<'_> {
-    fn train(&mut self, train: &TrainLoader<Trainee>) -> Result<(), TrainError> {
+    fn train(&mut self, train: &TrainLoader<TrainModel>) -> Result<(), TrainError> {
         let total = self.s.rhythm.total;
         self.end.stopped_early = self.gained_too_little();
         if self.state.step >= total || self.end.stopped_early {
@@ -277,7 +277,7 @@ impl Run<'_> {
 
     /// Whether early stopping ends the run before its last step.
     fn gained_too_little(&self) -> bool {
-        let Rhythm {
+        let Intervals {
             patience, total, ..
         } = self.s.rhythm;
         patience > 0 && self.state.evals_without_gain >= patience && self.state.step < total

@@ -20,7 +20,7 @@ use crate::config::Targets;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, Slot};
 use crate::layers::linear::Probe;
-use crate::methods::GivenFactors;
+use crate::methods::InitFactors;
 use crate::methods::lora::config::LoraConfig;
 use crate::plan::AdapterPlan;
 use crate::plan::TargetPlan;
@@ -64,10 +64,10 @@ pub struct EvaStart {
 
 impl EvaStart {
     /// A's first values for [`attach_given`](crate::attach_given).
-    pub fn given(&self) -> impl Fn(&str) -> Option<GivenFactors> + '_ {
+    pub fn given(&self) -> impl Fn(&str) -> Option<InitFactors> + '_ {
         |module| {
             let a = self.factors.get(module)?.clone();
-            Some(GivenFactors { a, b: None })
+            Some(InitFactors { a, b: None })
         }
     }
 }

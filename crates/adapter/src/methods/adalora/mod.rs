@@ -12,7 +12,9 @@ use burn::tensor::Tensor;
 use enamel_kernels::lora_linear;
 use serde_json::{Value, json};
 
-use super::{Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start};
+use super::{
+    Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
+};
 use crate::base::Base;
 use crate::config::fields::{Pattern, peft_config};
 use crate::config::{Purpose, Targets, layer_problems, probability};
@@ -139,7 +141,7 @@ impl Method for AdaLora {
         }
         let (a, b) = (self.scaled_a(), self.lora_b.val());
         let weight = base.weight.clone();
-        let y = if self.drops() {
+        let y = if self.has_dropout() {
             super::dropping(x, weight, a, b, self.scale, &self.dropout)
         } else {
             lora_linear(x, weight, a, b, self.scale)
@@ -162,7 +164,7 @@ impl Method for AdaLora {
         self.scale
     }
 
-    fn drops(&self) -> bool {
+    fn has_dropout(&self) -> bool {
         super::at_work(&self.dropout, &self.lora_a)
     }
 
@@ -292,7 +294,7 @@ impl MethodConfig for AdaLoraConfig {
         ]
     }
 
-    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, start: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         let values = self.parameters(target).into_iter().map(|(name, shape)| {
             let count = shape.iter().product();
             let deviation = match (name, self.init_lora_weights) {

@@ -42,7 +42,7 @@ pub enum InitLora {
 impl InitLora {
     /// Whether the adapter starts with a part of the base's weight that the base is understood to
     /// have given up: `W·x` becomes `(W − s·B₀·A₀)·x`.
-    pub fn takes_from_base(&self) -> bool {
+    pub fn subtracts_initial(&self) -> bool {
         matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
     }
 }
@@ -260,7 +260,7 @@ impl LoraConfig {
         let name = self.init_lora_weights.write();
         if purpose == Purpose::Initialise
             && self.use_dora
-            && self.init_lora_weights.takes_from_base()
+            && self.init_lora_weights.subtracts_initial()
         {
             return Some(format!(
                 "init_lora_weights = {name} together with use_dora is not supported: the length of \

@@ -60,7 +60,7 @@ impl LoraEmbedding {
     /// # Shapes
     /// - ids: `[batch, tokens]`, y and result: `[batch, tokens, hidden]`, table: `[vocabulary, hidden]`
     pub fn forward(&self, ids: Tensor<2, Int>, y: Tensor<3>, table: &BaseWeight) -> Tensor<3> {
-        let own = self.part(ids);
+        let own = self.contribution(ids);
         match self.factor(|| table.dense()) {
             Some(factor) => (y + own) * factor.unsqueeze(),
             None => y + own,
@@ -68,7 +68,7 @@ impl LoraEmbedding {
     }
 
     /// What the factors add without DoRA, `[batch, tokens, hidden]`.
-    pub(crate) fn part(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+    pub(crate) fn contribution(&self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [batch, tokens] = ids.dims();
         let [width, r] = self.b.dims();
         let low: Tensor<3> = embedding(self.a.val().transpose(), ids);

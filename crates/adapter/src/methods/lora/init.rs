@@ -12,14 +12,14 @@ use crate::linalg::random::{gaussian, kaiming};
 use crate::linalg::{LinalgError, Matrix, Svd, qr, svd_randomized, svd_truncated};
 use crate::methods::lora::config::InitLora;
 use crate::methods::lora::config::LoraConfig;
-use crate::methods::{MethodConfig, Start};
+use crate::methods::{InitContext, MethodConfig};
 use crate::plan::TargetPlan;
 
 /// First values in the order of the method's parameters.
 pub(crate) fn initial(
     config: &LoraConfig,
     target: &TargetPlan,
-    start: &Start<'_>,
+    start: &InitContext<'_>,
 ) -> Result<Vec<Vec<f32>>> {
     if target.embedding {
         return embedding(config, target, start);
@@ -46,7 +46,7 @@ pub(crate) fn initial(
 fn factors(
     config: &LoraConfig,
     target: &TargetPlan,
-    start: &Start<'_>,
+    start: &InitContext<'_>,
 ) -> Result<(Vec<f32>, Vec<f32>)> {
     let (r, width, out) = (target.r, target.in_features, target.out_features);
     let mut rng_a = start.rng(target, A);
@@ -95,7 +95,11 @@ fn factors(
 }
 
 /// PEFT: A zero and B normal, or both normal.
-fn embedding(config: &LoraConfig, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+fn embedding(
+    config: &LoraConfig,
+    target: &TargetPlan,
+    start: &InitContext<'_>,
+) -> Result<Vec<Vec<f32>>> {
     let (r, rows, width) = (target.r, target.in_features, target.out_features);
     let a = match config.init_lora_weights {
         InitLora::Random => gaussian(&mut start.rng(target, embedding::A), r * rows, 1.0),
@@ -125,7 +129,7 @@ fn embedding(config: &LoraConfig, target: &TargetPlan, start: &Start<'_>) -> Res
 fn lengths(
     config: &LoraConfig,
     target: &TargetPlan,
-    start: &Start<'_>,
+    start: &InitContext<'_>,
     a: &[f32],
     b: &[f32],
 ) -> Result<Vec<f32>> {
@@ -152,7 +156,7 @@ fn lengths(
 /// scale is the leading part of the weight.
 fn pissa(
     target: &TargetPlan,
-    start: &Start<'_>,
+    start: &InitContext<'_>,
     power_steps: Option<usize>,
 ) -> Result<(Vec<f32>, Vec<f32>)> {
     let weight = weight(target, start)?;
@@ -189,7 +193,7 @@ pub(crate) fn shared(svd: &Svd, target: &TargetPlan) -> (Vec<f32>, Vec<f32>) {
 }
 
 /// The leading columns of Q and rows of R. As in PEFT, the scale is left to the residual.
-fn olora(target: &TargetPlan, start: &Start<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
+fn olora(target: &TargetPlan, start: &InitContext<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
     let weight = weight(target, start)?;
     let (q, r) = qr(&weight).map_err(|e| failed(target, e))?;
     let rank = target.r;
@@ -204,7 +208,7 @@ fn olora(target: &TargetPlan, start: &Start<'_>) -> Result<(Vec<f32>, Vec<f32>)>
 /// factor is.
 fn orthogonal(
     target: &TargetPlan,
-    start: &Start<'_>,
+    start: &InitContext<'_>,
 ) -> std::result::Result<(Vec<f32>, Vec<f32>), LinalgError> {
     let (r, width, out) = (target.r, target.in_features, target.out_features);
     let half = r / 2;
@@ -226,7 +230,7 @@ fn orthogonal(
     Ok((tenth(a), tenth(b)))
 }
 
-fn weight(target: &TargetPlan, start: &Start<'_>) -> Result<Matrix> {
+fn weight(target: &TargetPlan, start: &InitContext<'_>) -> Result<Matrix> {
     let values = (start.weight)()?;
     Matrix::new(target.out_features, target.in_features, values).map_err(|e| failed(target, e))
 }

@@ -17,7 +17,7 @@ use enamel_kernels::{BaseWeight, Held, LowRank, dora_linear, fuses, linear, lora
 use embedding::LoraEmbedding;
 
 use super::{
-    Adapter, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, Start, drawn,
+    Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement, drawn,
     dropping,
 };
 use crate::base::Base;
@@ -168,7 +168,7 @@ impl Method for Lora {
         self.plus_bias(y, base)
     }
 
-    fn part(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
+    fn contribution(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
         if self.magnitude.is_some() || self.dropping() {
             return self.forward(x.clone(), base) - base.forward(x);
         }
@@ -201,7 +201,7 @@ impl Method for Lora {
         Base { weight, bias }
     }
 
-    fn adds_up(&self) -> bool {
+    fn is_additive(&self) -> bool {
         self.magnitude.is_none()
     }
 
@@ -228,7 +228,7 @@ impl Method for Lora {
         self.scale
     }
 
-    fn drops(&self) -> bool {
+    fn has_dropout(&self) -> bool {
         self.dropping()
     }
 
@@ -254,7 +254,7 @@ impl Method for Lora {
         }
     }
 
-    fn origin(&self) -> Option<Vec<Tensor<2>>> {
+    fn initial_factors(&self) -> Option<Vec<Tensor<2>>> {
         let origin = self.origin.as_ref()?;
         Some(vec![origin.a.clone(), origin.b.clone()])
     }
@@ -306,7 +306,7 @@ impl MethodConfig for LoraConfig {
         all
     }
 
-    fn initial(&self, target: &TargetPlan, start: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, start: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         init::initial(self, target, start)
     }
 
@@ -362,8 +362,8 @@ impl MethodConfig for LoraConfig {
         self.trainable_token_indices.as_ref()
     }
 
-    fn takes_from_base(&self) -> bool {
-        self.init_lora_weights.takes_from_base()
+    fn subtracts_initial(&self) -> bool {
+        self.init_lora_weights.subtracts_initial()
     }
 }
 

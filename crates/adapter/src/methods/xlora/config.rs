@@ -10,7 +10,7 @@ use crate::config::{Bias, Pattern, Purpose, probability};
 use crate::error::{AdapterError, Result};
 use crate::files::store::{CONFIG, load_config};
 use crate::methods::lora::config::LoraConfig;
-use crate::methods::{Adapter, AdapterConfig, MethodConfig, Parameters, Placement, Start};
+use crate::methods::{Adapter, AdapterConfig, InitContext, MethodConfig, Parameters, Placement};
 use crate::plan::TargetPlan;
 use crate::plan::target::Selection;
 
@@ -168,7 +168,7 @@ fn expert(dir: &Path) -> std::result::Result<LoraConfig, Vec<String>> {
             "trainable_token_indices: an expert cannot train rows of the embedding",
         ),
         (
-            config.init_lora_weights.takes_from_base(),
+            config.init_lora_weights.subtracts_initial(),
             "init_lora_weights: it took a part of the base's weights; write it again as plain LoRA",
         ),
     ];
@@ -253,7 +253,7 @@ impl MethodConfig for XLoraConfig {
         Vec::new()
     }
 
-    fn initial(&self, target: &TargetPlan, _: &Start<'_>) -> Result<Vec<Vec<f32>>> {
+    fn initial(&self, target: &TargetPlan, _: &InitContext<'_>) -> Result<Vec<Vec<f32>>> {
         Err(AdapterError::Start {
             module: target.name.clone(),
             reason: "X-LoRA's layers come from its experts".into(),

@@ -8,7 +8,7 @@ use enamel_adapter::combine::{
 };
 use enamel_adapter::offline::inspect;
 use enamel_adapter::offline::inspect::{AdapterFacts, joined_targets};
-use enamel_adapter::offline::{Delta, HostAdapter};
+use enamel_adapter::offline::{AdapterOnDisk, Delta};
 use enamel_adapter::{
     AdapterConfig, AdapterFile, Bias, HostTensor, InitLora, LoraConfig, ModuleShape,
     as_markdown_text,
@@ -177,7 +177,7 @@ fn refused(problems: &[String]) -> TrainError {
 /// The configurations, if all are LoRA of the same base and nothing else is trained.
 fn plain<'a>(
     names: &[String],
-    adapters: &'a [HostAdapter],
+    adapters: &'a [AdapterOnDisk],
 ) -> Result<Vec<&'a LoraConfig>, TrainError> {
     let mut problems = Vec::new();
     let mut configs: Vec<&LoraConfig> = Vec::new();
@@ -217,7 +217,7 @@ fn plain<'a>(
         if !adapter.plan().tokens.is_empty() {
             refuse("trainable_token_indices: trained rows are not combined; merge instead");
         }
-        if config.init_lora_weights.takes_from_base() {
+        if config.init_lora_weights.subtracts_initial() {
             refuse(
                 "init_lora_weights: it began with a part of the base's weights; make it a plain LoRA with `enamel \
                  adapter convert` first",
@@ -232,8 +232,8 @@ fn plain<'a>(
     }
 }
 
-fn same_base(names: &[String], adapters: &[HostAdapter], problems: &mut Vec<String>) {
-    let base = |adapter: &HostAdapter| {
+fn same_base(names: &[String], adapters: &[AdapterOnDisk], problems: &mut Vec<String>) {
+    let base = |adapter: &AdapterOnDisk| {
         let base = adapter
             .config()
             .base_model_name_or_path()?
@@ -267,7 +267,7 @@ fn same_base(names: &[String], adapters: &[HostAdapter], problems: &mut Vec<Stri
 fn union(
     names: &[String],
     dirs: &[PathBuf],
-    adapters: &[HostAdapter],
+    adapters: &[AdapterOnDisk],
 ) -> Result<Vec<ModuleShape>, TrainError> {
     let mut modules: Vec<(ModuleShape, &str)> = Vec::new();
     let mut problems = Vec::new();
@@ -296,7 +296,7 @@ fn union(
 /// One module of the result.
 fn make(
     module: &ModuleShape,
-    adapters: &[HostAdapter],
+    adapters: &[AdapterOnDisk],
     [plan, cat]: [&CombinePlan; 2],
     seed: u64,
 ) -> Result<Made, TrainError> {

@@ -7,7 +7,7 @@ use enamel_adapter::combine::{LowRankFit, RankChoice};
 use enamel_adapter::linalg::Matrix;
 use enamel_adapter::offline::inspect;
 use enamel_adapter::offline::inspect::AdapterFacts;
-use enamel_adapter::offline::{Delta, HostAdapter, HostModule};
+use enamel_adapter::offline::{AdapterOnDisk, Delta, HostModule};
 use enamel_adapter::{
     AdapterConfig, AdapterFile, HostTensor, LoraConfig, ModuleKind, ModuleShape, as_markdown_text,
 };
@@ -212,7 +212,7 @@ pub fn convert(
 
 fn refuse_unfit(
     request: &ConvertRequest,
-    adapter: &HostAdapter,
+    adapter: &AdapterOnDisk,
     has_base: bool,
 ) -> Result<(), TrainError> {
     let refuse = |reason: String, help: &str| {
@@ -257,7 +257,7 @@ fn refuse_unfit(
 
 fn make(
     module: &ModuleShape,
-    adapter: &HostAdapter,
+    adapter: &AdapterOnDisk,
     base: Option<&Base>,
     choice: RankChoice,
 ) -> Result<Made, TrainError> {
@@ -290,7 +290,7 @@ fn make(
 /// What the adapter adds to a weight of this base.
 fn against_base(
     module: &ModuleShape,
-    adapter: &HostAdapter,
+    adapter: &AdapterOnDisk,
     base: &Base,
     device: &Device,
 ) -> Result<Matrix, TrainError> {
@@ -327,7 +327,7 @@ fn against_base(
 
 /// The LoRA configuration of the result: scale 1 everywhere.
 fn config(
-    adapter: &HostAdapter,
+    adapter: &AdapterOnDisk,
     modules: &[ModuleShape],
     targets: &[&ModuleShape],
     made: &[Made],

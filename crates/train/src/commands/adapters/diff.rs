@@ -6,7 +6,7 @@ use burn::tensor::Device;
 use enamel_adapter::combine::{self, DeltaDiff};
 use enamel_adapter::offline::inspect;
 use enamel_adapter::offline::inspect::AdapterFacts;
-use enamel_adapter::offline::{Delta, HostAdapter};
+use enamel_adapter::offline::{AdapterOnDisk, Delta};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
@@ -127,7 +127,7 @@ pub fn diff(first: &Path, second: &Path) -> Result<AdapterDiff, TrainError> {
 }
 
 /// Whether what is trained beside deltas is the same, value by value.
-fn same_rest(a: &HostAdapter, b: &HostAdapter) -> bool {
+fn same_rest(a: &AdapterOnDisk, b: &AdapterOnDisk) -> bool {
     a.rest() == b.rest()
 }
 
@@ -235,7 +235,11 @@ impl Sums {
     }
 }
 
-fn deltas(report: &mut AdapterDiff, a: &HostAdapter, b: &HostAdapter) -> Result<(), TrainError> {
+fn deltas(
+    report: &mut AdapterDiff,
+    a: &AdapterOnDisk,
+    b: &AdapterOnDisk,
+) -> Result<(), TrainError> {
     let device = Device::flex();
     let shared = |name: &str| b.plan().targets.iter().any(|t| t.name == name);
     let names: Vec<&str> = a

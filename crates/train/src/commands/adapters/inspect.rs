@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_adapter::files::infer_modules::kind_of;
-use enamel_adapter::offline::HostAdapter;
+use enamel_adapter::offline::AdapterOnDisk;
 use enamel_adapter::offline::inspect;
 use enamel_adapter::offline::inspect::AdapterFacts;
 use rayon::prelude::*;
@@ -251,7 +251,7 @@ fn add_norms(
     Ok(())
 }
 
-fn norms(adapter: &HostAdapter) -> Result<Vec<(String, f64)>, TrainError> {
+fn norms(adapter: &AdapterOnDisk) -> Result<Vec<(String, f64)>, TrainError> {
     let device = Device::flex();
     let targets = adapter.plan().targets.par_iter();
     targets

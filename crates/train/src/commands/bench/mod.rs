@@ -22,7 +22,7 @@ use crate::memory::process::{Memory, page_faults};
 use crate::memory::{Footprint, Kind, Model, Settings, Weights, estimate};
 use crate::optimizer::{Optim, Optimizer};
 use crate::recipe::{GradientCheckpointing, Recipe};
-use crate::training::train_step::{StepItem, Trainee};
+use crate::training::train_step::{StepItem, TrainModel};
 
 pub use decode::DecodeFigures;
 pub use first_step::{FirstStep, first_step, note_start};
@@ -109,7 +109,7 @@ struct Lane {
     trainable: usize,
     /// The model as memory sees it.
     sizes: Model,
-    trainee: Trainee,
+    trainee: TrainModel,
     optimizer: Optimizer,
     allocator: Option<RankAllocator>,
     seconds: Vec<f64>,
@@ -126,7 +126,9 @@ impl Lane {
         let plan = enamel_adapter::attach(&mut model, &config, 42)?;
         let allocator = RankAllocator::of(&config, &model);
         model.set_recompute(options.checkpointing.0);
-        let trainee = Trainee { model }.fork(&device.clone().autodiff()).train();
+        let trainee = TrainModel { model }
+            .fork(&device.clone().autodiff())
+            .train();
         let settings = AdamW {
             beta1: 0.9,
             beta2: 0.999,

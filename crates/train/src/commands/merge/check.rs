@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use enamel_adapter::offline::{HostAdapter, HostModule};
+use enamel_adapter::offline::{AdapterOnDisk, HostModule};
 use enamel_adapter::{Linear, ModuleShape, Slot};
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::{CausalLm, LlamaConfig, ModelInput};
@@ -49,7 +49,7 @@ impl Merging<'_> {
     /// Puts all adapters in use, unless they cannot be, with these weights.
     pub fn attach(&self, model: &mut CausalLm) -> Result<bool, TrainError> {
         let mut names = Vec::new();
-        let whole = |adapter: &HostAdapter| adapter.trains_everything();
+        let whole = |adapter: &AdapterOnDisk| adapter.trains_everything();
         if self.adapters.len() > 1 && self.adapters.iter().any(|(adapter, _)| whole(adapter)) {
             return Ok(false);
         }

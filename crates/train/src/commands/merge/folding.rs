@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use burn::tensor::Device;
 use enamel_adapter::files::infer_modules::kind_of;
-use enamel_adapter::offline::{HostAdapter, HostModule};
+use enamel_adapter::offline::{AdapterOnDisk, HostModule};
 use enamel_adapter::{ModuleKind, ModuleShape};
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::save::SaveDtype;
@@ -23,7 +23,7 @@ pub(crate) struct Merging<'a> {
     pub modules: Vec<ModuleShape>,
     /// The name under which the embedding is stored.
     embedding: &'static str,
-    pub adapters: Vec<(HostAdapter, f64)>,
+    pub adapters: Vec<(AdapterOnDisk, f64)>,
     /// How training had the base, where it had it quantised.
     pub trained: Option<Loading>,
     /// The element type that is written.
@@ -52,7 +52,7 @@ impl<'a> Merging<'a> {
         };
         let mut adapters = Vec::new();
         for (dir, weight) in dirs.iter().zip(weights) {
-            adapters.push((HostAdapter::read(dir, &modules, Some(&read))?, weight));
+            adapters.push((AdapterOnDisk::read(dir, &modules, Some(&read))?, weight));
         }
         refuse_conflicts(&base, &modules, dirs, &adapters)?;
         let has_head = modules.iter().any(|m| m.kind == ModuleKind::Head);
@@ -212,7 +212,7 @@ impl<'a> Merging<'a> {
             .collect();
         // A copy trained whole stands for the base, whatever adapters are beside it.
         let whole =
-            |adapter: &HostAdapter| adapter.plan().saved.iter().any(|s| s.name == shape.name);
+            |adapter: &AdapterOnDisk| adapter.plan().saved.iter().any(|s| s.name == shape.name);
         touching.sort_by_key(|(adapter, _)| !whole(adapter));
         let mut merged: Option<HostModule> = None;
         for (adapter, weight) in touching {
@@ -256,7 +256,7 @@ fn refuse_conflicts(
     base: &OpenBase,
     modules: &[ModuleShape],
     dirs: &[PathBuf],
-    adapters: &[(HostAdapter, f64)],
+    adapters: &[(AdapterOnDisk, f64)],
 ) -> Result<(), TrainError> {
     for (dir, (adapter, _)) in dirs.iter().zip(adapters) {
         let has_bias = |name: &str| modules.iter().any(|m| m.name == name && m.bias);
@@ -283,7 +283,7 @@ fn refuse_conflicts(
     }
     let mut problems = Vec::new();
     for module in modules {
-        let whole = |adapter: &HostAdapter| {
+        let whole = |adapter: &AdapterOnDisk| {
             adapter.trains_everything()
                 || adapter.plan().saved.iter().any(|s| s.name == module.name)
         };
