@@ -18,8 +18,7 @@ use burn::train::{
     InferenceStep, Learner, RegressionOutput, SupervisedTraining, TrainOutput, TrainStep,
 };
 use enamel_adapter::{
-    Adaptable, Linear, LoraConfig, SaveMeta, Slot, SlotRef, Targets, attach, load_pretrained,
-    merge, save_pretrained,
+    Linear, LoraConfig, SaveMeta, Targets, attach, load_pretrained, merge, save_pretrained, slots,
 };
 
 /// The model that somebody else wrote and trained: burn's own layers.
@@ -60,20 +59,8 @@ impl Adapted {
     }
 }
 
-/// All that adapters need to know of a model: its layers by name, in a fixed order.
-impl Adaptable for Adapted {
-    fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>)) {
-        f("first", Slot::Linear(&mut self.first));
-        f("second", Slot::Linear(&mut self.second));
-        f("last", Slot::Linear(&mut self.last));
-    }
-
-    fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
-        f("first", SlotRef::Linear(&self.first));
-        f("second", SlotRef::Linear(&self.second));
-        f("last", SlotRef::Linear(&self.last));
-    }
-}
+// All that adapters need to know of a model: its layers, called as the fields.
+slots!(model Adapted { first, second, last });
 
 /// Points of a curve, `[batch, 1]` each.
 #[derive(Clone, Debug)]

@@ -49,6 +49,7 @@ pub use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
 pub use crate::layers::embedding::Embedding;
 pub use crate::layers::frozen::Frozen;
 pub use crate::layers::linear::{Linear, SavedLinear};
+pub use crate::layers::slots::Slots;
 pub use crate::methods::adalora::allocator::RankAllocator;
 pub use crate::methods::xlora::{XLora, XLoraConfig};
 pub use crate::model::active::{adapters, delete, routing, set_active, set_rows};

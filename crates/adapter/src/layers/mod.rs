@@ -4,3 +4,4 @@ pub mod adaptable;
 pub mod embedding;
 pub mod frozen;
 pub mod linear;
+pub mod slots;
