@@ -51,7 +51,7 @@ impl Args {
             ..DataSpec::default()
         };
         let mut examples = load_examples(&spec, &base.open.tokenizer)?;
-        examples.note_positions(base.open.config.rope.context_length());
+        examples.note_positions(base.open.config.context_length());
         for note in &examples.notes {
             terminal::note(&note.to_string());
         }

@@ -4,158 +4,59 @@ use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor};
 use enamel_adapter::base::ids::param_id;
 use enamel_adapter::methods::xlora;
-use enamel_adapter::{Adaptable, Slot, SlotRef, XLora};
-use enamel_kernels::quantized::formats::QuantError;
-use enamel_kernels::{BaseWeight, Compute, HostValues, KeyMask};
+use enamel_adapter::{Adaptable, Linear, Slot, SlotRef, Slots, XLora};
+use enamel_kernels::{BaseWeight, Compute, HostValues};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::arch::Llama;
-use crate::checkpoint::{CheckpointError, EMBEDDING, HEAD, TensorSource, is_buffer};
-use crate::config::{LlamaConfig, bullets};
-use crate::generation::kv_cache::KvCache;
+use crate::arch::{AnyBackbone, ArchConfig, Backbone, HEAD};
+use crate::checkpoint::{TensorSource, is_buffer};
+use crate::error::{LoadError, Misshapen};
+use crate::nn::input::ModelInput;
+use crate::nn::kv_cache::KvCache;
+use crate::nn::weights::{Pack, Weights};
 use crate::quantization::{Loading, Quantization};
 
-/// How many tensors of a kind an error spells out.
-const LISTED: usize = 40;
 /// Random values drawn from one stream; an even number, as they come in pairs.
 const NORMAL_BLOCK: usize = 1 << 16;
 
-/// Why a model could not be loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError {
-    /// The checkpoint's tensors are not those that the configuration calls for.
-    #[error(
-        "the weights do not fit config.json (is it the file they came with?):{}",
-        describe(.missing, .unexpected, .misshapen)
-    )]
-    Mismatch {
-        /// Names that the model needs and the checkpoint lacks.
-        missing: Vec<String>,
-        /// Names that the model has no place for.
-        unexpected: Vec<String>,
-        /// Tensors of another shape than the configuration says.
-        misshapen: Vec<Misshapen>,
-    },
-    /// A tensor's values could not be read.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// The source broke its word about a tensor's shape.
-    #[error("tensor '{name}' has {found} values where its shape calls for {expected}")]
-    WrongLength {
-        /// The tensor.
-        name: String,
-        /// Product of the shape.
-        expected: usize,
-        /// Values that came.
-        found: usize,
-    },
-    /// A weight that the format cannot hold.
-    #[error(
-        "tensor '{name}' cannot be quantised: {source}\n  \
-         help: leave its layer dense with model.quantization.skip_modules (--skip-modules)"
-    )]
-    Quantise {
-        /// The tensor.
-        name: String,
-        /// Why not.
-        source: QuantError,
-    },
-    /// A weight that is no whole number of blocks.
-    #[error(
-        "tensor '{name}' of shape {shape:?} is no whole number of blocks of {block} values\n  \
-         help: choose a smaller model.quantization.bnb_4bit_blocksize (--bnb-4bit-blocksize), or name its layer in \
-         skip_modules (--skip-modules)"
-    )]
-    Blocks {
-        /// The tensor.
-        name: String,
-        /// Its rows and columns.
-        shape: [usize; 2],
-        /// Values a block.
-        block: usize,
-    },
-    /// Names in `skip_modules` that no linear layer has, each with the nearest that one has.
-    #[error("model.quantization.skip_modules (--skip-modules) names what the model has not:{}", strange(.0))]
-    SkipModules(Vec<(String, Option<String>)>),
+/// A causal language model: blocks of any architecture, and a head.
+#[derive(Module, Debug)]
+pub struct CausalLm {
+    /// Everything up to the last norm.
+    pub backbone: AnyBackbone,
+    /// `lm_head`; absent when the head is the embedding.
+    pub lm_head: Option<Linear>,
+    /// The classifier of an X-LoRA, where the model carries one.
+    pub gate: Option<XLora>,
+    #[module(skip)]
+    config: ArchConfig,
 }
 
-fn strange(names: &[(String, Option<String>)]) -> String {
-    let line = |(name, near): &(String, Option<String>)| match near {
-        Some(near) => format!("{name} (did you mean {near}?)"),
-        None => format!("{name} (no linear layer's name begins or ends so)"),
-    };
-    bullets(&names.iter().map(line).collect::<Vec<_>>())
+/// Under which names a checkpoint has a model's weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredNames {
+    embedding: &'static str,
+    as_head: bool,
 }
 
-/// A tensor of the wrong shape.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Misshapen {
-    /// The tensor.
-    pub name: String,
-    /// The shape that the configuration calls for.
-    pub expected: Vec<usize>,
-    /// The shape in the checkpoint.
-    pub found: Vec<usize>,
-}
-
-fn describe(missing: &[String], unexpected: &[String], misshapen: &[Misshapen]) -> String {
-    let some = |kind: &str, lines: Vec<String>| {
-        let mut lines: Vec<_> = lines
-            .into_iter()
-            .map(|line| format!("{kind} {line}"))
-            .collect();
-        if lines.len() > LISTED {
-            let more = lines.len() - LISTED;
-            lines.truncate(LISTED);
-            lines.push(format!("and {more} more {kind}"));
-        }
-        lines
-    };
-    let mut lines = some("missing", missing.to_vec());
-    lines.extend(some("unexpected", unexpected.to_vec()));
-    let shapes = misshapen.iter().map(|m| {
-        format!(
-            "{}: {:?} in the checkpoint, {:?} needed",
-            m.name, m.found, m.expected
-        )
-    });
-    lines.extend(some("misshapen", shapes.collect()));
-    bullets(&lines)
-}
-
-/// What a forward pass reads.
-#[derive(Clone, Debug)]
-pub struct ModelInput {
-    /// Token ids `[batch, tokens]`, each below the vocabulary's size, on the model's device.
-    pub input_ids: Tensor<2, Int>,
-    /// Which keys are real, over the cached ones and these; `None` if all are.
-    pub attention_mask: Option<KeyMask>,
-    /// In training: seeds what the blocks draw (dropout), each block by its number, which leaves the
-    /// device's generator elsewhere than it was. Without it they draw from that generator as it stands.
-    pub seed: Option<u64>,
-}
-
-impl ModelInput {
-    /// Tokens without padding.
-    pub fn new(input_ids: Tensor<2, Int>) -> Self {
-        Self {
-            input_ids,
-            attention_mask: None,
-            seed: None,
+impl StoredNames {
+    /// The name of a module's weight. A tied embedding may lie there as the head.
+    pub fn weight(&self, module: &str) -> String {
+        match self.as_head && module == self.embedding {
+            true => format!("{HEAD}.weight"),
+            false => format!("{module}.weight"),
         }
     }
-}
 
-/// A causal language model.
-#[derive(Module, Debug)]
-pub enum CausalLm {
-    /// Llama, Mistral and Qwen2.
-    Llama(Llama),
+    /// Whether a module is the embedding that a tied head shares.
+    pub fn is_tied_table(&self, module: &str) -> bool {
+        module == self.embedding
+    }
 }
 
 impl CausalLm {
@@ -166,7 +67,7 @@ impl CausalLm {
     /// that differs from the embedding is loaded untied; the model's `config` says so then. What the file
     /// has quantised is held dense.
     pub fn load(
-        config: &LlamaConfig,
+        config: &ArchConfig,
         checkpoint: &dyn TensorSource,
         device: &Device,
     ) -> Result<Self, LoadError> {
@@ -184,7 +85,7 @@ impl CausalLm {
     /// so there, which changes no number. Linear layers are packed as [`Quantization`] says, one after the
     /// other, so that no more than one of them is ever dense.
     pub fn load_for(
-        config: &LlamaConfig,
+        config: &ArchConfig,
         checkpoint: &dyn TensorSource,
         device: &Device,
         loading: &Loading,
@@ -193,12 +94,14 @@ impl CausalLm {
             compute,
             quantization,
         } = loading;
-        let (config, embedding) = Self::fit(config, checkpoint)?;
+        let (config, stored) = Self::fit(config, checkpoint)?;
         quantization.check(&config.modules())?;
         let mut pack = |module: &str| quantization.pack(checkpoint, module, *compute, device);
         let mut fetch = |name: &str, shape: &[usize]| {
-            let stored = if name == EMBEDDING { embedding } else { name };
-            let values = checkpoint.read(stored)?;
+            let values = match name.strip_suffix(".weight") {
+                Some(module) => checkpoint.read(&stored.weight(module))?,
+                None => checkpoint.read(name)?,
+            };
             let expected = shape.iter().product();
             if values.len() == expected {
                 return Ok(values);
@@ -209,38 +112,51 @@ impl CausalLm {
                 found: values.len(),
             })
         };
-        let model = Llama::build(&config, device, *compute, &mut fetch, &mut pack)?;
-        Ok(Self::Llama(model))
+        Self::build(
+            config,
+            &mut Weights::new(device, *compute, &mut fetch, &mut pack),
+        )
     }
 
     /// Compares a checkpoint's names and shapes with a configuration, without loading it: the
-    /// configuration as the files bear it out (untied, as [`Self::load`] has it), and the name under
-    /// which the embedding is stored.
+    /// configuration as the files bear it out (untied, as [`Self::load`] has it), and the names under
+    /// which its weights are stored.
     ///
     /// # Errors
     /// Missing, unexpected and misshapen tensors, all at once.
     pub fn fit(
-        config: &LlamaConfig,
+        config: &ArchConfig,
         checkpoint: &dyn TensorSource,
-    ) -> Result<(LlamaConfig, &'static str), LoadError> {
-        let embedding = check_tensors(config, checkpoint)?;
-        let has = |name| checkpoint.tensors().iter().any(|t| t.name == name);
+    ) -> Result<(ArchConfig, StoredNames), LoadError> {
+        let stored = check_tensors(config, checkpoint)?;
+        let has = |name: &str| checkpoint.tensors().iter().any(|t| t.name == name);
+        let table = format!("{}.weight", config.embedding());
+        let head = format!("{HEAD}.weight");
         let parted = config.tie_word_embeddings
-            && has(EMBEDDING)
-            && has(HEAD)
-            && checkpoint.read_f32(EMBEDDING)? != checkpoint.read_f32(HEAD)?;
+            && has(&table)
+            && has(&head)
+            && checkpoint.read_f32(&table)? != checkpoint.read_f32(&head)?;
         let config = if parted {
             config.untied()
         } else {
             config.clone()
         };
-        Ok((config, embedding))
+        Ok((config, stored))
+    }
+
+    fn build(config: ArchConfig, weights: &mut Weights<'_, '_>) -> Result<Self, LoadError> {
+        Ok(Self {
+            backbone: config.build(weights)?,
+            lm_head: config.build_head(weights)?,
+            gate: None,
+            config,
+        })
     }
 
     /// A model with random weights, as transformers initialises one: norms 1, biases 0, the rest
     /// normal with `initializer_range` as its standard deviation. The seed and a parameter's name
     /// decide its values.
-    pub fn random(config: &LlamaConfig, seed: u64, device: &Device) -> Result<Self, LoadError> {
+    pub fn random(config: &ArchConfig, seed: u64, device: &Device) -> Result<Self, LoadError> {
         let deviation = config.initializer_range;
         let mut fetch = |name: &str, shape: &[usize]| {
             let count = shape.iter().product();
@@ -251,15 +167,14 @@ impl CausalLm {
             let values = normal_values(seed ^ param_id(name).val(), count, deviation);
             Ok(HostValues::F32(values))
         };
-        let model = Llama::build(config, device, Compute::F32, &mut fetch, &mut |_| Ok(None))?;
-        Ok(Self::Llama(model))
+        let pack: &mut Pack<'_> = &mut |_| Ok(None);
+        let mut weights = Weights::new(device, Compute::F32, &mut fetch, pack);
+        Self::build(config.clone(), &mut weights)
     }
 
     /// The settings that the model was built with.
-    pub fn config(&self) -> &LlamaConfig {
-        match self {
-            Self::Llama(model) => model.config(),
-        }
+    pub fn config(&self) -> &ArchConfig {
+        &self.config
     }
 
     /// Runs the blocks and the final norm. Positions count from 0, or from the cache's length,
@@ -306,9 +221,7 @@ impl CausalLm {
     }
 
     fn run(&self, input: &ModelInput, cache: Option<&mut KvCache>) -> Tensor<3> {
-        match self {
-            Self::Llama(model) => model.forward_hidden(input, cache),
-        }
+        self.backbone.hidden(input, cache)
     }
 
     /// The matrix that yields logits `[vocabulary, hidden]`: the head's, or the embedding's when
@@ -316,32 +229,26 @@ impl CausalLm {
     /// tied embedding, or low-rank factors beside it, leave the head as it was, as in PEFT; single
     /// trained rows do not.
     pub fn head_weight(&self) -> BaseWeight {
-        match self {
-            Self::Llama(model) => match &model.lm_head {
-                Some(head) => head.in_use().weight,
-                None => model.embed_tokens.head_weight(),
-            },
+        match &self.lm_head {
+            Some(head) => head.in_use().weight,
+            None => self.backbone.embedding().head_weight(),
         }
     }
 
     /// [`Self::head_weight`], if [`Self::logits`] is a product with it and nothing else: an adapter on the
     /// head may add a bias, drop inputs in training, or differ between rows.
     pub fn head_as_one_product(&self) -> Option<BaseWeight> {
-        match self {
-            Self::Llama(model) => match &model.lm_head {
-                Some(head) => head.as_one_product(),
-                None => Some(model.embed_tokens.head_weight()),
-            },
+        match &self.lm_head {
+            Some(head) => head.as_one_product(),
+            None => Some(self.backbone.embedding().head_weight()),
         }
     }
 
     /// `[rows, hidden]` (rows of [`Self::forward_hidden`]) to `[rows, vocabulary]`.
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        match self {
-            Self::Llama(model) => match &model.lm_head {
-                Some(head) => head.forward(hidden),
-                None => enamel_kernels::linear(hidden, model.embed_tokens.head_weight()),
-            },
+        match &self.lm_head {
+            Some(head) => head.forward(hidden),
+            None => enamel_kernels::linear(hidden, self.backbone.embedding().head_weight()),
         }
     }
 
@@ -350,50 +257,40 @@ impl CausalLm {
     /// way, with dropout too where the input has a [seed](ModelInput::seed). Blocks under an X-LoRA's
     /// mixture are kept in any case.
     pub fn set_recompute(&mut self, blocks: Option<NonZeroUsize>) {
-        match self {
-            Self::Llama(model) => model.recompute = blocks,
-        }
+        self.backbone.set_recompute(blocks);
     }
 
     /// The device that the parameters are on.
     pub fn device(&self) -> Device {
-        match self {
-            Self::Llama(model) => model.norm.weight.val().device(),
-        }
+        self.backbone.embedding().weight.device()
     }
 }
 
 impl Adaptable for CausalLm {
     fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>)) {
-        match self {
-            Self::Llama(model) => model.for_each_slot(f),
-        }
+        self.backbone.slots("", f);
+        self.lm_head.slots(HEAD, f);
     }
 
     fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
-        match self {
-            Self::Llama(model) => model.for_each_slot_ref(f),
-        }
+        self.backbone.slots_ref("", f);
+        self.lm_head.slots_ref(HEAD, f);
     }
 
     fn gate(&self) -> Option<&XLora> {
-        match self {
-            Self::Llama(model) => model.gate(),
-        }
+        self.gate.as_ref()
     }
 
     fn gate_place(&mut self) -> Option<&mut Option<XLora>> {
-        match self {
-            Self::Llama(model) => model.gate_place(),
-        }
+        Some(&mut self.gate)
     }
 }
 
-/// Compares all names and shapes; returns the name under which the embedding is stored.
+/// Compares all names and shapes; returns the names under which weights are stored.
 fn check_tensors(
-    config: &LlamaConfig,
+    config: &ArchConfig,
     checkpoint: &dyn TensorSource,
-) -> Result<&'static str, LoadError> {
+) -> Result<StoredNames, LoadError> {
     let found: BTreeMap<&str, &[usize]> = checkpoint
         .tensors()
         .iter()
@@ -403,15 +300,22 @@ fn check_tensors(
     for module in config.modules() {
         expected.extend(module.tensors());
     }
-    let mut embedding = EMBEDDING;
-    if config.tie_word_embeddings && found.contains_key(HEAD) {
+    let mut stored = StoredNames {
+        embedding: config.embedding(),
+        as_head: false,
+    };
+    let (table, head) = (
+        format!("{}.weight", stored.embedding),
+        format!("{HEAD}.weight"),
+    );
+    if config.tie_word_embeddings && found.contains_key(head.as_str()) {
         // Either name will do for the one matrix.
         let shape = vec![config.vocab_size, config.hidden_size];
-        if !found.contains_key(EMBEDDING) {
-            embedding = HEAD;
-            expected.remove(EMBEDDING);
+        if !found.contains_key(table.as_str()) {
+            stored.as_head = true;
+            expected.remove(&table);
         }
-        expected.insert(HEAD.to_owned(), shape);
+        expected.insert(head, shape);
     }
     let missing: Vec<_> = expected
         .keys()
@@ -435,7 +339,7 @@ fn check_tensors(
         })
         .collect();
     if missing.is_empty() && unexpected.is_empty() && misshapen.is_empty() {
-        Ok(embedding)
+        Ok(stored)
     } else {
         Err(LoadError::Mismatch {
             missing,

@@ -2,6 +2,7 @@
 
 pub mod arch;
 pub mod causal_lm;
+pub mod error;
 pub mod generation;
 pub mod nn;
 pub mod quantization;
@@ -29,8 +30,11 @@ pub mod source;
 #[cfg(test)]
 mod testing;
 
-pub use crate::generation::kv_cache::KvCache;
 pub use crate::generation::{GenerateError, Sampling, generate};
+pub use crate::nn::kv_cache::KvCache;
 pub use crate::quantization::{Format, Loading, Quantization};
-pub use causal_lm::{CausalLm, LoadError, ModelInput};
-pub use config::{ConfigError, LlamaConfig};
+pub use arch::ArchConfig;
+pub use causal_lm::CausalLm;
+pub use config::ConfigError;
+pub use error::LoadError;
+pub use nn::input::ModelInput;

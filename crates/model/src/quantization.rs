@@ -8,11 +8,9 @@ use enamel_kernels::quantized::formats::{
 };
 use enamel_kernels::{Compute, PackedRows, PackedWeight};
 
-use crate::causal_lm::LoadError;
+use crate::arch::HEAD;
 use crate::checkpoint::{SourceDtype, TensorSource};
-
-/// The linear layer that is never quantised.
-const HEAD: &str = "lm_head";
+use crate::error::LoadError;
 
 /// How to hold what is loaded.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -376,7 +374,7 @@ mod tests {
         compute: FloatKind::F32,
     };
 
-    fn config() -> crate::LlamaConfig {
+    fn config() -> crate::ArchConfig {
         tiny_config(json!({"intermediate_size": 32, "attention_bias": true}))
     }
 

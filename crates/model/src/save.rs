@@ -180,7 +180,7 @@ pub enum SaveError {
     Quantise(Vec<String>),
     /// The base's weights do not fit its configuration, or cannot be quantised.
     #[error(transparent)]
-    Load(#[from] crate::causal_lm::LoadError),
+    Load(#[from] crate::error::LoadError),
     /// The base model's tokenizer or configuration cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

@@ -8,8 +8,9 @@ use enamel_adapter::{Adaptable, SlotRef};
 use serde_json::{Value, json};
 
 use crate::CausalLm;
+use crate::arch::llama::Llama;
+use crate::arch::{AnyBackbone, ArchConfig};
 use crate::checkpoint::{CheckpointError, SourceDtype, TensorInfo, TensorSource};
-use crate::config::LlamaConfig;
 
 /// The devices that every test of the forward pass runs on.
 pub fn devices() -> [Device; 2] {
@@ -18,7 +19,7 @@ pub fn devices() -> [Device; 2] {
 }
 
 /// Two blocks of width 16 with grouped heads; `changes` are merged into the file.
-pub fn tiny_config(changes: Value) -> LlamaConfig {
+pub fn tiny_config(changes: Value) -> ArchConfig {
     let mut json = json!({
         "model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "vocab_size": 40,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -27,7 +28,7 @@ pub fn tiny_config(changes: Value) -> LlamaConfig {
     json.as_object_mut()
         .unwrap()
         .extend(changes.as_object().unwrap().clone());
-    LlamaConfig::from_json(&json).unwrap()
+    ArchConfig::from_json(&json).unwrap()
 }
 
 /// Row-major token ids on a device.
@@ -110,5 +111,13 @@ impl TensorSource for MemorySource {
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>, CheckpointError> {
         Ok(self.values.get(name).cloned().unwrap_or_default())
+    }
+}
+
+/// The blocks of a model of Llama's architecture.
+pub fn llama(model: &CausalLm) -> &Llama {
+    match &model.backbone {
+        AnyBackbone::Llama(llama) => llama,
+        other => panic!("{other:?}"),
     }
 }

@@ -10,7 +10,7 @@ use burn::tensor::Device;
 use burn::train::TrainStep;
 use enamel_data::Batch;
 use enamel_kernels::AdamW;
-use enamel_model::{CausalLm, LlamaConfig, Quantization};
+use enamel_model::{ArchConfig, CausalLm, Quantization};
 use enamel_train::memory::{Kind, Model, Settings, Weights, estimate};
 use enamel_train::optimizer::{Optim, Optimizer};
 use enamel_train::recipe::Recipe;
@@ -69,7 +69,7 @@ fn batch(rows: usize, tokens: usize, vocabulary: usize) -> Batch {
 
 /// The most bytes that were allocated at once in the third step, and what the estimate says of them.
 fn measure(
-    config: &LlamaConfig,
+    config: &ArchConfig,
     set: &[&str],
     shape: (usize, usize),
     every: usize,
@@ -122,7 +122,7 @@ fn measure(
 /// threads' bytes would count.
 #[test]
 fn what_is_counted_is_what_a_training_step_allocates() {
-    let config = LlamaConfig::from_json(&serde_json::json!({
+    let config = ArchConfig::from_json(&serde_json::json!({
         "model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096,
         "num_hidden_layers": 6, "num_attention_heads": 3, "num_key_value_heads": 1,
         "max_position_embeddings": 512, "tie_word_embeddings": true

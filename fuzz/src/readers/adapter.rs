@@ -9,7 +9,7 @@ use enamel_adapter::{
     AdapterConfig, AdapterFile, MethodConfig, SaveMeta, attach, load_pretrained, merge,
     save_pretrained, shapes, unmerge,
 };
-use enamel_model::{CausalLm, LlamaConfig};
+use enamel_model::{ArchConfig, CausalLm};
 use serde_json::{Value, json};
 
 use super::Reader;
@@ -163,7 +163,7 @@ fn configs() -> Vec<Value> {
 }
 
 pub fn make(_: &mut Folder) -> Result<Box<dyn Reader>> {
-    let config = LlamaConfig::from_json(&llama::config(8))?;
+    let config = ArchConfig::from_json(&llama::config(8))?;
     let model = CausalLm::random(&config, 1, &Device::flex())?;
     let mut seeds = Vec::new();
     for config in configs() {

@@ -5,7 +5,7 @@ use enamel_kernels::quantized::formats::{FloatKind, FourBit, OUTLIER_THRESHOLD};
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::save::bitsandbytes::write_bitsandbytes;
 use enamel_model::save::{SaveDtype, SaveOptions};
-use enamel_model::{Format, LlamaConfig, Loading};
+use enamel_model::{ArchConfig, Format, Loading};
 use serde_json::Value;
 
 use super::Reader;
@@ -80,7 +80,7 @@ pub fn make(_: &mut Folder) -> Result<Box<dyn Reader>> {
         write(&tensors, &Faults::default()),
     )?;
     let checkpoint = Checkpoint::open(&dense)?;
-    let config = LlamaConfig::from_json(checkpoint.config_json())?;
+    let config = ArchConfig::from_json(checkpoint.config_json())?;
     let mut seeds = Vec::new();
     for (number, format) in formats.into_iter().enumerate() {
         let out = dir.path().join(number.to_string());

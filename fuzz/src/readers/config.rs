@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use burn::tensor::Device;
-use enamel_model::config::vit_modules;
-use enamel_model::{CausalLm, LlamaConfig};
+use enamel_model::arch::vit_modules;
+use enamel_model::{ArchConfig, CausalLm};
 use serde_json::{Value, json};
 
 use super::Reader;
@@ -73,7 +73,7 @@ impl Reader for Config {
         if json.get("model_type").and_then(Value::as_str) == Some("vit") {
             return Ok(vit_modules(&json).is_ok_and(|modules| !modules.is_empty()));
         }
-        let Ok(config) = LlamaConfig::from_json(&json) else {
+        let Ok(config) = ArchConfig::from_json(&json) else {
             return Ok(false);
         };
         let _ = config.to_json();
@@ -81,9 +81,9 @@ impl Reader for Config {
         let sizes = [
             config.vocab_size,
             config.hidden_size,
-            config.intermediate_size,
+            config.decoder().intermediate_size,
             config.num_hidden_layers,
-            config.num_attention_heads * config.head_dim,
+            config.decoder().num_attention_heads * config.decoder().head_dim,
         ];
         if config.num_hidden_layers <= 256 {
             let modules = config.modules();

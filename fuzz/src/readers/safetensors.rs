@@ -3,7 +3,7 @@
 use anyhow::Result;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::{CausalLm, LlamaConfig, Loading, ModelInput};
+use enamel_model::{ArchConfig, CausalLm, Loading, ModelInput};
 use serde_json::Value;
 
 use super::Reader;
@@ -67,7 +67,7 @@ pub fn open_and_load(path: &std::path::Path, loading: &Loading) -> bool {
 
 /// The same of what is open already.
 pub fn load(checkpoint: &Checkpoint, loading: &Loading) -> bool {
-    let Ok(config) = LlamaConfig::from_json(checkpoint.config_json()) else {
+    let Ok(config) = ArchConfig::from_json(checkpoint.config_json()) else {
         return false;
     };
     for info in checkpoint.tensors() {

@@ -11,7 +11,7 @@ use enamel_kernels::{PackedRows, PackedWeight};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use enamel_model::save::bitsandbytes::write_bitsandbytes;
 use enamel_model::save::{SaveDtype, SaveOptions};
-use enamel_model::{Format, LlamaConfig};
+use enamel_model::{ArchConfig, Format};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::cli::adapter::path;
@@ -107,7 +107,7 @@ fn four_bits_have_the_tensors_and_settings_of_bitsandbytes() {
 fn what_is_written_reads_back_as_the_same_rows_in_any_sharding() {
     let workshop = Workshop::new();
     let source = Checkpoint::open(&fixtures().join("bnb/dense")).expect("a sound model");
-    let config = LlamaConfig::from_json(source.config_json()).expect("a sound configuration");
+    let config = ArchConfig::from_json(source.config_json()).expect("a sound configuration");
     let skip = ["down_proj".to_owned()];
     let four = |kind: &str, block, double| Format::FourBit {
         kind: enamel_kernels::quantized::formats::FourBit::from_name(kind).expect("a type"),
@@ -191,7 +191,7 @@ fn what_is_written_reads_back_as_the_same_rows_in_any_sharding() {
 fn a_directory_made_dense_has_the_values_that_its_packed_products_read() {
     let workshop = Workshop::new();
     let source = Checkpoint::open(&fixtures().join("bnb/dense")).expect("a sound model");
-    let config = LlamaConfig::from_json(source.config_json()).expect("a sound configuration");
+    let config = ArchConfig::from_json(source.config_json()).expect("a sound configuration");
     let mut rounded = 0;
     for compute in [FloatKind::F32, FloatKind::Bf16, FloatKind::F16] {
         let out = workshop.path(&format!("{compute:?}"));

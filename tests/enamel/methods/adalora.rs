@@ -7,7 +7,7 @@ use enamel_adapter::{
     AdaLoraConfig, AdapterConfig, AdapterFile, RankAllocator, attach, export_trainable,
     import_trainable, load_pretrained, save_pretrained,
 };
-use enamel_model::causal_lm::ModelInput;
+use enamel_model::ModelInput;
 use enamel_train::training::grad_clipping::Clipping;
 use serde_json::Value;
 use tempfile::TempDir;

@@ -147,7 +147,7 @@ fn the_adapter_changes_nothing_before_it_is_trained() {
     let (config, start) =
         start(&model, &rows, config(&json!({})), 0, 4, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
     let ids = Tensor::from_data([[5, 9, 101, 44]], &device);
-    let input = enamel_model::causal_lm::ModelInput::new(ids);
+    let input = enamel_model::ModelInput::new(ids);
     let before = floats(model.forward_hidden(&input, None));
     attach_given(&mut model, "default", &config, 1, Some(&start.given()))
         .unwrap_or_else(|e| panic!("{e}"));

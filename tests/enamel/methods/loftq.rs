@@ -7,9 +7,9 @@ use burn::tensor::Device;
 use enamel_adapter::init::loftq::start;
 use enamel_adapter::{InitLora, LoraConfig, Targets, attach_given, export_trainable};
 use enamel_kernels::quantized::formats::{FloatKind, FourBit};
-use enamel_model::causal_lm::{CausalLm, ModelInput};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::{Format, LlamaConfig, Loading, Quantization};
+use enamel_model::{ArchConfig, Format, Loading, Quantization};
+use enamel_model::{CausalLm, ModelInput};
 
 use crate::cli::adapter::path;
 use crate::on_every_device;
@@ -30,7 +30,7 @@ fn factors_errors_and_logits_are_those_of_peft(device: &Device) {
     let golden = Tensors::open(folder.join("loftq/case.safetensors"));
     let meta = json(&folder.join("loftq/meta.json"));
     let files = Checkpoint::open(&folder.join("dense")).expect("a sound checkpoint");
-    let config = LlamaConfig::from_json(files.config_json()).expect("a Llama");
+    let config = ArchConfig::from_json(files.config_json()).expect("a Llama");
     let input = ModelInput::new(ids(&golden.rows("none.input_ids"), device));
     let dense = golden.floats("none.logits.dense").values;
     let loaded = |format: Option<Format>| {

@@ -4,9 +4,9 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use enamel_model::ArchConfig;
 use enamel_model::causal_lm::CausalLm;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::config::LlamaConfig;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
@@ -20,7 +20,7 @@ fn read_all(path: &Path) -> Result<(), String> {
     for info in checkpoint.tensors() {
         checkpoint.read_f32(&info.name).map_err(|e| e.to_string())?;
     }
-    let config = LlamaConfig::from_json(checkpoint.config_json()).map_err(|e| e.to_string())?;
+    let config = ArchConfig::from_json(checkpoint.config_json()).map_err(|e| e.to_string())?;
     CausalLm::load(&config, &checkpoint, &device("flex")).map_err(|e| e.to_string())?;
     Ok(())
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 use enamel_data::{Message, Tokenizer};
 use enamel_kernels::KeyMask;
-use enamel_model::causal_lm::{CausalLm, ModelInput};
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::source::{ModelRef, PullOptions, locate};
+use enamel_model::{CausalLm, ModelInput};
 
 use crate::on_every_device;
 use crate::parity::llama::{floats, ids, load};

@@ -4,10 +4,10 @@ use std::fs;
 
 use burn::tensor::{DType, Device};
 use enamel_kernels::{Compute, CpuPath, HostValues};
+use enamel_model::ArchConfig;
 use enamel_model::CausalLm;
-use enamel_model::causal_lm::ModelInput;
+use enamel_model::ModelInput;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::config::LlamaConfig;
 
 use crate::parity::llama::{ids, logits};
 use crate::support::enamel_process::Workshop;
@@ -48,7 +48,7 @@ fn a_bf16_run_says_so_and_resumed_ends_at_the_same_bits() {
 fn a_gguf_file_is_rounded_as_it_is_loaded() {
     let path = fixtures().join("gguf/bias.gguf");
     let checkpoint = Checkpoint::open(&path).unwrap_or_else(|e| panic!("{e}"));
-    let config = LlamaConfig::from_json(checkpoint.config_json()).unwrap_or_else(|e| panic!("{e}"));
+    let config = ArchConfig::from_json(checkpoint.config_json()).unwrap_or_else(|e| panic!("{e}"));
     let device = Device::flex();
     let golden = Tensors::open(fixtures().join("gguf/bias.safetensors"));
     let input = ModelInput::new(ids(&golden.rows("input_ids"), &device));
@@ -58,9 +58,9 @@ fn a_gguf_file_is_rounded_as_it_is_loaded() {
         let held = model.head_weight().values().dtype();
         let kernels = CpuPath::chosen() != CpuPath::Reference;
         assert_eq!(held == DType::BF16, compute == Compute::Bf16 && kernels);
-        let name = match &model {
-            CausalLm::Llama(llama) if llama.lm_head.is_some() => "lm_head.weight",
-            _ => "model.embed_tokens.weight",
+        let name = match &model.lm_head {
+            Some(_) => "lm_head.weight",
+            None => "model.embed_tokens.weight",
         };
         let stored = HostValues::F32(checkpoint.read_f32(name).unwrap_or_else(|e| panic!("{e}")));
         let want = match compute {

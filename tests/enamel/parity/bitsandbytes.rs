@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::tensor::Device;
 use enamel_adapter::load_pretrained;
-use enamel_model::causal_lm::ModelInput;
+use enamel_model::ModelInput;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use tempfile::TempDir;
 

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_kernels::{KeyMask, linear_cross_entropy};
-use enamel_model::causal_lm::{CausalLm, ModelInput};
+use enamel_model::ArchConfig;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::config::LlamaConfig;
-use enamel_model::generation::kv_cache::KvCache;
+use enamel_model::nn::kv_cache::KvCache;
+use enamel_model::{CausalLm, ModelInput};
 
 use crate::on_every_device;
 use crate::support::goldens::{Generation, LLAMAS, Tensors, assert_close, fixtures, json, stage};
@@ -23,7 +23,7 @@ on_every_device!(
 /// The model in a directory or `.gguf` file.
 pub fn load(path: &std::path::Path, device: &Device) -> CausalLm {
     let checkpoint = Checkpoint::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let config = LlamaConfig::from_json(checkpoint.config_json()).unwrap_or_else(|e| panic!("{e}"));
+    let config = ArchConfig::from_json(checkpoint.config_json()).unwrap_or_else(|e| panic!("{e}"));
     CausalLm::load(&config, &checkpoint, device)
         .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }

@@ -1,13 +1,13 @@
 //! Which modules an adapter takes hold of: the same as PEFT, config by config.
 
 use enamel_adapter::{AdapterConfig, LoraConfig, ModuleShape, plan};
-use enamel_model::config::LlamaConfig;
+use enamel_model::ArchConfig;
 use serde_json::Value;
 
 use crate::support::goldens::{fixtures, json};
 
 pub fn modules(config: &Value) -> Vec<ModuleShape> {
-    LlamaConfig::from_json(config)
+    ArchConfig::from_json(config)
         .unwrap_or_else(|e| panic!("{e}"))
         .modules()
 }

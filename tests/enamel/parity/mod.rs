@@ -3,6 +3,7 @@
 pub(crate) mod bf16;
 pub(crate) mod bitsandbytes;
 pub(crate) mod counts;
+pub(crate) mod families;
 pub(crate) mod generate;
 pub(crate) mod inits;
 pub(crate) mod llama;

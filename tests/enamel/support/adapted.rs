@@ -11,18 +11,21 @@ use enamel_adapter::{
     merge, merge_adapters, set_enabled, unmerge,
 };
 use enamel_kernels::linear_cross_entropy;
-use enamel_model::causal_lm::{CausalLm, ModelInput};
+use enamel_model::{CausalLm, ModelInput};
 use serde_json::Value;
 
-use crate::parity::llama::{assert_logits, floats, ids, load_case, logits, mask, shifted};
+use crate::parity::llama::{assert_logits, floats, ids, load, load_case, logits, mask, shifted};
 use crate::support::goldens::{
-    Generation, LORAS, Tensors, assert_close, assert_close_to_largest, fixtures, json,
+    FAMILIES, Generation, LORAS, Tensors, assert_close, assert_close_to_largest, fixtures, json,
 };
 
 /// Everything about one case of [`LORAS`] or of [`METHODS`](crate::support::goldens::METHODS).
 pub fn folder(case: &str) -> PathBuf {
+    let family = case.strip_suffix("_lora").unwrap_or(case);
     let kind = if LORAS.contains(&case) {
         "lora"
+    } else if FAMILIES.contains(&family) {
+        "families"
     } else {
         "methods"
     };
@@ -37,7 +40,10 @@ pub fn meta(case: &str) -> Value {
 pub fn base(case: &str, device: &Device) -> CausalLm {
     let meta = meta(case);
     let base = meta["base"].as_str().expect("meta.json names the base");
-    load_case(base, Generation::Five, device)
+    match FAMILIES.contains(&base) {
+        true => load(&folder(base), device),
+        false => load_case(base, Generation::Five, device),
+    }
 }
 
 /// The case's base with PEFT's adapter on it.
@@ -168,7 +174,7 @@ pub fn base_values(model: &CausalLm) -> BTreeMap<String, Vec<f32>> {
     });
     // A head that shares the embedding's matrix goes by both names.
     if !all.contains_key("lm_head.weight") {
-        let table = all["model.embed_tokens.weight"].clone();
+        let table = all[&format!("{}.weight", model.config().embedding())].clone();
         all.insert("lm_head.weight".into(), table);
     }
     all

@@ -5,7 +5,7 @@ use std::fs;
 use burn::optim::GradientsParams;
 use enamel_adapter::{AdapterError, HostTensor};
 use enamel_kernels::AdamW;
-use enamel_model::causal_lm::{CausalLm, ModelInput};
+use enamel_model::{CausalLm, ModelInput};
 use enamel_train::optimizer::Optimizer;
 use enamel_train::training::grad_clipping::Clipping;
 use serde_json::Value;

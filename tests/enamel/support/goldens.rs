@@ -29,6 +29,10 @@ pub const LLAMAS: [&str; 13] = [
     "rope_yarn_mscale",
 ];
 
+/// A model of every architecture but Llama's, and a LoRA on it (`<name>_lora`), as in
+/// `fixtures/generate/families.py`.
+pub const FAMILIES: [&str; 1] = ["qwen3"];
+
 /// Every LoRA case, as in `fixtures/generate/lora.py`.
 pub const LORAS: [&str; 8] = [
     "all_linear",

@@ -113,7 +113,7 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
     }
     let json_config = config.to_json();
     for key in WORTH_A_LINE {
-        let value = &json_config[key];
+        let value = json_config.get(key).unwrap_or(&serde_json::Value::Null);
         let empty = match value {
             Value::Null => true,
             Value::Object(map) => map.is_empty(),
@@ -187,7 +187,13 @@ fn for_shell(text: &str) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::string_slice,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects
+)]
 mod tests {
     use super::*;
     use crate::methods::lora::config::LoraConfig;

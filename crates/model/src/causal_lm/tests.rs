@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::testing::{MemorySource, devices, distance, ids, tiny_config, values};
+use crate::testing::{MemorySource, devices, distance, ids, llama, tiny_config, values};
 use enamel_adapter::{DEFAULT, LoraConfig, Targets, attach};
-use enamel_kernels::{CpuPath, holds_bf16};
+use enamel_kernels::{CpuPath, KeyMask, holds_bf16};
 use serde_json::json;
 
 fn random(changes: serde_json::Value) -> CausalLm {
@@ -138,20 +138,20 @@ fn a_tied_head_follows_the_file() {
     let mut source = MemorySource::of(&model);
     assert!(is_tied(&load(&source)));
     let embedding = values(model.head_weight().dense());
-    source.put(HEAD, &[40, 16], embedding.clone());
+    source.put("lm_head.weight", &[40, 16], embedding.clone());
     assert!(
         is_tied(&load(&source)),
         "an identical head is the embedding"
     );
-    source.remove(EMBEDDING);
+    source.remove("model.embed_tokens.weight");
     let swapped = load(&source);
     assert!(
         is_tied(&swapped),
         "the head's name will do for the embedding"
     );
     assert_eq!(values(swapped.head_weight().dense()), embedding);
-    source.put(HEAD, &[40, 16], vec![0.5; 640]);
-    source.put(EMBEDDING, &[40, 16], embedding);
+    source.put("lm_head.weight", &[40, 16], vec![0.5; 640]);
+    source.put("model.embed_tokens.weight", &[40, 16], embedding);
     let untied = load(&source);
     assert!(!is_tied(&untied), "a differing head stays its own");
     assert_eq!(values(untied.head_weight().dense()), [0.5; 640]);
@@ -165,8 +165,7 @@ fn a_tied_head_follows_the_file() {
 fn random_weights_depend_on_seed_and_name_only() {
     let weights = |seed, changes| {
         let model = CausalLm::random(&tiny_config(changes), seed, &Device::flex()).unwrap();
-        let CausalLm::Llama(model) = model;
-        values(model.layers[0].mlp.up_proj.weight.dense())
+        values(llama(&model).layers[0].mlp.up_proj.weight.dense())
     };
     assert_eq!(
         weights(1, json!({})),
@@ -233,7 +232,7 @@ fn gradients_reach_what_is_trained_and_nothing_else() {
         let input = ModelInput::new(ids(&[&[1, 2, 3]], &device));
         let hidden = model.forward_hidden(&input, None).reshape([3, 16]);
         let gradients = model.logits(hidden).powf_scalar(2.0).sum().backward();
-        let CausalLm::Llama(llama) = &model;
+        let llama = llama(&model);
         let norm = &llama.layers[0].input_layernorm;
         let trained = norm
             .part(DEFAULT)

@@ -11,6 +11,7 @@ mod safetensors;
 mod sentencepiece;
 mod widen;
 
+use crate::arch::HEAD;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
@@ -29,11 +30,6 @@ pub use self::error::{CheckpointError, Problems};
 pub use self::json::parse as parse_json;
 pub use self::mapped::mapped_at;
 pub(crate) use self::safetensors::is_buffer;
-
-/// The output head's matrix.
-pub(crate) const HEAD: &str = "lm_head.weight";
-/// The embedding's.
-pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// The element type a tensor has in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,7 +99,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 enum Backing {
     Directory(Box<Directory>),
-    Gguf(GgufFile),
+    Gguf(Box<GgufFile>),
 }
 
 impl Checkpoint {
@@ -118,7 +114,7 @@ impl Checkpoint {
             .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
         {
             let (gguf, tensors, config) = GgufFile::open(path)?;
-            (Backing::Gguf(gguf), tensors, config)
+            (Backing::Gguf(Box::new(gguf)), tensors, config)
         } else {
             return Err(CheckpointError::NotACheckpoint {
                 path: path.to_owned(),
@@ -142,24 +138,26 @@ impl Checkpoint {
 
     /// Shows the one matrix of a tied embedding and head under both names, for a head that is to be held, and
     /// changed, by itself. A name that the file has stays as it is.
-    pub fn show_head_apart(&mut self) {
-        for (name, other) in [(HEAD, EMBEDDING), (EMBEDDING, HEAD)] {
+    pub fn show_head_apart(&mut self, embedding: &str) {
+        let table = format!("{embedding}.weight");
+        let head = format!("{HEAD}.weight");
+        for (name, other) in [(&head, &table), (&table, &head)] {
             let Some(&at) = self.index.get(other) else {
                 continue;
             };
             let Some(info) = self
                 .tensors
                 .get(at)
-                .filter(|_| !self.index.contains_key(name))
+                .filter(|_| !self.index.contains_key(name.as_str()))
             else {
                 continue;
             };
             let info = TensorInfo {
-                name: name.to_owned(),
+                name: name.clone(),
                 ..info.clone()
             };
             self.tensors.push(info);
-            self.index.insert(name.to_owned(), at);
+            self.index.insert(name.clone(), at);
         }
     }
 

@@ -1,7 +1,5 @@
 //! Text generation: one pass over the prompt, then token by token with a cache.
 
-pub mod kv_cache;
-
 use std::cmp::Ordering;
 use std::ops::ControlFlow;
 
@@ -9,8 +7,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::causal_lm::{CausalLm, ModelInput};
-use crate::generation::kv_cache::KvCache;
+use crate::causal_lm::CausalLm;
+use crate::nn::input::ModelInput;
+use crate::nn::kv_cache::KvCache;
 
 /// How the next token is chosen, and how many at most.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,7 +92,7 @@ pub enum GenerateError {
 
 /// Continues `prompt`. Each new token is handed to `on_token`, which may end it; a token of `stop`
 /// ends it too and is neither handed on nor returned, and so does the end of the model's context
-/// ([`context_length`](crate::nn::rope::RopeConfig::context_length)). The model is used as it stands, adapters
+/// ([`context_length`](crate::config::RopeConfig::context_length)). The model is used as it stands, adapters
 /// included; evaluate a training model through [`burn::module::Module::valid`].
 pub fn generate(
     model: &CausalLm,
@@ -107,7 +106,7 @@ pub fn generate(
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
     let mut cache = KvCache::new();
     let mut produced = Vec::new();
-    let context = model.config().rope.context_length();
+    let context = model.config().context_length();
     let mut next: Vec<i64> = prompt.iter().map(|id| i64::from(*id)).collect();
     while produced.len() < sampling.max_new_tokens {
         let tokens = next.len();
@@ -151,7 +150,7 @@ fn check(model: &CausalLm, prompt: &[u32], sampling: &Sampling) -> Result<(), Ge
             vocab_size,
         });
     }
-    let (tokens, context) = (prompt.len(), model.config().rope.context_length());
+    let (tokens, context) = (prompt.len(), model.config().context_length());
     if tokens > context {
         return Err(GenerateError::TooLong { tokens, context });
     }

@@ -5,7 +5,47 @@ use std::num::NonZeroUsize;
 use burn::tensor::{Device, Distribution, Tensor};
 use enamel_kernels::checkpoint_module;
 
-use crate::arch::llama::{Layer, Positions};
+use burn::module::Module;
+
+use crate::nn::input::{ModelInput, Positions};
+use crate::nn::kv_cache::KvCache;
+
+/// A block of a decoder.
+pub(crate) trait Block: Module + Send + Sync + 'static {
+    /// `[batch, tokens, hidden]` to the same; with a cache and this block's index in it, the tokens' keys and
+    /// values are appended and attention covers all that it holds.
+    fn forward(
+        &self,
+        x: Tensor<3>,
+        positions: &Positions,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor<3>;
+}
+
+/// All blocks, `[batch, tokens, hidden]` to the same. In training, and without a cache, as [`train_blocks`] says.
+pub(crate) fn run_blocks<B: Block>(
+    layers: &[B],
+    mut x: Tensor<3>,
+    positions: &Positions,
+    (input, recompute): (&ModelInput, Option<NonZeroUsize>),
+    cache: Option<&mut KvCache>,
+) -> Tensor<3> {
+    let [_, tokens, _] = x.dims();
+    match cache {
+        None if x.device().is_autodiff() => {
+            train_blocks(layers, x, positions, recompute, input.seed)
+        }
+        mut cache => {
+            for (i, layer) in layers.iter().enumerate() {
+                x = layer.forward(x, positions, cache.as_deref_mut().map(|cache| (cache, i)));
+            }
+            if let Some(cache) = cache {
+                cache.advance(tokens);
+            }
+            x
+        }
+    }
+}
 
 /// Runs all blocks, `[batch, tokens, hidden]` to the same, without a cache.
 ///
@@ -13,8 +53,8 @@ use crate::arch::llama::{Layer, Positions};
 /// pass runs it again. With a seed, each block draws (for dropout) from a generator that is seeded anew
 /// by it and by the block's number, so that what a block draws depends neither on `every` nor on which
 /// of its two runs it is.
-pub(crate) fn train_blocks(
-    layers: &[Layer],
+fn train_blocks<B: Block>(
+    layers: &[B],
     mut x: Tensor<3>,
     positions: &Positions,
     every: Option<NonZeroUsize>,
@@ -28,7 +68,7 @@ pub(crate) fn train_blocks(
     for (i, segment) in layers.chunks(every.get()).enumerate() {
         let first = i * every.get();
         let positions = positions.clone();
-        x = checkpoint_module(&segment.to_vec(), x, move |layers: &Vec<Layer>, x| {
+        x = checkpoint_module(&segment.to_vec(), x, move |layers: &Vec<B>, x| {
             run(layers, x, &positions, first, Some(seed))
         });
     }
@@ -36,8 +76,8 @@ pub(crate) fn train_blocks(
 }
 
 /// The blocks from number `first` on.
-fn run(
-    layers: &[Layer],
+fn run<B: Block>(
+    layers: &[B],
     mut x: Tensor<3>,
     positions: &Positions,
     first: usize,

@@ -14,9 +14,9 @@ use super::shard::{Group, Part, PartType, Shard};
 use super::{
     SaveDtype, SaveError, SaveOptions, SavedModel, saved_config, write_directory, write_values,
 };
-use crate::causal_lm::CausalLm;
+use crate::arch::ArchConfig;
+use crate::causal_lm::{CausalLm, StoredNames};
 use crate::checkpoint::{Checkpoint, TensorSource};
-use crate::config::LlamaConfig;
 use crate::quantization::{Format, Quantization};
 
 /// What was quantised.
@@ -33,8 +33,8 @@ pub struct QuantisedModel {
 /// How the tensors of a model are written: each in `options.dtype`, but for the linear layers that are quantised.
 struct Writing<'a> {
     source: &'a Checkpoint,
-    /// The name under which the embedding is stored.
-    embedding: &'static str,
+    /// Under which names the source has its weights.
+    stored: StoredNames,
     modules: Vec<ModuleShape>,
     format: Format,
     skip: Quantization,
@@ -50,15 +50,15 @@ struct Writing<'a> {
 pub fn write_bitsandbytes(
     dir: &Path,
     source: &Checkpoint,
-    config: &LlamaConfig,
+    config: &ArchConfig,
     format: Format,
     skip_modules: &[String],
     options: &SaveOptions,
 ) -> Result<QuantisedModel, SaveError> {
-    let (config, embedding) = CausalLm::fit(config, source)?;
+    let (config, stored) = CausalLm::fit(config, source)?;
     let writing = Writing {
         source,
-        embedding,
+        stored,
         modules: config.modules(),
         format,
         skip: Quantization {
@@ -156,10 +156,10 @@ impl Writing<'_> {
         let weight = group.name.strip_suffix(".weight");
         let module = weight.and_then(|name| self.modules.iter().find(|m| m.name == name));
         let name = match module {
-            Some(module) if module.kind == ModuleKind::Embedding => self.embedding,
-            _ => &group.name,
+            Some(module) => self.stored.weight(&module.name),
+            None => group.name.clone(),
         };
-        let mut values = self.source.read_f32(name)?;
+        let mut values = self.source.read_f32(&name)?;
         let Some(module) = module.filter(|module| self.packs(module)) else {
             return write_values(shard, &group.name, &values, self.dtype);
         };

@@ -12,12 +12,13 @@ use enamel_adapter::staging::{self, StagedFile};
 use serde_json::{Map, Value};
 
 use super::{ReadTensor, SaveError, io};
+use crate::arch::{ArchConfig, GgufArch, Permuted};
 use crate::checkpoint::gguf::{
-    BlockType, DataFault, Described, Listed, Metadata, Permuted, ROPE_FACTORS, architecture, data,
-    describe_config, describe_tokenizer, header, llama_cpp, permutation, permute, rope_factors,
+    BlockType, DataFault, Described, Listed, Metadata, ROPE_FACTORS, architecture, data,
+    describe_config, describe_tokenizer, header, permute, rope_factors,
 };
 use crate::checkpoint::{Checkpoint, parse_json};
-use crate::config::LlamaConfig;
+use crate::config::DecoderConfig;
 
 /// The element type of a GGUF file's matrices (`--outtype` of llama.cpp's converter).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,7 +131,7 @@ pub struct GgufLora {
 /// is at `path` before all is written.
 ///
 /// # Errors
-/// A file that is there already; all that llama.cpp's "llama" architecture or tokenizers cannot represent; a value
+/// A file that is there already; all that llama.cpp's architecture or tokenizers cannot represent; a value
 /// beyond the type's range.
 pub fn write_gguf(
     path: &Path,
@@ -139,8 +140,11 @@ pub fn write_gguf(
     source: &Checkpoint,
     options: &GgufOptions,
 ) -> Result<SavedGguf, SaveError> {
-    let config = LlamaConfig::from_json(source.config_json())?;
+    let config = ArchConfig::from_json(source.config_json())?;
     let (mut problems, mut notes) = (Vec::new(), Vec::new());
+    let Some(arch) = architecture(&config, &mut problems) else {
+        return Err(SaveError::NoGguf { problems });
+    };
     let mut metadata = Metadata::default();
     let mut extra: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
     let tokenizer = if let Some(base) = source.gguf() {
@@ -148,13 +152,14 @@ pub fn write_gguf(
         extra = base.derived();
         "that of the base, as its metadata says".to_owned()
     } else {
-        metadata.string("general.architecture", "llama");
+        metadata.string("general.architecture", arch.name);
         metadata.string("general.type", "model");
         if let Some(name) = &options.name {
             metadata.string("general.name", name);
         }
-        describe_config(&config, &mut metadata, &mut problems);
-        if let Some(factors) = rope_factors(&config.rope, config.head_dim) {
+        let decoder = config.decoder();
+        describe_config(arch, decoder, &mut metadata, &mut problems);
+        if let Some(factors) = rope_factors(&decoder.rope, decoder.head_dim) {
             extra.push((ROPE_FACTORS.to_owned(), vec![factors.len()], factors));
         }
         let to = (&mut metadata, &mut problems, &mut notes);
@@ -167,9 +172,10 @@ pub fn write_gguf(
     };
     let mut listed = Vec::new();
     for (name, shape) in tensors {
-        let Some(own) = llama_cpp(name) else {
+        let Some(own) = arch.llama_cpp(name) else {
             problems.push(format!(
-                "tensor '{name}' has no name in architecture 'llama'"
+                "tensor '{name}' has no name in architecture '{}'",
+                arch.name
             ));
             continue;
         };
@@ -207,7 +213,12 @@ pub fn write_gguf(
                 found: values.len(),
             });
         }
-        in_order(name, values, shape.first().copied().unwrap_or(1), &config)
+        in_order(
+            name,
+            values,
+            shape.first().copied().unwrap_or(1),
+            (arch, config.decoder()),
+        )
     };
     let bytes = write_file(path, options.overwrite, &metadata, &listed, &mut values)?;
     Ok(SavedGguf {
@@ -227,25 +238,27 @@ pub fn write_gguf_lora(
     path: &Path,
     modules: &[GgufLora],
     alpha: f64,
-    config: &LlamaConfig,
+    config: &ArchConfig,
     options: &GgufOptions,
 ) -> Result<SavedGguf, SaveError> {
+    let (mut listed, mut problems) = (Vec::new(), Vec::new());
+    let Some(arch) = architecture(config, &mut problems) else {
+        return Err(SaveError::NoGguf { problems });
+    };
     let mut metadata = Metadata::default();
-    metadata.string("general.architecture", "llama");
+    metadata.string("general.architecture", arch.name);
     metadata.string("general.type", "adapter");
     if let Some(name) = &options.name {
         metadata.string("general.name", name);
     }
     metadata.string("adapter.type", "lora");
     metadata.f32("adapter.lora.alpha", alpha);
-    let (mut listed, mut problems) = (Vec::new(), Vec::new());
-    architecture(config, &mut problems);
     for module in modules {
         let name = format!("{}.weight", module.module);
-        let Some(own) = llama_cpp(&name) else {
+        let Some(own) = arch.llama_cpp(&name) else {
             problems.push(format!(
-                "module '{}' has no name in architecture 'llama'",
-                module.module
+                "module '{}' has no name in architecture '{}'",
+                module.module, arch.name
             ));
             continue;
         };
@@ -282,7 +295,7 @@ pub fn write_gguf_lora(
                     format!("{}.weight", module.module),
                     module.b.len() / module.r,
                 );
-                in_order(&name, module.b.clone(), rows, config)
+                in_order(&name, module.b.clone(), rows, (arch, config.decoder()))
             }
         }
     };
@@ -298,7 +311,7 @@ pub fn write_gguf_lora(
 /// The tokenizer's metadata of a Hugging Face directory.
 fn tokenizer(
     source: &Checkpoint,
-    config: &LlamaConfig,
+    config: &ArchConfig,
     tokens: Option<&GgufTokens>,
     (metadata, problems, notes): (&mut Metadata, &mut Vec<String>, &mut Vec<String>),
 ) -> Result<String, SaveError> {
@@ -380,9 +393,9 @@ fn in_order(
     name: &str,
     values: Vec<f32>,
     rows: usize,
-    config: &LlamaConfig,
+    (arch, config): (&GgufArch, &DecoderConfig),
 ) -> Result<Vec<f32>, SaveError> {
-    let heads = match permutation(name) {
+    let heads = match arch.permutation(name) {
         Some(Permuted::Query) => config.num_attention_heads,
         Some(Permuted::Key) => config.num_key_value_heads,
         None => return Ok(values),

@@ -147,7 +147,7 @@ fn write_on(
         // The text is over; whether the listener wants more does not matter any longer.
         let _ = on_text(&rest);
     }
-    let context = base.model.config().rope.context_length();
+    let context = base.model.config().context_length();
     let end = if stopped {
         End::Listener
     } else if tokens.len() >= sampling.max_new_tokens {

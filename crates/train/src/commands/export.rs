@@ -11,9 +11,9 @@ use enamel_model::save::{
     GgufLora, GgufOptions, GgufTokens, OutType, SaveDtype, SavedGguf, write_gguf, write_gguf_lora,
 };
 use enamel_model::source::{PullProgress, expand_home};
-use enamel_model::{CausalLm, LlamaConfig};
+use enamel_model::{ArchConfig, CausalLm};
 
-use crate::commands::merge::{MergeBase, Merging, for_export, plainly, stored, trained_quantised};
+use crate::commands::merge::{MergeBase, Merging, for_export, plainly, trained_quantised};
 use crate::commands::outputs::Output;
 use crate::error::TrainError;
 use crate::inputs::base_model::{OpenBase, base_of};
@@ -261,11 +261,11 @@ fn write_lora(
         ));
         return Err(no_lora(dir, &problems));
     }
-    let (config, embedding) = CausalLm::fit(&base.config, &base.checkpoint)?;
+    let (config, stored) = CausalLm::fit(&base.config, &base.checkpoint)?;
     let shapes = config.modules();
     let read = |module: &str| {
         let shape = shapes.iter().find(|m| m.name == module)?;
-        base.checkpoint.read_f32(&stored(shape, embedding)).ok()
+        base.checkpoint.read_f32(&stored.weight(&shape.name)).ok()
     };
     let adapter = AdapterOnDisk::read(dir, &shapes, Some(&read))?;
     problems.extend(unfit(&adapter, &config));
@@ -338,7 +338,7 @@ fn one_alpha(modules: &mut [GgufLora], alphas: &[f64]) -> (f64, usize) {
 }
 
 /// What of an adapter has no place in a GGUF LoRA.
-fn unfit(adapter: &AdapterOnDisk, config: &LlamaConfig) -> Vec<String> {
+fn unfit(adapter: &AdapterOnDisk, config: &ArchConfig) -> Vec<String> {
     let plan = adapter.plan();
     let mut problems = Vec::new();
     let mut some = |count: usize, what: &str| {

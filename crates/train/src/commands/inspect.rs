@@ -58,7 +58,7 @@ pub fn inspect(
     };
     let tokenizer = &base.tokenizer;
     let mut examples = load_examples(&spec, tokenizer)?;
-    examples.note_positions(base.config.rope.context_length());
+    examples.note_positions(base.config.context_length());
     let rows = examples.rows.iter().skip(first).take(count).map(|row| {
         Ok(InspectedRow {
             source: row.source.clone(),

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
 use enamel_data::Note;
-use enamel_model::LlamaConfig;
+use enamel_model::ArchConfig;
+use enamel_model::arch::vit_modules;
 use enamel_model::checkpoint::parse_json;
-use enamel_model::config::vit_modules;
 use enamel_model::source::PullProgress;
 use serde_json::Value;
 
@@ -109,7 +109,7 @@ pub fn plan_model(
     } = known(recipe, progress)?;
     let config = recipe.adapter.config(PLAN_STEPS);
     // A tied head that the adapter takes hold of becomes a matrix of its own.
-    let untied = llama.as_ref().map(LlamaConfig::untied);
+    let untied = llama.as_ref().map(ArchConfig::untied);
     let (llama, modules) = match untied {
         Some(untied) if enamel_adapter::takes_head(&config, &untied.modules()) => {
             let modules = untied.modules();
@@ -146,7 +146,7 @@ struct Known {
     /// Where it came from.
     source: String,
     /// Its configuration, if it is one that can be run.
-    config: Option<LlamaConfig>,
+    config: Option<ArchConfig>,
     /// Whether its matrices are in bf16.
     bf16: bool,
     /// Those that are quantised in its files.
@@ -177,7 +177,7 @@ fn known(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<Known, Trai
             packed: Packed::new(),
         });
     }
-    let config = LlamaConfig::from_json(&json)?;
+    let config = ArchConfig::from_json(&json)?;
     Ok(Known {
         shape: shape(&config),
         modules: config.modules(),
@@ -237,13 +237,10 @@ fn data_plan(recipe: &Recipe, inputs: &Inputs) -> DataPlan {
     }
 }
 
-fn shape(config: &LlamaConfig) -> String {
+fn shape(config: &ArchConfig) -> String {
     format!(
         "{}, {} layers of width {}, {} tokens",
-        config.family.model_type(),
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.vocab_size
+        config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size
     )
 }
 

@@ -51,7 +51,7 @@ pub enum TrainError {
     Config(#[from] enamel_model::config::ConfigError),
     /// Putting the base model together.
     #[error(transparent)]
-    Load(#[from] enamel_model::causal_lm::LoadError),
+    Load(#[from] enamel_model::LoadError),
     /// Generating text.
     #[error(transparent)]
     Generate(#[from] enamel_model::GenerateError),

@@ -10,7 +10,7 @@ use enamel_model::checkpoint::Checkpoint;
 use enamel_model::source::{
     self, Catalogue, EntrySource, LocalModel, ModelRef, PullOptions, PullProgress,
 };
-use enamel_model::{CausalLm, LlamaConfig, Loading};
+use enamel_model::{ArchConfig, CausalLm, Loading};
 use serde_json::Value;
 
 use crate::error::TrainError;
@@ -23,14 +23,14 @@ pub struct OpenBase {
     /// Its files.
     pub checkpoint: Checkpoint,
     /// Its shape.
-    pub config: LlamaConfig,
+    pub config: ArchConfig,
     /// Its tokenizer and chat template; one that refuses every text if it comes without.
     pub tokenizer: Tokenizer,
     /// Whether it comes with a tokenizer.
     pub has_tokenizer: bool,
     /// The shape that its files say, where [`Self::config`] gives a tied head a matrix of its own for an
     /// adapter's sake.
-    pub tied: Option<LlamaConfig>,
+    pub tied: Option<ArchConfig>,
 }
 
 /// The same with its weights on a device.
@@ -55,7 +55,7 @@ impl OpenBase {
             progress,
         )?;
         let checkpoint = Checkpoint::open(&local.path)?;
-        let config = LlamaConfig::from_json(checkpoint.config_json())?;
+        let config = ArchConfig::from_json(checkpoint.config_json())?;
         // Rows of token ids need no tokenizer, and small models for tests come without one.
         let has_tokenizer = checkpoint.has_tokenizer();
         let tokenizer = match has_tokenizer {
@@ -110,7 +110,7 @@ impl OpenBase {
                     .to_owned(),
             ));
         }
-        self.checkpoint.show_head_apart();
+        self.checkpoint.show_head_apart(self.config.embedding());
         self.tied = Some(std::mem::replace(&mut self.config, untied));
         Ok(())
     }
@@ -201,7 +201,7 @@ impl OpenBase {
 /// The tokenizer of a model's files, with `chat_template` instead of theirs if it is given.
 fn tokenizer(
     checkpoint: &Checkpoint,
-    config: &LlamaConfig,
+    config: &ArchConfig,
     chat_template: Option<&str>,
 ) -> Result<Tokenizer, TrainError> {
     let own_template = checkpoint.chat_template();
@@ -275,7 +275,7 @@ pub fn base_of(adapter: &Path) -> Result<String, TrainError> {
 fn check_vocabulary(
     path: &Path,
     tokenizer: &Tokenizer,
-    config: &LlamaConfig,
+    config: &ArchConfig,
 ) -> Result<(), TrainError> {
     let mut beyond = tokenizer.without_row();
     // Padding is masked, so another token does as well.

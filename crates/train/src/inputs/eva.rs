@@ -6,7 +6,7 @@ use enamel_adapter::init::eva::{EvaStart, Observer};
 use enamel_adapter::{AdapterConfig, DEFAULT, InitLora, LoraConfig, attach_given, plan, shapes};
 use enamel_data::{Batch, Example, collate, epoch_order};
 use enamel_model::CausalLm;
-use enamel_model::causal_lm::ModelInput;
+use enamel_model::ModelInput;
 
 use crate::error::TrainError;
 use crate::inputs::Inputs;
@@ -149,7 +149,7 @@ mod tests {
     use burn::tensor::Device;
     use enamel_adapter::Targets;
     use enamel_data::RowRef;
-    use enamel_model::config::LlamaConfig;
+    use enamel_model::ArchConfig;
     use serde_json::json;
 
     use super::*;
@@ -169,7 +169,7 @@ mod tests {
     }
 
     fn model() -> CausalLm {
-        let config = LlamaConfig::from_json(&json!({
+        let config = ArchConfig::from_json(&json!({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40,
             "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,

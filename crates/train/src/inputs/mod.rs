@@ -293,7 +293,7 @@ struct Data {
 
 impl Data {
     fn load(recipe: &Recipe, base: &OpenBase) -> Result<Self, TrainError> {
-        let positions = base.config.rope.context_length();
+        let positions = base.config.context_length();
         let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
         train.note_positions(positions);
         let mut files = hashes_of(&train);

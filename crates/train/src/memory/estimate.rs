@@ -4,7 +4,7 @@ use std::fmt;
 
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan};
-use enamel_model::{LlamaConfig, Quantization};
+use enamel_model::{ArchConfig, Quantization};
 
 use super::{
     ERROR, Footprint, Kind, Model, Proposal, Room, Settings, Weights, estimate, fit, room,
@@ -54,7 +54,7 @@ impl Estimate {
     /// whether its file has matrices in bf16, `packed` which it has quantised; `device` is none where the recipe's is not there.
     pub fn of_config(
         recipe: &Recipe,
-        (config, adapter, plan): (&LlamaConfig, &AdapterConfig, &AdapterPlan),
+        (config, adapter, plan): (&ArchConfig, &AdapterConfig, &AdapterPlan),
         (bf16, packed): (bool, Packed),
         device: Option<(&Device, String)>,
     ) -> Self {

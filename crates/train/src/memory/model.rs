@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use burn::tensor::Device;
 use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig, ModuleShape};
 use enamel_kernels::{holds_bf16, on_host};
-use enamel_model::LlamaConfig;
+use enamel_model::ArchConfig;
 
 use crate::inputs::base_model::Packed;
 use crate::inputs::loftq;
@@ -183,9 +183,9 @@ const PARTS: [&str; 7] = [
 
 impl Model {
     /// From a model's configuration and what an adapter's matches.
-    pub fn new(config: &LlamaConfig, adapter: &AdapterConfig, plan: &AdapterPlan) -> Self {
+    pub fn new(config: &ArchConfig, adapter: &AdapterConfig, plan: &AdapterPlan) -> Self {
         let method = Method::of(adapter);
-        let modules = config.modules();
+        let (modules, decoder) = (config.modules(), config.decoder());
         let ranks: HashMap<&str, usize> = plan
             .targets
             .iter()
@@ -218,8 +218,8 @@ impl Model {
         });
         let blocks = blocks.collect();
         let head = match config.tie_word_embeddings {
-            true => "model.embed_tokens",
-            false => "lm_head",
+            true => config.embedding(),
+            false => enamel_model::arch::HEAD,
         };
         let adapted = ranks.contains_key(head);
         let rows_trained = plan.tokens.iter().any(|t| t.name == head);
@@ -227,10 +227,10 @@ impl Model {
         Self {
             blocks,
             hidden: config.hidden_size,
-            inner: config.intermediate_size,
-            heads: config.num_attention_heads,
-            head_dim: config.head_dim,
-            kv_heads: config.num_key_value_heads,
+            inner: decoder.intermediate_size,
+            heads: decoder.num_attention_heads,
+            head_dim: decoder.head_dim,
+            kv_heads: decoder.num_key_value_heads,
             vocabulary: config.vocab_size,
             head: Head {
                 trained: whole(head) || adapted || rows_trained,

@@ -2,14 +2,14 @@ use std::num::NonZeroUsize;
 
 use enamel_kernels::quantized::formats::{FloatKind, FourBit};
 use enamel_model::checkpoint::StoredPacked;
-use enamel_model::{Format, LlamaConfig, Quantization};
+use enamel_model::{ArchConfig, Format, Quantization};
 use serde_json::json;
 
 use super::*;
 use crate::optimizer::Optim;
 use crate::recipe::Recipe;
 
-fn config(changes: serde_json::Value) -> LlamaConfig {
+fn config(changes: serde_json::Value) -> ArchConfig {
     let mut json = json!({
         "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "vocab_size": 40,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -17,10 +17,10 @@ fn config(changes: serde_json::Value) -> LlamaConfig {
     });
     let map = json.as_object_mut().unwrap();
     map.extend(changes.as_object().unwrap().clone());
-    LlamaConfig::from_json(&json).unwrap()
+    ArchConfig::from_json(&json).unwrap()
 }
 
-fn model(config: &LlamaConfig, set: &[&str]) -> Model {
+fn model(config: &ArchConfig, set: &[&str]) -> Model {
     let adapter = Recipe::for_model("none", set).unwrap().adapter.config(1000);
     let plan = enamel_adapter::plan(&config.modules(), &adapter).unwrap();
     Model::new(config, &adapter, &plan)
@@ -236,9 +236,9 @@ fn weights_that_the_file_has_quantised_stay_so_unless_the_recipe_says_otherwise(
     }
 }
 
-fn llama_3_8b() -> LlamaConfig {
+fn llama_3_8b() -> ArchConfig {
     let text = include_str!("../../../../tests/fixtures/plan/llama-3-8b/config.json");
-    LlamaConfig::from_json(&serde_json::from_str(text).unwrap()).unwrap()
+    ArchConfig::from_json(&serde_json::from_str(text).unwrap()).unwrap()
 }
 
 /// The literature's figures for QLoRA on Llama-3-8B at rank 64 on all seven, 4 × 2048 with gradient

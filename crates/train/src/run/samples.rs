@@ -108,7 +108,7 @@ pub fn answers(
 ) -> Result<Vec<String>, TrainError> {
     let sampling = Sampling::greedy(max_new_tokens);
     let (tokenizer, stop) = (&base.tokenizer, base.stop_ids());
-    let context = model.config().rope.context_length();
+    let context = model.config().context_length();
     let answer = |p: &Prompt| {
         // A row that is too long for the model is no reason to end a run for the sake of a sample.
         if p.ids.len() > context {

@@ -10,6 +10,8 @@ pub fn guard() {
 
 #[cfg(unix)]
 mod unix {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use enamel_model::checkpoint::mapped_at;
 
     use crate::signals::terminal;
@@ -20,20 +22,31 @@ mod unix {
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = cut_short as *const () as libc::sighandler_t;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESETHAND;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
             libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut());
             // The write that went too far then says so ("File too large").
             libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         }
     }
 
+    static SPEAKS: AtomicBool = AtomicBool::new(false);
+
     extern "C" fn cut_short(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
         // SAFETY: the system hands over what it says; `si_addr` is the address of a SIGBUS.
         let address = unsafe { info.as_ref().map(|info| info.si_addr().addr()) };
         let Some(message) = address.and_then(mapped_at) else {
             // Not a file of ours: back to the instruction, which faults again, without a handler now.
+            // SAFETY: a system call with values of the system's own.
+            unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
             return;
         };
+        // Several threads read at once: one of them speaks and ends the process, the others wait for that.
+        if SPEAKS.swap(true, Ordering::SeqCst) {
+            loop {
+                // SAFETY: waits for a signal.
+                unsafe { libc::pause() };
+            }
+        }
         terminal::restore_now();
         terminal::end_with(message)
     }

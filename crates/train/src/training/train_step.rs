@@ -11,7 +11,7 @@ use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
 use enamel_adapter::methods::adalora::allocator;
 use enamel_data::Batch;
 use enamel_kernels::{LossSpec, linear_cross_entropy_with};
-use enamel_model::causal_lm::{CausalLm, ModelInput};
+use enamel_model::{CausalLm, ModelInput};
 
 use crate::training::grad_clipping::Clipping;
 

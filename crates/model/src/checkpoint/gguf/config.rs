@@ -1,4 +1,4 @@
-//! `config.json` and `generation_config.json` of a Llama model, from GGUF metadata.
+//! `config.json` and `generation_config.json` of a model, from GGUF metadata.
 
 use std::path::Path;
 
@@ -7,31 +7,47 @@ use serde_json::{Map, Value, json};
 use super::header::{Header, RawTensor};
 use super::keys;
 use super::quant::BlockType;
+use crate::arch::{ArchConfig, GgufArch, GgufSettings};
 use crate::checkpoint::CheckpointError;
 use crate::checkpoint::error::Problems;
-use crate::nn::rope::yarn_mscale;
+use crate::config::yarn_mscale;
 
 /// The tensor into which llama.cpp's converter bakes the rope scaling of Llama 3.1 and later.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// The architecture of the file.
+pub(crate) fn architecture(
+    path: &Path,
+    header: &Header,
+) -> Result<&'static GgufArch, CheckpointError> {
+    let arch = header.str("general.architecture");
+    let Some(arch) = arch else {
+        let problem = "metadata key 'general.architecture' is missing or no text; is this a model?";
+        return Err(CheckpointError::malformed(path, problem));
+    };
+    let found = ArchConfig::gguf_architectures().find(|known| known.name == arch);
+    found.ok_or_else(|| {
+        let known: Vec<_> = ArchConfig::gguf_architectures()
+            .map(|known| format!("'{}'", known.name))
+            .collect();
+        CheckpointError::unsupported(
+            path,
+            format!(
+                "general.architecture is '{arch}'; {} are read",
+                known.join(", ")
+            ),
+        )
+    })
+}
 
 /// Reads the numbers of the model, and fails with all that are missing or contradictory.
 pub(crate) fn config_json(
     path: &Path,
     header: &Header,
     bytes: &[u8],
+    arch: &GgufArch,
 ) -> Result<Value, CheckpointError> {
-    let arch = header.str("general.architecture");
-    let Some(arch) = arch else {
-        let problem = "metadata key 'general.architecture' is missing or no text; is this a model?";
-        return Err(CheckpointError::malformed(path, problem));
-    };
-    if arch != "llama" {
-        return Err(CheckpointError::unsupported(
-            path,
-            format!("general.architecture is '{arch}'; 'llama' is read"),
-        ));
-    }
-    if let Some(experts) = header.u64("llama.expert_count").filter(|&n| n > 0) {
+    if let Some(experts) = header.u64(&header.key("expert_count")).filter(|&n| n > 0) {
         return Err(CheckpointError::unsupported(
             path,
             format!("a mixture of {experts} experts; only dense models are read"),
@@ -39,22 +55,24 @@ pub(crate) fn config_json(
     }
     let mut problems = Problems::default();
     keys::check_model(header, &mut problems);
-    let required = |key: &str| header.u64(key).filter(|&n| n > 0).unwrap_or(1);
-    let hidden = required("llama.embedding_length");
-    let intermediate = required("llama.feed_forward_length");
-    let layers = required("llama.block_count");
-    let heads = required("llama.attention.head_count");
-    let context = required("llama.context_length");
-    let kv_heads = match header.get("llama.attention.head_count_kv") {
+    let required = |key: String| header.u64(&key).filter(|&n| n > 0).unwrap_or(1);
+    let hidden = required(header.key("embedding_length"));
+    let intermediate = required(header.key("feed_forward_length"));
+    let layers = required(header.key("block_count"));
+    let heads = required(header.key("attention.head_count"));
+    let context = required(header.key("context_length"));
+    let kv_heads = match header.get(&header.key("attention.head_count_kv")) {
         None => heads,
-        Some(_) => required("llama.attention.head_count_kv"),
+        Some(_) => required(header.key("attention.head_count_kv")),
     };
     let head_dim = header
-        .u64("llama.attention.key_length")
-        .or_else(|| header.u64("llama.rope.dimension_count"))
+        .u64(&header.key("attention.key_length"))
+        .or_else(|| header.u64(&header.key("rope.dimension_count")))
         .or_else(|| hidden.checked_div(heads))
         .unwrap_or(1);
-    let rope_dim = header.u64("llama.rope.dimension_count").unwrap_or(head_dim);
+    let rope_dim = header
+        .u64(&header.key("rope.dimension_count"))
+        .unwrap_or(head_dim);
     if rope_dim != head_dim {
         problems.push(format!(
             "rotary embedding of {rope_dim} of {head_dim} dimensions a head is not supported"
@@ -90,9 +108,9 @@ pub(crate) fn config_json(
     let has = |name: &str| header.tensors.iter().any(|t| t.name == name);
     let token = |name: &str| token(header, name).map_or(Value::Null, Value::from);
     let dtype = dtype_name(&header.tensors);
-    Ok(json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    let mut config = json!({
+        "architectures": [arch.class],
+        "model_type": arch.model_types.first(),
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -101,11 +119,9 @@ pub(crate) fn config_json(
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": context,
-        "rms_norm_eps": header.f64("llama.attention.layer_norm_rms_epsilon").unwrap_or(1e-6),
-        "rope_theta": header.f64("llama.rope.freq_base").unwrap_or(10_000.0),
+        "rms_norm_eps": header.f64(&header.key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-6),
+        "rope_theta": header.f64(&header.key("rope.freq_base")).unwrap_or(10_000.0),
         "rope_scaling": rope_scaling,
-        "attention_bias": has("blk.0.attn_q.bias"),
-        "mlp_bias": has("blk.0.ffn_up.bias"),
         "tie_word_embeddings": !has("output.weight"),
         "vocab_size": vocab,
         "bos_token_id": token("bos"),
@@ -113,7 +129,12 @@ pub(crate) fn config_json(
         "pad_token_id": token("padding"),
         "torch_dtype": dtype,
         "use_cache": true,
-    }))
+    });
+    if let (GgufSettings::LlamaBiases, Some(map)) = (arch.settings, config.as_object_mut()) {
+        map.insert("attention_bias".into(), has("blk.0.attn_q.bias").into());
+        map.insert("mlp_bias".into(), has("blk.0.ffn_up.bias").into());
+    }
+    Ok(config)
 }
 
 /// The tokens that metadata has numbers of.
@@ -192,19 +213,21 @@ fn rope_scaling(
     head_dim: u64,
     context: u64,
 ) -> Result<Value, String> {
-    let original = header.u64("llama.rope.scaling.original_context_length");
+    let original = header.u64(&header.key("rope.scaling.original_context_length"));
     if let Some(tensor) = header.tensors.iter().find(|t| t.name == ROPE_FACTORS) {
         let factors = tensor
             .block
             .dequantise(bytes.get(tensor.range.clone()).unwrap_or_default());
-        let theta = header.f64("llama.rope.freq_base").unwrap_or(10_000.0);
+        let theta = header
+            .f64(&header.key("rope.freq_base"))
+            .unwrap_or(10_000.0);
         return llama3_scaling(&factors, theta, head_dim, original);
     }
     // Files from before 2024 have only a linear factor, under another key.
     let factor = header
-        .f64("llama.rope.scaling.factor")
-        .or_else(|| header.f64("llama.rope.scale_linear"));
-    let kind = header.str("llama.rope.scaling.type");
+        .f64(&header.key("rope.scaling.factor"))
+        .or_else(|| header.f64(&header.key("rope.scale_linear")));
+    let kind = header.str(&header.key("rope.scaling.type"));
     match (kind, factor) {
         (Some("none"), _) | (None, None) => Ok(Value::Null),
         (_, Some(1.0)) => Ok(Value::Null),
@@ -218,13 +241,13 @@ fn rope_scaling(
             scaling.insert("factor".into(), factor.into());
             scaling.insert("original_max_position_embeddings".into(), original.into());
             // llama.cpp multiplies it with YaRN's own magnitude.
-            if let Some(on_top) = header.f64("llama.rope.scaling.attn_factor") {
+            if let Some(on_top) = header.f64(&header.key("rope.scaling.attn_factor")) {
                 let all = on_top * yarn_mscale(factor, 1.0);
                 scaling.insert("attention_factor".into(), all.into());
             }
             let optional = [
-                ("beta_fast", "llama.rope.scaling.yarn_beta_fast"),
-                ("beta_slow", "llama.rope.scaling.yarn_beta_slow"),
+                ("beta_fast", &header.key("rope.scaling.yarn_beta_fast")),
+                ("beta_slow", &header.key("rope.scaling.yarn_beta_slow")),
             ];
             for (name, key) in optional {
                 if let Some(value) = header.f64(key) {

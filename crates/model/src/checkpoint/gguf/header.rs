@@ -258,6 +258,12 @@ impl Header {
         }
     }
 
+    /// The key of a setting of the file's architecture: `llama.block_count`.
+    pub fn key(&self, name: &str) -> String {
+        let arch = self.str("general.architecture").unwrap_or("llama");
+        format!("{arch}.{name}")
+    }
+
     pub fn str(&self, key: &str) -> Option<&str> {
         match self.get(key)? {
             Value::String(s) => Some(s),

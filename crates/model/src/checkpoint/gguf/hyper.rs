@@ -1,39 +1,55 @@
-//! GGUF metadata of a Llama model's shape, from its configuration: the inverse of `config`.
+//! GGUF metadata of a model's shape, from its configuration: the inverse of `config`.
 
 use super::write::Metadata;
-use crate::config::{Family, LlamaConfig};
-use crate::nn::rope::{RopeConfig, RopeScaling, yarn_mscale};
+use crate::arch::{ArchConfig, GgufArch};
+use crate::config::{DecoderConfig, RopeConfig, RopeScaling, yarn_mscale};
 
-/// Refuses what is not of llama.cpp's architecture "llama", whose row order and names are written.
-pub(crate) fn architecture(config: &LlamaConfig, problems: &mut Vec<String>) {
-    if !matches!(config.family, Family::Llama | Family::Mistral) {
+/// llama.cpp's architecture for a configuration; where it has none, `problems` says so.
+pub(crate) fn architecture(
+    config: &ArchConfig,
+    problems: &mut Vec<String>,
+) -> Option<&'static GgufArch> {
+    let name = config.model_type.as_str();
+    let found = ArchConfig::gguf_architectures().find(|arch| arch.model_types.contains(&name));
+    if found.is_none() {
+        let known: Vec<_> = ArchConfig::gguf_architectures()
+            .flat_map(|arch| arch.model_types.iter().copied())
+            .collect();
         problems.push(format!(
-            "model_type is '{}'; llama and mistral models are written (architecture 'llama')",
-            config.family.model_type()
+            "model_type is '{name}'; {} are written",
+            known.join(", ")
         ));
     }
+    found
 }
 
-/// Appends `llama.*`; what llama.cpp's "llama" architecture cannot have goes to `problems`.
-pub(crate) fn describe(config: &LlamaConfig, to: &mut Metadata, problems: &mut Vec<String>) {
-    architecture(config, problems);
-    let context = config.max_position_embeddings;
+/// Appends the settings of the architecture; what llama.cpp's cannot have goes to `problems`.
+pub(crate) fn describe(
+    arch: &GgufArch,
+    config: &DecoderConfig,
+    to: &mut Metadata,
+    problems: &mut Vec<String>,
+) {
+    let key = |name: &str| format!("{}.{name}", arch.name);
+    let common = &config.common;
+    let context = common.max_position_embeddings;
     if let Some(window) = config.sliding_windows.iter().flatten().min()
         && *window < context
     {
         problems.push(format!(
-            "attention within a window of {window} tokens; architecture 'llama' attends to all \
-             {context} (set sliding_window to null in config.json to export it so)"
+            "attention within a window of {window} tokens; architecture '{}' attends to all \
+             {context} (set sliding_window to null in config.json to export it so)",
+            arch.name
         ));
     }
-    let mut count = |key: &str, value: usize| match u32::try_from(value) {
-        Ok(value) => to.u32(&format!("llama.{key}"), value),
-        Err(_) => problems.push(format!("llama.{key} would be {value}, above 32 bits")),
+    let mut count = |name: &str, value: usize| match u32::try_from(value) {
+        Ok(value) => to.u32(&key(name), value),
+        Err(_) => problems.push(format!("{} would be {value}, above 32 bits", key(name))),
     };
-    count("vocab_size", config.vocab_size);
+    count("vocab_size", common.vocab_size);
     count("context_length", context);
-    count("embedding_length", config.hidden_size);
-    count("block_count", config.num_hidden_layers);
+    count("embedding_length", common.hidden_size);
+    count("block_count", common.num_hidden_layers);
     count("feed_forward_length", config.intermediate_size);
     count("attention.head_count", config.num_attention_heads);
     count("attention.head_count_kv", config.num_key_value_heads);
@@ -48,15 +64,15 @@ pub(crate) fn describe(config: &LlamaConfig, to: &mut Metadata, problems: &mut V
         count("rope.scaling.original_context_length", original);
     }
     to.f32(
-        "llama.attention.layer_norm_rms_epsilon",
+        &key("attention.layer_norm_rms_epsilon"),
         config.rms_norm_eps,
     );
-    to.f32("llama.rope.freq_base", config.rope.theta);
+    to.f32(&key("rope.freq_base"), config.rope.theta);
     match config.rope.scaling {
         RopeScaling::Default | RopeScaling::Llama3 { .. } => {}
         RopeScaling::Linear { factor } => {
-            to.string("llama.rope.scaling.type", "linear");
-            to.f32("llama.rope.scaling.factor", factor);
+            to.string(&key("rope.scaling.type"), "linear");
+            to.f32(&key("rope.scaling.factor"), factor);
         }
         RopeScaling::Dynamic { .. } => problems.push(
             "rope_type 'dynamic'; llama.cpp scales by none, linear, yarn and llama3".to_owned(),
@@ -75,16 +91,16 @@ pub(crate) fn describe(config: &LlamaConfig, to: &mut Metadata, problems: &mut V
                         .to_owned(),
                 );
             }
-            to.string("llama.rope.scaling.type", "yarn");
-            to.f32("llama.rope.scaling.factor", factor);
+            to.string(&key("rope.scaling.type"), "yarn");
+            to.f32(&key("rope.scaling.factor"), factor);
             // ggml multiplies with YaRN's own magnitude; the metadata's factor comes on top.
             let on_top = attention_factor / yarn_mscale(factor, 1.0);
             // Within rounding of transformers' own default there is nothing to say.
             if (on_top - 1.0).abs() > 1e-6 {
-                to.f32("llama.rope.scaling.attn_factor", on_top);
+                to.f32(&key("rope.scaling.attn_factor"), on_top);
             }
-            to.f32("llama.rope.scaling.yarn_beta_fast", beta_fast);
-            to.f32("llama.rope.scaling.yarn_beta_slow", beta_slow);
+            to.f32(&key("rope.scaling.yarn_beta_fast"), beta_fast);
+            to.f32(&key("rope.scaling.yarn_beta_slow"), beta_slow);
         }
     }
 }

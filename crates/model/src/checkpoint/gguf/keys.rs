@@ -20,30 +20,30 @@ enum Kind {
 
 use Kind::{Count, Flag, List, Number, Text, Token, Whole};
 
-/// Keys without which there is no model; llama.cpp asks for the same.
+/// Keys without which there is no model; llama.cpp asks for the same. A dot stands for the architecture's name.
 const MODEL: [(&str, Kind); 6] = [
-    ("llama.embedding_length", Count),
-    ("llama.feed_forward_length", Count),
-    ("llama.block_count", Count),
-    ("llama.attention.head_count", Count),
-    ("llama.context_length", Count),
-    ("llama.attention.layer_norm_rms_epsilon", Number),
+    (".embedding_length", Count),
+    (".feed_forward_length", Count),
+    (".block_count", Count),
+    (".attention.head_count", Count),
+    (".context_length", Count),
+    (".attention.layer_norm_rms_epsilon", Number),
 ];
 
 /// Keys that have a default or a meaning in their absence.
 const OPTIONAL: [(&str, Kind); 22] = [
-    ("llama.attention.head_count_kv", Count),
-    ("llama.attention.key_length", Count),
-    ("llama.rope.dimension_count", Count),
-    ("llama.rope.freq_base", Number),
-    ("llama.rope.scale_linear", Number),
-    ("llama.rope.scaling.type", Text),
-    ("llama.rope.scaling.factor", Number),
-    ("llama.rope.scaling.attn_factor", Number),
-    ("llama.rope.scaling.yarn_beta_fast", Number),
-    ("llama.rope.scaling.yarn_beta_slow", Number),
-    ("llama.rope.scaling.original_context_length", Count),
-    ("llama.expert_count", Whole),
+    (".attention.head_count_kv", Count),
+    (".attention.key_length", Count),
+    (".rope.dimension_count", Count),
+    (".rope.freq_base", Number),
+    (".rope.scale_linear", Number),
+    (".rope.scaling.type", Text),
+    (".rope.scaling.factor", Number),
+    (".rope.scaling.attn_factor", Number),
+    (".rope.scaling.yarn_beta_fast", Number),
+    (".rope.scaling.yarn_beta_slow", Number),
+    (".rope.scaling.original_context_length", Count),
+    (".expert_count", Whole),
     ("split.count", Whole),
     ("tokenizer.ggml.model", Text),
     ("tokenizer.chat_template", Text),
@@ -73,9 +73,9 @@ const TOKENIZER_OPTIONAL: [(&str, Kind); 5] = [
 
 /// Keys that may differ from layer to layer; a list of equal numbers stands for one.
 pub(super) const PER_LAYER: [&str; 3] = [
-    "llama.feed_forward_length",
-    "llama.attention.head_count",
-    "llama.attention.head_count_kv",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
 ];
 
 /// What is missing or of another kind among the keys of the model.
@@ -95,9 +95,18 @@ pub(super) fn check_tokenizer(header: &Header, problems: &mut Problems) {
     may(header, &TOKENIZER_OPTIONAL, problems);
 }
 
+/// A key whose architecture is that of the file.
+fn full(header: &Header, key: &str) -> String {
+    match key.strip_prefix('.') {
+        Some(rest) => header.key(rest),
+        None => key.to_owned(),
+    }
+}
+
 fn must(header: &Header, keys: &[(&str, Kind)], problems: &mut Problems) {
     for (key, kind) in keys {
-        if header.get(key).is_none() {
+        let key = full(header, key);
+        if header.get(&key).is_none() {
             problems.push(format!(
                 "metadata key '{key}' is missing; it must be {}",
                 kind.words()
@@ -109,7 +118,8 @@ fn must(header: &Header, keys: &[(&str, Kind)], problems: &mut Problems) {
 
 fn may(header: &Header, keys: &[(&str, Kind)], problems: &mut Problems) {
     for (key, kind) in keys {
-        if let Some(value) = header.get(key).filter(|value| !kind.fits(value)) {
+        let key = full(header, key);
+        if let Some(value) = header.get(&key).filter(|value| !kind.fits(value)) {
             problems.push(format!(
                 "metadata key '{key}' is {}; it must be {}",
                 words(value),

@@ -4,7 +4,6 @@ mod config;
 mod header;
 mod hyper;
 mod keys;
-mod names;
 mod quant;
 #[allow(
     clippy::indexing_slicing,
@@ -12,6 +11,7 @@ mod quant;
     reason = "computes on blocks of a fixed size"
 )]
 mod quantise;
+mod rows;
 mod tokenizer;
 mod vocabulary;
 mod write;
@@ -24,13 +24,14 @@ use serde_json::Value;
 pub(crate) use self::config::ROPE_FACTORS;
 use self::header::{Header, RawTensor};
 pub(crate) use self::hyper::{architecture, describe as describe_config, rope_factors};
-pub(crate) use self::names::{Permuted, llama_cpp, permutation, permute};
 pub(crate) use self::quant::BlockType;
+pub(crate) use self::rows::permute;
 pub(crate) use self::vocabulary::{Described, describe as describe_tokenizer};
 pub(crate) use self::write::{DataFault, Listed, Metadata, data, header};
 use super::error::Problems;
 use super::mapped::MappedFile;
 use super::{CheckpointError, SourceDtype, TensorInfo};
+use crate::arch::{GgufArch, Permuted};
 
 /// An open GGUF file. `tensors` is in the order of the infos that `open` returned.
 #[derive(Debug)]
@@ -38,6 +39,7 @@ pub(crate) struct GgufFile {
     file: MappedFile,
     header: Header,
     tensors: Vec<RawTensor>,
+    arch: &'static GgufArch,
     query_heads: usize,
     key_heads: usize,
     notes: Vec<String>,
@@ -52,8 +54,9 @@ impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<(Self, Vec<TensorInfo>, Value), CheckpointError> {
         let file = MappedFile::open(path)?;
         let mut header = header::read(path, file.bytes())?;
+        let arch = config::architecture(path, &header)?;
         for key in keys::PER_LAYER {
-            header.collapse(key, file.bytes());
+            header.collapse(&header.key(key), file.bytes());
         }
         if let Some(parts) = header.u64("split.count").filter(|&n| n > 1) {
             return Err(CheckpointError::unsupported(
@@ -64,7 +67,7 @@ impl GgufFile {
                 ),
             ));
         }
-        let config = config::config_json(path, &header, file.bytes())?;
+        let config = config::config_json(path, &header, file.bytes(), arch)?;
         let heads = |key: &str| {
             let count = config.get(key).and_then(Value::as_u64);
             count.and_then(|n| usize::try_from(n).ok()).unwrap_or(1)
@@ -78,11 +81,14 @@ impl GgufFile {
             if DERIVED.contains(&raw.name.as_str()) {
                 continue;
             }
-            let Some(name) = names::hugging_face(&raw.name) else {
-                problems.push(format!("tensor '{}' is not of a Llama model", raw.name));
+            let Some(name) = arch.hugging_face(&raw.name) else {
+                problems.push(format!(
+                    "tensor '{}' is not of a model of architecture '{}'",
+                    raw.name, arch.name
+                ));
                 continue;
             };
-            let heads = match names::permutation(&name) {
+            let heads = match arch.permutation(&name) {
                 Some(Permuted::Query) => query_heads,
                 Some(Permuted::Key) => key_heads,
                 None => 1,
@@ -106,6 +112,7 @@ impl GgufFile {
             file,
             header,
             tensors,
+            arch,
             query_heads,
             key_heads,
             notes: Vec::new(),
@@ -191,7 +198,7 @@ impl GgufFile {
 
     /// The heads for which a tensor's rows are permuted, if they are.
     fn heads(&self, info: &TensorInfo) -> Option<usize> {
-        match names::permutation(&info.name)? {
+        match self.arch.permutation(&info.name)? {
             Permuted::Query => Some(self.query_heads),
             Permuted::Key => Some(self.key_heads),
         }
@@ -204,7 +211,7 @@ impl GgufFile {
         heads: usize,
     ) -> Result<Vec<T>, CheckpointError> {
         let rows = raw.shape.first().copied().unwrap_or(1);
-        names::unpermute(values, rows, heads).ok_or_else(|| {
+        rows::unpermute(values, rows, heads).ok_or_else(|| {
             CheckpointError::malformed(
                 self.path(),
                 format!(

@@ -280,7 +280,7 @@ fn faults_are_named() {
         ),
         (
             small().tensor("blk.0.ffn_gate_exps.weight", &[32], F32, 128),
-            "not of a Llama",
+            "not of a model of architecture",
         ),
         (
             small().tensor("blk.1.attn_q.weight", &[32, 6], F32, 768),

@@ -210,7 +210,7 @@ pub(crate) fn tokenizer_config(header: &Header, bytes: &[u8]) -> Option<Value> {
             set(name, token.into());
         }
     }
-    if let Some(length) = header.u64("llama.context_length") {
+    if let Some(length) = header.u64(&header.key("context_length")) {
         set("model_max_length", length.into());
     }
     if let Some(template) = header.str("tokenizer.chat_template") {

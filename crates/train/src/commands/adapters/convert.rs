@@ -12,6 +12,7 @@ use enamel_adapter::{
     AdapterConfig, AdapterFile, HostTensor, LoraConfig, ModuleKind, ModuleShape, as_markdown_text,
 };
 use enamel_model::CausalLm;
+use enamel_model::causal_lm::StoredNames;
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::source::PullProgress;
 use rayon::prelude::*;
@@ -81,7 +82,7 @@ struct Made {
 struct Base {
     open: OpenBase,
     modules: Vec<ModuleShape>,
-    embedding: &'static str,
+    stored: StoredNames,
 }
 
 impl Base {
@@ -92,19 +93,16 @@ impl Base {
     ) -> Result<Self, TrainError> {
         let mut open = OpenBase::open(reference, None, progress)?;
         open.for_adapter_dirs(&[adapter.to_owned()])?;
-        let (config, embedding) = CausalLm::fit(&open.config, &open.checkpoint)?;
+        let (config, stored) = CausalLm::fit(&open.config, &open.checkpoint)?;
         Ok(Self {
             modules: config.modules(),
             open,
-            embedding,
+            stored,
         })
     }
 
     fn weight(&self, module: &ModuleShape) -> Result<Vec<f32>, TrainError> {
-        let name = match module.kind {
-            ModuleKind::Embedding => self.embedding.to_owned(),
-            _ => format!("{}.weight", module.name),
-        };
+        let name = self.stored.weight(&module.name);
         Ok(self.open.checkpoint.read_f32(&name)?)
     }
 }

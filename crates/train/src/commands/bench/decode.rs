@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
+use enamel_model::arch::Backbone;
 use enamel_model::{CausalLm, Sampling, generate};
 use serde::Serialize;
 
@@ -79,9 +80,8 @@ fn bytes_a_token(model: &CausalLm) -> u64 {
     let mut bytes = Bytes(0);
     model.visit(&mut bytes);
     if !model.config().tie_word_embeddings {
-        let CausalLm::Llama(llama) = model;
         let mut embedding = Bytes(0);
-        llama.embed_tokens.visit(&mut embedding);
+        model.backbone.embedding().visit(&mut embedding);
         bytes.0 -= embedding.0;
     }
     bytes.0

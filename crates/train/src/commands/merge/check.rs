@@ -6,12 +6,13 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::offline::{AdapterOnDisk, HostModule};
 use enamel_adapter::{Linear, ModuleShape, Slot};
 use enamel_model::checkpoint::Checkpoint;
-use enamel_model::{CausalLm, LlamaConfig, ModelInput};
+use enamel_model::{ArchConfig, CausalLm, ModelInput};
 
-use super::folding::{HEAD, Merging};
+use super::folding::Merging;
 use super::source::Values;
 use super::{MergeBase, MergeCheck};
 use crate::error::TrainError;
+use enamel_model::arch::HEAD;
 
 /// Tokens of the text on which logits are compared.
 const PROBE_TOKENS: usize = 48;
@@ -31,7 +32,7 @@ impl Merging<'_> {
         // Two models at once would double the memory.
         drop(model);
         let checkpoint = Checkpoint::open(output)?;
-        let config = LlamaConfig::from_json(checkpoint.config_json())?;
+        let config = ArchConfig::from_json(checkpoint.config_json())?;
         let written = probe_logits(&CausalLm::load(&config, &checkpoint, device)?)?;
         let reference = adapted.as_ref().unwrap_or(&merged);
         Ok(MergeCheck {
@@ -93,12 +94,8 @@ impl Merging<'_> {
             && let Some(table) = self.table()
         {
             let data = TensorData::new(self.head()?, [table.shape[0], table.shape[1]]);
-            match model {
-                CausalLm::Llama(llama) => {
-                    let head = Tensor::from_data(data, self.device);
-                    llama.lm_head = Some(Linear::new(HEAD, head, None));
-                }
-            }
+            let head = Tensor::from_data(data, self.device);
+            model.lm_head = Some(Linear::new(HEAD, head, None));
         }
         Ok(())
     }

@@ -6,6 +6,8 @@ use burn::tensor::Device;
 use enamel_adapter::files::infer_modules::kind_of;
 use enamel_adapter::offline::{AdapterOnDisk, HostModule};
 use enamel_adapter::{ModuleKind, ModuleShape};
+use enamel_model::arch::HEAD;
+use enamel_model::causal_lm::StoredNames;
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::save::SaveDtype;
 use enamel_model::{CausalLm, Loading};
@@ -21,8 +23,8 @@ use crate::inputs::loftq;
 pub(crate) struct Merging<'a> {
     pub base: OpenBase,
     pub modules: Vec<ModuleShape>,
-    /// The name under which the embedding is stored.
-    embedding: &'static str,
+    /// Under which names the files have its weights.
+    stored: StoredNames,
     pub adapters: Vec<(AdapterOnDisk, f64)>,
     /// How training had the base, where it had it quantised.
     pub trained: Option<Loading>,
@@ -34,8 +36,6 @@ pub(crate) struct Merging<'a> {
     pub device: &'a Device,
 }
 
-pub(super) const HEAD: &str = "lm_head";
-
 impl<'a> Merging<'a> {
     pub fn open(
         base: OpenBase,
@@ -44,11 +44,11 @@ impl<'a> Merging<'a> {
         dtype: SaveDtype,
         device: &'a Device,
     ) -> Result<Self, TrainError> {
-        let (config, embedding) = CausalLm::fit(&base.config, &base.checkpoint)?;
+        let (config, stored) = CausalLm::fit(&base.config, &base.checkpoint)?;
         let modules = config.modules();
         let read = |module: &str| {
             let shape = modules.iter().find(|m| m.name == module)?;
-            base.checkpoint.read_f32(&stored(shape, embedding)).ok()
+            base.checkpoint.read_f32(&stored.weight(&shape.name)).ok()
         };
         let mut adapters = Vec::new();
         for (dir, weight) in dirs.iter().zip(weights) {
@@ -65,12 +65,12 @@ impl<'a> Merging<'a> {
                 takes && !plan.tied
             })
         };
-        let mut tables = modules.iter().filter(|m| m.kind == ModuleKind::Embedding);
+        let mut tables = modules.iter().filter(|m| stored.is_tied_table(&m.name));
         let unties = !has_head && tables.any(|m| parts(&m.name));
         Ok(Self {
             base,
             modules,
-            embedding,
+            stored,
             adapters,
             trained: None,
             dtype,
@@ -131,7 +131,7 @@ impl<'a> Merging<'a> {
     pub fn table(&self) -> Option<&ModuleShape> {
         self.modules
             .iter()
-            .find(|m| m.kind == ModuleKind::Embedding)
+            .find(|m| self.stored.is_tied_table(&m.name))
     }
 
     /// The values of one of [`Self::tensors`] as a choice has them.
@@ -190,7 +190,7 @@ impl<'a> Merging<'a> {
         {
             return Ok(values);
         }
-        Ok(files.read_f32(&stored(shape, self.embedding))?)
+        Ok(files.read_f32(&self.stored.weight(&shape.name))?)
     }
 
     fn read(&self, shape: &ModuleShape, base: MergeBase) -> Result<HostModule, TrainError> {
@@ -309,14 +309,6 @@ fn refuse_conflicts(
         "these adapters cannot be added up: {}\n  help: merge one of them alone, or leave one out",
         problems.join("; ")
     )))
-}
-
-/// The name of a module's weight in the files.
-pub(crate) fn stored(module: &ModuleShape, embedding: &str) -> String {
-    match module.kind {
-        ModuleKind::Embedding => embedding.to_owned(),
-        _ => format!("{}.weight", module.name),
-    }
 }
 
 /// `values` become `from + weight·(values − from)`.

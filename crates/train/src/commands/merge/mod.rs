@@ -16,7 +16,7 @@ use enamel_model::save::{self, SaveDtype, SaveOptions};
 use enamel_model::source::PullProgress;
 use serde::Serialize;
 
-pub(crate) use self::folding::{Merging, stored};
+pub(crate) use self::folding::Merging;
 use crate::commands::outputs::Output;
 use crate::error::TrainError;
 use crate::inputs::base_model::{OpenBase, base_of};

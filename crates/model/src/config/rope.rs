@@ -2,6 +2,8 @@
 //!
 //! The formulas are those of transformers' `modeling_rope_utils.py`, step by step in f32 as there,
 //! so that the angles agree to the last bits.
+// Sums of sizes that have been checked, and of positions.
+#![allow(clippy::arithmetic_side_effects)]
 
 use std::f32::consts::PI;
 
@@ -75,10 +77,12 @@ impl Default for RopeConfig {
 }
 
 impl RopeConfig {
-    /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+    /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4); `theta` is the base where
+    /// neither says one.
     pub(crate) fn from_config(
         config: &Map<String, Value>,
         max_positions: usize,
+        theta: f64,
     ) -> Result<Self, Vec<String>> {
         let empty = Map::new();
         let mut outer = Reader {
@@ -86,7 +90,7 @@ impl RopeConfig {
             prefix: "",
             problems: Vec::new(),
         };
-        let theta = outer.number("rope_theta", Some(10_000.0));
+        let theta = outer.number("rope_theta", Some(theta));
         let mut key = "rope_scaling";
         let mut map = &empty;
         // A non-empty `rope_scaling` wins, as in transformers.
@@ -316,7 +320,7 @@ mod tests {
 
     fn rope(parameters: Value) -> Result<RopeConfig, Vec<String>> {
         let config = json!({ "rope_parameters": parameters });
-        RopeConfig::from_config(config.as_object().unwrap(), 64)
+        RopeConfig::from_config(config.as_object().unwrap(), 64, 10_000.0)
     }
 
     #[test]

@@ -5,8 +5,8 @@
 use enamel_adapter::{ModuleKind, ModuleShape};
 use serde_json::Value;
 
-use super::ConfigError;
-use super::reader::{LARGEST_LAYERS, LARGEST_SIZE};
+use crate::config::ConfigError;
+use crate::config::{LARGEST_LAYERS, LARGEST_SIZE};
 
 /// Every module with parameters, if `config` is a ViT's with an image classifier's head.
 ///

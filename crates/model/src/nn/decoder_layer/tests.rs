@@ -2,15 +2,17 @@
 #![allow(clippy::unwrap_used)]
 
 use burn::module::Module;
-use burn::tensor::{Gradients, TensorData};
-use enamel_adapter::{InitLora, LoraConfig, Targets, attach, set_enabled};
+use burn::tensor::{Device, Gradients, TensorData};
+use enamel_adapter::{Adaptable, InitLora, LoraConfig, SlotRef, Targets, attach, set_enabled};
+use enamel_kernels::{AttentionSpec, attention, rope};
 use serde_json::json;
 
 use super::*;
 use crate::CausalLm;
-use crate::testing::{tiny_config, values};
+use crate::arch::llama::Llama;
+use crate::testing::{llama, tiny_config, values};
 
-impl Layer {
+impl DecoderLayer {
     /// [`Self::forward`] in separate operations.
     fn separate(
         &self,
@@ -58,8 +60,7 @@ fn adapted(targets: Targets, device: &Device) -> Llama {
         ..LoraConfig::default()
     };
     attach(&mut model, &config, 1).unwrap();
-    let CausalLm::Llama(llama) = model;
-    llama
+    llama(&model).clone()
 }
 
 /// Numbers between -1 and 1 that no other test has a hand in, as it would in the device's generator.
@@ -174,7 +175,7 @@ fn a_trained_norm_is_not_fused() {
         ..LoraConfig::default()
     };
     attach(&mut model, &config, 1).unwrap();
-    let CausalLm::Llama(model) = model;
+    let model = llama(&model);
     let positions = model.positions(0, 7, None, &device);
     let y = model.layers[0].forward(input(&device), &positions, None);
     let grads = y.powf_scalar(2.0).sum().backward();

@@ -1,0 +1,147 @@
+//! What llama.cpp calls an architecture and its parts.
+
+/// An architecture of llama.cpp's, as its converter writes it.
+#[derive(Debug)]
+pub struct GgufArch {
+    /// `general.architecture`, and what the keys of its settings begin with.
+    pub name: &'static str,
+    /// The `model_type`s that are written as it; the first is what such a file is read as.
+    pub model_types: &'static [&'static str],
+    /// transformers' class.
+    pub class: &'static str,
+    /// llama.cpp's and Hugging Face's names of what stands outside the blocks; each has a weight alone.
+    pub top: &'static [(&'static str, &'static str)],
+    /// The same within a block.
+    pub block: &'static [(&'static str, &'static str)],
+    /// Whether the rows of queries and keys are in another order in the file.
+    pub permuted: bool,
+    /// Settings of `config.json` that the tensors in the file tell.
+    pub settings: GgufSettings,
+}
+
+/// Settings of `config.json` that the tensors in the file tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GgufSettings {
+    /// None.
+    None,
+    /// `attention_bias` and `mlp_bias`.
+    LlamaBiases,
+}
+
+/// Outside the blocks of most decoders.
+pub const DECODER_TOP: [(&str, &str); 3] = [
+    ("token_embd", "model.embed_tokens"),
+    ("output_norm", "model.norm"),
+    ("output", "lm_head"),
+];
+
+/// Within them.
+pub const DECODER_BLOCK: [(&str, &str); 9] = [
+    ("attn_norm", "input_layernorm"),
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
+
+/// Which of llama.cpp's row orders a projection has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Permuted {
+    /// Rows are ordered for the query heads.
+    Query,
+    /// Rows are ordered for the key heads.
+    Key,
+}
+
+impl GgufArch {
+    /// The Hugging Face name of a GGUF tensor.
+    pub(crate) fn hugging_face(&self, name: &str) -> Option<String> {
+        let (part, kind) = name.rsplit_once('.')?;
+        if let Some((_, top)) = self.top.iter().find(|(gguf, _)| *gguf == part) {
+            return (kind == "weight").then(|| format!("{top}.weight"));
+        }
+        let (number, part) = part.strip_prefix("blk.")?.split_once('.')?;
+        let (number, kind) = (layer(number)?, weight_or_bias(kind)?);
+        let (_, module) = self.block.iter().find(|(gguf, _)| *gguf == part)?;
+        Some(format!("model.layers.{number}.{module}.{kind}"))
+    }
+
+    /// The GGUF name of a tensor that Hugging Face calls `name`: the way back from [`Self::hugging_face`].
+    pub(crate) fn llama_cpp(&self, name: &str) -> Option<String> {
+        let (part, kind) = name.rsplit_once('.')?;
+        if let Some((top, _)) = self.top.iter().find(|(_, hf)| *hf == part) {
+            return (kind == "weight").then(|| format!("{top}.weight"));
+        }
+        let (number, part) = part.strip_prefix("model.layers.")?.split_once('.')?;
+        let (number, kind) = (layer(number)?, weight_or_bias(kind)?);
+        let (module, _) = self.block.iter().find(|(_, hf)| *hf == part)?;
+        Some(format!("blk.{number}.{module}.{kind}"))
+    }
+
+    /// Whether a tensor (by its Hugging Face name) has its rows permuted in the file.
+    pub(crate) fn permutation(&self, name: &str) -> Option<Permuted> {
+        if !self.permuted {
+            None
+        } else if name.contains(".self_attn.q_proj.") {
+            Some(Permuted::Query)
+        } else if name.contains(".self_attn.k_proj.") {
+            Some(Permuted::Key)
+        } else {
+            None
+        }
+    }
+}
+
+/// Only the plain decimal spelling, so that no two names can mean the same tensor.
+fn layer(text: &str) -> Option<u32> {
+    let number: u32 = text.parse().ok()?;
+    (number.to_string() == text).then_some(number)
+}
+
+fn weight_or_bias(kind: &str) -> Option<&str> {
+    matches!(kind, "weight" | "bias").then_some(kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::arch::ArchConfig;
+
+    #[test]
+    fn names_map_one_to_one() {
+        let cases = [
+            ("token_embd.weight", Some("model.embed_tokens.weight")),
+            (
+                "blk.12.attn_q.weight",
+                Some("model.layers.12.self_attn.q_proj.weight"),
+            ),
+            (
+                "blk.0.ffn_down.bias",
+                Some("model.layers.0.mlp.down_proj.bias"),
+            ),
+            ("blk.00.ffn_down.bias", None),
+            ("blk.0.ffn_gate_exps.weight", None),
+            ("blk.x.attn_q.weight", None),
+            ("blk.0.attn_q", None),
+        ];
+        for arch in ArchConfig::gguf_architectures() {
+            for (gguf, hf) in cases {
+                assert_eq!(arch.hugging_face(gguf).as_deref(), hf, "{gguf}");
+                if let Some(hf) = hf {
+                    assert_eq!(arch.llama_cpp(hf).as_deref(), Some(gguf), "{hf}");
+                }
+            }
+            for hf in [
+                "model.layers.0.mlp.gate.weight",
+                "model.norm.bias",
+                "model.layers.01.mlp.up_proj.weight",
+                "model.layers.1.mlp.up_proj.lora_A",
+            ] {
+                assert_eq!(arch.llama_cpp(hf), None, "{hf}");
+            }
+        }
+    }
+}
