@@ -69,7 +69,10 @@ impl MemorySource {
                     (values(l.weight.dense()), l.weight.dims().to_vec(), bias)
                 }
                 SlotRef::Embedding(e) => (values(e.weight.dense()), e.weight.dims().to_vec(), None),
-                SlotRef::Norm(n) => (values(n.weight.val()), n.weight.dims().to_vec(), None),
+                SlotRef::Norm(n) => {
+                    let bias = n.bias.as_ref().map(|b| values(b.val()));
+                    (values(n.weight.val()), n.weight.dims().to_vec(), bias)
+                }
             };
             source.put(&format!("{name}.weight"), &shape, weight);
             if let Some(bias) = bias {

@@ -14,7 +14,7 @@ pub enum Slot<'a> {
     Linear(&'a mut Linear),
     /// An embedding table.
     Embedding(&'a mut Embedding),
-    /// A norm's weight.
+    /// A norm's weight, with its bias if it has one.
     Norm(&'a mut Frozen<1>),
 }
 
@@ -24,7 +24,7 @@ pub enum SlotRef<'a> {
     Linear(&'a Linear),
     /// An embedding table.
     Embedding(&'a Embedding),
-    /// A norm's weight.
+    /// A norm's weight, with its bias if it has one.
     Norm(&'a Frozen<1>),
 }
 
@@ -93,7 +93,10 @@ impl SlotRef<'_> {
                 (kind, linear.weight.dims().to_vec(), linear.bias.is_some())
             }
             Self::Embedding(table) => (ModuleKind::Embedding, table.weight.dims().to_vec(), false),
-            Self::Norm(norm) => (ModuleKind::Norm, norm.weight.dims().to_vec(), false),
+            Self::Norm(norm) => {
+                let shape = norm.weight.dims().to_vec();
+                (ModuleKind::Norm, shape, norm.bias.is_some())
+            }
         };
         ModuleShape {
             name: name.to_string(),

@@ -290,11 +290,20 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
             }
             Slot::Norm(norm) => {
                 freeze(&mut norm.weight);
-                if saved(name) {
-                    norm.parts.push(FrozenPart {
-                        name: adapter.to_string(),
-                        saved: copier.copy(&key(name, "weight"), norm.weight.val()),
-                    });
+                norm.bias.iter_mut().for_each(freeze);
+                let whole = saved(name);
+                let bias_key = match bias(name) {
+                    Some(plan) => Some(plan.key.clone()),
+                    None => whole.then(|| key(name, "bias")),
+                };
+                let bias = bias_key.zip(norm.bias.as_ref());
+                let part = FrozenPart {
+                    name: adapter.to_string(),
+                    saved: whole.then(|| copier.copy(&key(name, "weight"), norm.weight.val())),
+                    bias: bias.map(|(key, bias)| copier.copy(&key, bias.val())),
+                };
+                if part.saved.is_some() || part.bias.is_some() {
+                    norm.parts.push(part);
                 }
             }
         }
@@ -351,6 +360,7 @@ fn train_everything<M: Adaptable>(model: &mut M, trainable: bool) {
         Slot::Norm(norm) => {
             norm.trains_base = true;
             set(&mut norm.weight, trainable);
+            norm.bias.iter_mut().for_each(|bias| set(bias, trainable));
         }
     });
 }

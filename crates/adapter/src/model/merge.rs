@@ -10,6 +10,7 @@ use crate::base::ids::frozen_param;
 use crate::base::routing::Routing;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
+use crate::layers::frozen::UnmergedFrozen;
 use crate::layers::linear::{Linear, UnmergedLinear};
 use crate::model::active::{refuse_merged, routing};
 use crate::model::attach::detach;
@@ -97,8 +98,16 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
         }
         Slot::Norm(norm) => {
             if norm.parts.iter().any(|part| names.contains(&part.name)) {
-                let old = norm.weight.clone();
-                norm.weight = with_value(&old, norm.folded(&names));
+                let old = UnmergedFrozen {
+                    weight: norm.weight.clone(),
+                    bias: norm.bias.clone(),
+                };
+                let bias = norm.folded_bias(&names);
+                norm.weight = with_value(&old.weight, norm.folded(&names));
+                norm.bias = match (&old.bias, bias) {
+                    (Some(old), Some(new)) => Some(with_value(old, new)),
+                    _ => None,
+                };
                 norm.unmerged = Some(old);
             }
         }
@@ -122,7 +131,8 @@ pub fn unmerge<M: Adaptable>(model: &mut M) {
         }
         Slot::Norm(norm) => {
             if let Some(old) = norm.unmerged.take() {
-                norm.weight = old;
+                norm.weight = old.weight;
+                norm.bias = old.bias;
             }
         }
     });
@@ -188,7 +198,14 @@ fn check<M: Adaptable>(model: &M, names: &[String]) -> Result<()> {
                 }
             }
             SlotRef::Embedding(table) => (!finite(table.folded(names).dense())).then_some("weight"),
-            SlotRef::Norm(norm) => (!finite(norm.folded(names))).then_some("weight"),
+            SlotRef::Norm(norm) => {
+                let bias = norm.folded_bias(names);
+                if !finite(norm.folded(names)) {
+                    Some("weight")
+                } else {
+                    bias.filter(|bias| !finite(bias.clone())).map(|_| "bias")
+                }
+            }
         };
         bad = parameter.map(|parameter| format!("{name}.{parameter}, merged,"));
     });

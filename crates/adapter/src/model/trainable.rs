@@ -76,9 +76,16 @@ pub fn for_each_param_of<M: Adaptable>(
             SlotRef::Norm(norm) => {
                 if whole && norm.trains_base {
                     f(&format!("{name}.weight"), ParamRef::Vector(&norm.weight));
+                    if let Some(bias) = &norm.bias {
+                        f(&format!("{name}.bias"), ParamRef::Vector(bias));
+                    }
                 }
-                if let Some(part) = norm.part(adapter) {
-                    f(&key("weight"), ParamRef::Vector(&part.saved));
+                let part = norm.part(adapter);
+                if let Some(saved) = part.and_then(|part| part.saved.as_ref()) {
+                    f(&key("weight"), ParamRef::Vector(saved));
+                }
+                if let Some(bias) = part.and_then(|part| part.bias.as_ref()) {
+                    f(&key("bias"), ParamRef::Vector(bias));
                 }
             }
         }
@@ -160,9 +167,17 @@ pub fn for_each_param_of_mut<M: Adaptable>(
                         &format!("{name}.weight"),
                         ParamMut::Vector(&mut norm.weight),
                     );
+                    if let Some(bias) = &mut norm.bias {
+                        f(&format!("{name}.bias"), ParamMut::Vector(bias));
+                    }
                 }
                 for part in norm.parts.iter_mut().filter(|p| p.name == adapter) {
-                    f(&key("weight"), ParamMut::Vector(&mut part.saved));
+                    if let Some(saved) = &mut part.saved {
+                        f(&key("weight"), ParamMut::Vector(saved));
+                    }
+                    if let Some(bias) = &mut part.bias {
+                        f(&key("bias"), ParamMut::Vector(bias));
+                    }
                 }
             }
         }

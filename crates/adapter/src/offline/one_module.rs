@@ -46,7 +46,11 @@ impl OneModule {
                 Module::Embedding(Embedding::new(&format!("{name}.weight"), matrix()))
             }
             ModuleKind::Norm => {
-                Module::Norm(Frozen::new(&format!("{name}.weight"), vector(&base.weight)))
+                let norm = Frozen::new(&format!("{name}.weight"), vector(&base.weight));
+                Module::Norm(match &base.bias {
+                    Some(bias) => norm.with_bias(&format!("{name}.bias"), vector(bias)),
+                    None => norm,
+                })
             }
         };
         Self {
@@ -63,7 +67,10 @@ impl OneModule {
                 own.bias = other.bias;
             }
             (Module::Embedding(own), Module::Embedding(other)) => own.weight = other.weight,
-            (Module::Norm(own), Module::Norm(other)) => own.weight = other.weight,
+            (Module::Norm(own), Module::Norm(other)) => {
+                own.weight = other.weight;
+                own.bias = other.bias;
+            }
             _ => {}
         }
     }
@@ -78,7 +85,11 @@ impl OneModule {
                 (to_host(name, folded.weight.dense())?, bias)
             }
             Module::Embedding(table) => (to_host(name, table.folded(&names).dense())?, None),
-            Module::Norm(norm) => (to_host(name, norm.folded(&names))?, None),
+            Module::Norm(norm) => {
+                let bias = norm.folded_bias(&names);
+                let bias = bias.map(|b| to_host(name, b)).transpose()?;
+                (to_host(name, norm.folded(&names))?, bias)
+            }
         };
         Ok(HostModule { weight, bias })
     }

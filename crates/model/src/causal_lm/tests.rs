@@ -40,7 +40,7 @@ fn slots_are_the_modules_that_the_configuration_lists() {
             let (shape, bias) = match slot {
                 SlotRef::Linear(l) => (l.weight.dims().to_vec(), l.bias.is_some()),
                 SlotRef::Embedding(e) => (e.weight.dims().to_vec(), false),
-                SlotRef::Norm(n) => (n.weight.dims().to_vec(), false),
+                SlotRef::Norm(n) => (n.weight.dims().to_vec(), n.bias.is_some()),
             };
             shapes.push((name.to_owned(), shape, bias));
         });
@@ -238,6 +238,8 @@ fn gradients_reach_what_is_trained_and_nothing_else() {
             .part(DEFAULT)
             .unwrap()
             .saved
+            .as_ref()
+            .unwrap()
             .val()
             .grad(&gradients)
             .unwrap();

@@ -50,6 +50,9 @@ pub fn values(
                 data = Some(table.weight.dense().into_data())
             }
             (Some("weight"), SlotRef::Norm(norm)) => data = Some(norm.weight.val().into_data()),
+            (Some("bias"), SlotRef::Norm(norm)) => {
+                data = norm.bias.as_ref().map(|bias| bias.val().into_data());
+            }
             _ => {}
         }
     });

@@ -180,5 +180,13 @@ fn a_trained_norm_is_not_fused() {
     let y = model.layers[0].forward(input(&device), &positions, None);
     let grads = y.powf_scalar(2.0).sum().backward();
     let norm = &model.layers[0].post_attention_layernorm;
-    assert!(norm.parts[0].saved.val().grad(&grads).is_some());
+    assert!(
+        norm.parts[0]
+            .saved
+            .as_ref()
+            .unwrap()
+            .val()
+            .grad(&grads)
+            .is_some()
+    );
 }

@@ -121,6 +121,11 @@ fn put(slot: Slot<'_>, shape: &ModuleShape, merged: HostModule, device: &Device)
         }
         Slot::Norm(norm) => {
             *norm = enamel_adapter::Frozen::new(&format!("{name}.weight"), vector(merged.weight));
+            if let Some(bias) = merged.bias {
+                *norm = norm
+                    .clone()
+                    .with_bias(&format!("{name}.bias"), vector(bias));
+            }
         }
     }
 }
