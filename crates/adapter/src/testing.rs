@@ -227,6 +227,7 @@ impl LlamaSizes {
                 kind,
                 shape: shape.to_vec(),
                 bias: false,
+                transposed: false,
             });
         };
         add(

@@ -211,6 +211,18 @@ impl HostValues {
         }
     }
 
+    /// A matrix of so many columns, the other way round.
+    pub fn transposed(self, columns: usize) -> Self {
+        fn turned<T: Copy>(values: &[T], columns: usize) -> Vec<T> {
+            let column = |c: usize| values.iter().skip(c).step_by(columns).copied();
+            (0..columns).flat_map(column).collect()
+        }
+        match self {
+            Self::F32(values) => Self::F32(turned(&values, columns)),
+            Self::Bf16(values) => Self::Bf16(turned(&values, columns)),
+        }
+    }
+
     /// In f32.
     pub fn into_f32(self) -> Vec<f32> {
         match self {

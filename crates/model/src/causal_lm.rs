@@ -7,14 +7,14 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use enamel_adapter::base::ids::param_id;
 use enamel_adapter::methods::xlora;
-use enamel_adapter::{Adaptable, Linear, Slot, SlotRef, Slots, XLora};
+use enamel_adapter::{Adaptable, Linear, ModuleShape, Slot, SlotRef, Slots, XLora};
 use enamel_kernels::{BaseWeight, Compute, HostValues};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::arch::{AnyBackbone, ArchConfig, Backbone, HEAD};
-use crate::checkpoint::{TensorSource, is_buffer};
+use crate::checkpoint::{CheckpointError, TensorSource, is_buffer};
 use crate::error::{LoadError, Misshapen};
 use crate::nn::input::ModelInput;
 use crate::nn::kv_cache::KvCache;
@@ -51,6 +51,19 @@ impl StoredNames {
             true => format!("{HEAD}.weight"),
             false => format!("{module}.weight"),
         }
+    }
+
+    /// A module's weight `[out, in]` from its checkpoint.
+    ///
+    /// # Errors
+    /// What the checkpoint says.
+    pub fn read(
+        &self,
+        source: &dyn TensorSource,
+        module: &ModuleShape,
+    ) -> Result<Vec<f32>, CheckpointError> {
+        let values = source.read_f32(&self.weight(&module.name))?;
+        Ok(module.from_stored(values))
     }
 
     /// Whether a module is the embedding that a tied head shares.
@@ -96,7 +109,9 @@ impl CausalLm {
         } = loading;
         let (config, stored) = Self::fit(config, checkpoint)?;
         quantization.check(&config.modules())?;
-        let mut pack = |module: &str| quantization.pack(checkpoint, module, *compute, device);
+        let mut pack = |module: &str, transposed: bool| {
+            quantization.pack(checkpoint, (module, transposed), *compute, device)
+        };
         let mut fetch = |name: &str, shape: &[usize]| {
             let values = match name.strip_suffix(".weight") {
                 Some(module) => checkpoint.read(&stored.weight(module))?,
@@ -167,7 +182,7 @@ impl CausalLm {
             let values = normal_values(seed ^ param_id(name).val(), count, deviation);
             Ok(HostValues::F32(values))
         };
-        let pack: &mut Pack<'_> = &mut |_| Ok(None);
+        let pack: &mut Pack<'_> = &mut |_, _| Ok(None);
         let mut weights = Weights::new(device, Compute::F32, &mut fetch, pack);
         Self::build(config.clone(), &mut weights)
     }

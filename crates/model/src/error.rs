@@ -62,6 +62,15 @@ pub enum LoadError {
         /// Values a block.
         block: usize,
     },
+    /// Codes of bitsandbytes' in a layer that is stored the other way round.
+    #[error(
+        "tensor '{name}' is quantised by bitsandbytes in a layer that lies transposed in its files (Conv1D), which is \
+         not read\n  help: take the model as it was before, and quantise it while it is loaded"
+    )]
+    TransposedPacked {
+        /// The tensor.
+        name: String,
+    },
     /// Names in `skip_modules` that no linear layer has, each with the nearest that one has.
     #[error("model.quantization.skip_modules (--skip-modules) names what the model has not:{}", strange(.0))]
     SkipModules(Vec<(String, Option<String>)>),

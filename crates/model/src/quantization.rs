@@ -6,7 +6,7 @@ use enamel_adapter::{ModuleKind, ModuleShape};
 use enamel_kernels::quantized::formats::{
     FloatKind, FourBit, FourBitOptions, FourBitTensor, Int8Rows, NESTED_BLOCK, QuantError,
 };
-use enamel_kernels::{Compute, PackedRows, PackedWeight};
+use enamel_kernels::{Compute, HostValues, PackedRows, PackedWeight};
 
 use crate::arch::HEAD;
 use crate::checkpoint::{SourceDtype, TensorSource};
@@ -23,14 +23,15 @@ pub struct Loading {
 
 impl Loading {
     /// The values of a linear layer's weight, row-major in f32, as its products read them once it is packed:
-    /// quantised and dequantised. `None` where it is not packed.
+    /// quantised and dequantised. `None` where it is not packed. With the module's name goes whether its weight is
+    /// stored as `[in, out]`.
     ///
     /// # Errors
     /// Values that the file does not give, or that the format cannot hold.
     pub fn dequantised(
         &self,
         source: &dyn TensorSource,
-        module: &str,
+        module: (&str, bool),
         device: &Device,
     ) -> Result<Option<Vec<f32>>, LoadError> {
         let packed = self
@@ -189,14 +190,25 @@ impl Quantization {
     }
 
     /// The weight of a linear layer as it is to be held, if that is packed: as the file has it, or quantised
-    /// from the values in it.
+    /// from the values in it, which are stored as `[in, out]` if `transposed`.
     pub(crate) fn pack(
         &self,
         source: &dyn TensorSource,
-        module: &str,
+        (module, transposed): (&str, bool),
         compute: Compute,
         device: &Device,
     ) -> Result<Option<PackedWeight>, LoadError> {
+        let is_bitsandbytes =
+            |rows: &PackedRows| matches!(rows, PackedRows::FourBit(_) | PackedRows::Int8 { .. });
+        if transposed {
+            let name = format!("{module}.weight");
+            if source
+                .read_packed(&name)?
+                .is_some_and(|rows| is_bitsandbytes(&rows))
+            {
+                return Err(LoadError::TransposedPacked { name });
+            }
+        }
         if self.skips(module) || self.dequantize {
             return Ok(None);
         }
@@ -206,8 +218,7 @@ impl Quantization {
             source,
         };
         if let Some(rows) = source.read_packed(&name)? {
-            let made_by_bitsandbytes =
-                matches!(rows, PackedRows::FourBit(_) | PackedRows::Int8 { .. });
+            let made_by_bitsandbytes = is_bitsandbytes(&rows);
             // What is asked for by name wins over a GGUF file's blocks, not over the same kind of codes.
             if made_by_bitsandbytes || self.format.is_none() {
                 let read_as = match (&rows, self.format) {
@@ -232,9 +243,12 @@ impl Quantization {
             (_, SourceDtype::F16) => FloatKind::F16,
             (_, SourceDtype::F32 | SourceDtype::Quantised) => FloatKind::F32,
         };
-        format
-            .pack(&name, &info.shape, source.read_f32(&name)?, dtype, device)
-            .map(Some)
+        let (mut shape, mut values) = (info.shape.clone(), source.read_f32(&name)?);
+        if transposed && let [_, out] = shape.as_slice() {
+            values = HostValues::F32(values).transposed(*out).into_f32();
+            shape.reverse();
+        }
+        format.pack(&name, &shape, values, dtype, device).map(Some)
     }
 
     /// What becomes of new values of the linear layer `module`, row-major of `shape` and stored as `dtype`,
@@ -457,10 +471,14 @@ mod tests {
             compute: FloatKind::F32,
         };
         let mut loading = Loading::default();
-        let values = loading.dequantised(&source, module, &device).unwrap();
+        let values = loading
+            .dequantised(&source, (module, false), &device)
+            .unwrap();
         assert_eq!(values, None, "nothing is to be packed");
         loading.quantization.format = Some(four_bit);
-        let once = loading.dequantised(&source, module, &device).unwrap();
+        let once = loading
+            .dequantised(&source, (module, false), &device)
+            .unwrap();
         let once = once.unwrap();
         assert_ne!(once, source.read_f32(&format!("{module}.weight")).unwrap());
         let again = |loading: &Loading| {

@@ -4,6 +4,7 @@ pub(crate) mod adapter;
 pub(crate) mod adapter_refusals;
 pub(crate) mod adapters_in_use;
 pub(crate) mod export;
+pub(crate) mod families;
 pub(crate) mod merge;
 pub(crate) mod merge_quantised;
 pub(crate) mod methods;

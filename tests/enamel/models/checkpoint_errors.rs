@@ -161,10 +161,10 @@ fn an_unknown_architecture_is_refused_by_name() {
     let staged = stage("untied", Generation::Five);
     let path = staged.path().join("config.json");
     let mut config = json(&path);
-    config["model_type"] = "gpt2".into();
+    config["model_type"] = "gpt9".into();
     fs::write(&path, config.to_string()).expect("room on the disk");
     let error = refusal(staged.path());
-    assert!(error.contains("gpt2") && error.contains("llama"), "{error}");
+    assert!(error.contains("gpt9") && error.contains("llama"), "{error}");
 }
 
 #[test]

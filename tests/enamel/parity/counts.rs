@@ -83,6 +83,7 @@ fn counts_on_a_vision_transformer_are_the_published_ones() {
                 .map(|n| n.as_u64().expect("a size") as usize)
                 .collect(),
             bias: true,
+            transposed: false,
         })
         .collect();
     let elements = |m: &ModuleShape| m.shape.iter().product::<usize>() + m.shape[0];

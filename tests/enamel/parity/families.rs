@@ -105,6 +105,10 @@ fn both_spellings_of_a_config_are_one_model() {
             let json = json(&folder(name).join(file));
             ArchConfig::from_json(&json).unwrap_or_else(|e| panic!("{name}: {e}"))
         };
+        // Where nothing was spelt otherwise there is one file.
+        if !folder(name).join("config.v4.json").exists() {
+            continue;
+        }
         let (new, old) = (read("config.json"), read("config.v4.json"));
         assert_eq!(new.decoder().rope, old.decoder().rope, "{name}");
         assert_eq!(new.modules(), old.modules(), "{name}");

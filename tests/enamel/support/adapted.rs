@@ -165,7 +165,11 @@ pub fn base_values(model: &CausalLm) -> BTreeMap<String, Vec<f32>> {
                 if let Some(bias) = &linear.bias {
                     all.insert(format!("{name}.bias"), floats(bias.val().inner()));
                 }
-                floats(linear.weight.dense())
+                let weight = linear.weight.dense();
+                floats(match linear.is_stored_transposed() {
+                    true => weight.transpose(),
+                    false => weight,
+                })
             }
             SlotRef::Embedding(table) => floats(table.weight.dense()),
             SlotRef::Norm(norm) => floats(norm.weight.val()),

@@ -31,7 +31,7 @@ pub const LLAMAS: [&str; 13] = [
 
 /// A model of every architecture but Llama's, and a LoRA on it (`<name>_lora`), as in
 /// `fixtures/generate/families.py`.
-pub const FAMILIES: [&str; 1] = ["qwen3"];
+pub const FAMILIES: [&str; 2] = ["qwen3", "gpt2"];
 
 /// Every LoRA case, as in `fixtures/generate/lora.py`.
 pub const LORAS: [&str; 8] = [

@@ -24,6 +24,9 @@ pub struct ModuleShape {
     pub shape: Vec<usize>,
     /// Whether there is a bias, of `shape[0]` elements.
     pub bias: bool,
+    /// Whether checkpoints have the weight the other way round, `[in, out]`: transformers' `Conv1D`. PEFT calls
+    /// it `fan_in_fan_out`.
+    pub transposed: bool,
 }
 
 impl ModuleShape {
@@ -33,8 +36,42 @@ impl ModuleShape {
         if self.bias {
             tensors.push((format!("{}.bias", self.name), self.shape[..1].to_vec()));
         }
-        tensors.push((format!("{}.weight", self.name), self.shape.clone()));
+        tensors.push((format!("{}.weight", self.name), self.stored_shape()));
         tensors
+    }
+
+    /// Names and shapes of its parameters as the model holds them.
+    pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
+        let as_held = Self {
+            transposed: false,
+            ..self.clone()
+        };
+        as_held.tensors()
+    }
+
+    /// The shape of the weight in a checkpoint.
+    pub fn stored_shape(&self) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
+    }
+
+    /// Values of the weight as a checkpoint has them become `[out, in]`.
+    pub fn from_stored(&self, values: Vec<f32>) -> Vec<f32> {
+        match (self.transposed, self.shape.as_slice()) {
+            (true, [out, input]) => transposed(&values, *input, *out),
+            _ => values,
+        }
+    }
+
+    /// Values of the weight become as a checkpoint has them.
+    pub fn to_stored(&self, values: Vec<f32>) -> Vec<f32> {
+        match (self.transposed, self.shape.as_slice()) {
+            (true, [out, input]) => transposed(&values, *out, *input),
+            _ => values,
+        }
     }
 }
 
@@ -45,4 +82,19 @@ pub(crate) fn elements(module: &ModuleShape) -> usize {
         0
     };
     module.shape.iter().product::<usize>() + bias
+}
+
+/// A matrix of `rows` rows and `columns` columns, the other way round.
+fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(values.len());
+    for column in 0..columns {
+        out.extend(
+            values
+                .iter()
+                .skip(column)
+                .step_by(columns.max(1))
+                .take(rows),
+        );
+    }
+    out
 }

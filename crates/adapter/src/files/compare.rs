@@ -24,7 +24,7 @@ pub(crate) fn expected(
 ) -> BTreeMap<String, Vec<usize>> {
     let mut all = BTreeMap::new();
     if config.trains_everything() {
-        all.extend(modules.iter().flat_map(ModuleShape::tensors));
+        all.extend(modules.iter().flat_map(ModuleShape::parameters));
     }
     for target in &plan.targets {
         let parameters = config.parameters(target).into_iter();

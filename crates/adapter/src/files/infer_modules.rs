@@ -118,6 +118,7 @@ fn module(
             kind,
             shape,
             bias: own.contains_key("bias") || own.contains_key("base_layer.bias"),
+            transposed: false,
         })
     };
     if let Some((out, width)) = shape {

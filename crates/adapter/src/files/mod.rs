@@ -456,6 +456,16 @@ fn resolved<M: Adaptable>(
         meta.revision.as_deref(),
         meta.task_type.as_deref(),
     );
+    let mut transposed = false;
+    model.for_each_slot_ref(&mut |_, slot| {
+        if let SlotRef::Linear(linear) = slot {
+            let adapted = linear.part(adapter).is_some_and(|p| p.adapter.is_some());
+            transposed |= linear.transposed && adapted;
+        }
+    });
+    if transposed {
+        config.set_fan_in_fan_out();
+    }
     let selection = config.selection();
     let names = match selection.target {
         None => Some(selection.default.iter().map(|n| (*n).to_string()).collect()),

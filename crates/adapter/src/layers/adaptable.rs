@@ -98,11 +98,13 @@ impl SlotRef<'_> {
                 (ModuleKind::Norm, shape, norm.bias.is_some())
             }
         };
+        let transposed = matches!(self, Self::Linear(linear) if linear.transposed);
         ModuleShape {
             name: name.to_string(),
             kind,
             shape,
             bias,
+            transposed,
         }
     }
 }

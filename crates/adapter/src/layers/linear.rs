@@ -32,6 +32,9 @@ pub struct Linear {
     /// Whether the base itself is trained (full fine-tuning).
     #[module(skip)]
     pub(crate) trains_base: bool,
+    /// Whether checkpoints have the weight as `[in, out]` (transformers' `Conv1D`).
+    #[module(skip)]
+    pub(crate) transposed: bool,
     /// Place among the layers that X-LoRA's experts adapt.
     #[module(skip)]
     pub(crate) place: usize,
@@ -91,9 +94,21 @@ impl Linear {
             routing: Routing::default(),
             enabled: true,
             trains_base: false,
+            transposed: false,
             place: 0,
             probe: None,
         }
+    }
+
+    /// The same layer, whose weight checkpoints have as `[in, out]` (transformers' `Conv1D`).
+    pub fn stored_transposed(mut self) -> Self {
+        self.transposed = true;
+        self
+    }
+
+    /// Whether checkpoints have the weight as `[in, out]`.
+    pub fn is_stored_transposed(&self) -> bool {
+        self.transposed
     }
 
     /// The same from burn's own linear layer, whose weight is `[in, out]`.

@@ -227,22 +227,18 @@ pub fn factorization(size: usize, factor: i64) -> (usize, usize) {
         return (wanted, size / wanted);
     }
     let limit = usize::try_from(factor).unwrap_or(size);
-    let (mut m, mut n) = (1, size);
-    let mut length = m + n;
-    while m < n {
-        let mut next = m + 1;
-        while !size.is_multiple_of(next) {
-            next += 1;
-        }
-        let other = size / next;
-        if next + other > length || next > limit {
-            break;
-        }
-        (m, n) = (next, other);
-        length = m + n;
-    }
-    (m.min(n), m.max(n))
+    // Sums of two divisors fall until the root and rise behind it, so the last divisor up to both is the one.
+    let root = match size <= WIDEST {
+        true => size.isqrt(),
+        false => 1,
+    };
+    let divides = |m: &usize| size.is_multiple_of(*m);
+    let m = (1..=root.min(limit)).rev().find(divides).unwrap_or(1);
+    (m.min(size), (size / m).max(1))
 }
+
+/// No layer is wider: a damaged file may say so, and its divisors are not looked for.
+const WIDEST: usize = 1 << 40;
 
 /// The shapes of one layer's factors.
 struct Split {
@@ -390,5 +386,9 @@ mod tests {
         ] {
             assert_eq!(factorization(size, factor), split, "{size} by {factor}");
         }
+        // What a damaged file may say takes no time.
+        let absurd = usize::MAX / 2;
+        assert_eq!(factorization(absurd, -1), (1, absurd));
+        assert_eq!(factorization(0, -1), (0, 1));
     }
 }

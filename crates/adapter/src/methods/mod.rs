@@ -476,6 +476,18 @@ macro_rules! configs {
                 })+ }
             }
 
+            /// Says that layers are stored the other way round (transformers' `Conv1D`), where the file of the method
+            /// has a key for it: PEFT merges such layers transposed.
+            pub fn set_fan_in_fan_out(&mut self) {
+                const KEY: &str = "fan_in_fan_out";
+                if self.to_json().get(KEY).is_none() {
+                    return;
+                }
+                match self { $(Self::$variant(c) => {
+                    c.other.insert(KEY.into(), Value::Bool(true));
+                })+ }
+            }
+
             /// Replaces `target_modules`, where the method has that.
             pub fn set_targets(&mut self, targets: Targets) {
                 match self { $(Self::$variant(c) => configs!(@targets c targets $($untargeted)?),)+ }

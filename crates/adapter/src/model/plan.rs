@@ -104,6 +104,11 @@ fn build<C: MethodConfig>(
                 Ok(plan) => targets.push(plan),
                 Err(problem) => problems.push(problem),
             },
+            Role::Saved if module.transposed => problems.push(format!(
+                "modules_to_save: {} lies the other way round in its files (Conv1D), and no copy of such a layer is \
+                 trained; make it a target instead",
+                module.name
+            )),
             Role::Saved => saved.push(SavedPlan {
                 name: module.name.clone(),
                 shape: module.shape.clone(),

@@ -312,6 +312,7 @@ impl AdapterOnDisk {
             kind: ModuleKind::Linear,
             shape: vec![target.out_features, target.in_features],
             bias: false,
+            transposed: false,
         };
         let zero = HostModule {
             weight: vec![0.0; target.out_features * target.in_features],

@@ -13,18 +13,28 @@ pub struct GgufArch {
     pub top: &'static [(&'static str, &'static str)],
     /// The same within a block.
     pub block: &'static [(&'static str, &'static str)],
+    /// What stands before a block's number in Hugging Face's names.
+    pub blocks: &'static str,
+    /// Whether what stands outside the blocks may have a bias.
+    pub biases: bool,
+    /// Ends of the modules whose weights Hugging Face has the other way round.
+    pub transposed: &'static [&'static str],
+    /// The key of the norms' epsilon.
+    pub epsilon: &'static str,
     /// Whether the rows of queries and keys are in another order in the file.
     pub permuted: bool,
-    /// Settings of `config.json` that the tensors in the file tell.
+    /// What `config.json` is made of, besides what most decoders have.
     pub settings: GgufSettings,
 }
 
-/// Settings of `config.json` that the tensors in the file tell.
+/// What `config.json` is made of, besides what most decoders have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GgufSettings {
-    /// None.
+    /// Nothing.
     None,
-    /// `attention_bias` and `mlp_bias`.
+    /// GPT-2's own names instead.
+    Gpt2,
+    /// `attention_bias` and `mlp_bias`, as the tensors tell.
     LlamaBiases,
 }
 
@@ -62,24 +72,36 @@ impl GgufArch {
     pub(crate) fn hugging_face(&self, name: &str) -> Option<String> {
         let (part, kind) = name.rsplit_once('.')?;
         if let Some((_, top)) = self.top.iter().find(|(gguf, _)| *gguf == part) {
-            return (kind == "weight").then(|| format!("{top}.weight"));
+            return self.outside(top, kind);
         }
         let (number, part) = part.strip_prefix("blk.")?.split_once('.')?;
         let (number, kind) = (layer(number)?, weight_or_bias(kind)?);
         let (_, module) = self.block.iter().find(|(gguf, _)| *gguf == part)?;
-        Some(format!("model.layers.{number}.{module}.{kind}"))
+        Some(format!("{}.{number}.{module}.{kind}", self.blocks))
     }
 
     /// The GGUF name of a tensor that Hugging Face calls `name`: the way back from [`Self::hugging_face`].
     pub(crate) fn llama_cpp(&self, name: &str) -> Option<String> {
         let (part, kind) = name.rsplit_once('.')?;
         if let Some((top, _)) = self.top.iter().find(|(_, hf)| *hf == part) {
-            return (kind == "weight").then(|| format!("{top}.weight"));
+            return self.outside(top, kind);
         }
-        let (number, part) = part.strip_prefix("model.layers.")?.split_once('.')?;
+        let part = part.strip_prefix(self.blocks)?.strip_prefix('.')?;
+        let (number, part) = part.split_once('.')?;
         let (number, kind) = (layer(number)?, weight_or_bias(kind)?);
         let (module, _) = self.block.iter().find(|(_, hf)| *hf == part)?;
         Some(format!("blk.{number}.{module}.{kind}"))
+    }
+
+    fn outside(&self, module: &str, kind: &str) -> Option<String> {
+        let known = kind == "weight" || (self.biases && kind == "bias");
+        known.then(|| format!("{module}.{kind}"))
+    }
+
+    /// Whether Hugging Face has a tensor (by its name there) the other way round.
+    pub(crate) fn is_transposed(&self, name: &str) -> bool {
+        let module = name.strip_suffix(".weight");
+        module.is_some_and(|module| self.transposed.iter().any(|end| module.ends_with(end)))
     }
 
     /// Whether a tensor (by its Hugging Face name) has its rows permuted in the file.
@@ -127,7 +149,7 @@ mod tests {
             ("blk.x.attn_q.weight", None),
             ("blk.0.attn_q", None),
         ];
-        for arch in ArchConfig::gguf_architectures() {
+        for arch in ArchConfig::gguf_architectures().filter(|arch| arch.blocks == "model.layers") {
             for (gguf, hf) in cases {
                 assert_eq!(arch.hugging_face(gguf).as_deref(), hf, "{gguf}");
                 if let Some(hf) = hf {

@@ -16,4 +16,5 @@ use crate::nn::weights::Weights;
 architectures! {
     Llama => llama: LlamaConfig, Llama;
     Qwen3 => qwen3: Qwen3Config, Qwen3;
+    Gpt2 => gpt2: Gpt2Config, Gpt2;
 }

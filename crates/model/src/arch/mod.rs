@@ -4,6 +4,7 @@
 //! weights, and its blocks ([`Backbone`]). The list below is the only place that names them.
 
 mod gguf;
+pub mod gpt2;
 mod list;
 pub mod llama;
 pub mod qwen3;
@@ -32,6 +33,12 @@ pub trait Architecture: Sized {
     const MODEL_TYPES: &'static [&'static str];
     /// The full name of the embedding, which a tied head shares.
     const EMBEDDING: &'static str;
+    /// What a checkpoint's names begin with, and what comes next: names without the former are of a model that
+    /// was saved without its head.
+    const INNER: (&'static str, &'static [&'static str]) =
+        ("model", &["embed_tokens", "layers", "norm"]);
+    /// PEFT's default `target_modules` of LoRA and its kin for these types.
+    const DEFAULT_TARGETS: &'static [&'static str] = &["q_proj", "v_proj"];
     /// Its blocks.
     type Backbone: Backbone;
 
@@ -43,6 +50,14 @@ pub trait Architecture: Sized {
     fn common_mut(&mut self) -> &mut Common;
     /// Its sizes, where its blocks are [`DecoderLayer`](crate::nn::decoder_layer::DecoderLayer)s.
     fn decoder(&self) -> &DecoderConfig;
+    /// What a person should know of how the model is run.
+    fn notes(&self) -> &[String] {
+        &[]
+    }
+    /// The linear layers of a block, as memory is counted.
+    fn block(&self) -> BlockShape {
+        BlockShape::DECODER
+    }
     /// The modules, asked for once each in the order in which a loaded model lists them.
     ///
     /// # Errors
@@ -50,6 +65,35 @@ pub trait Architecture: Sized {
     fn build(&self, weights: &mut Weights<'_, '_>) -> Result<Self::Backbone, LoadError>;
     /// What llama.cpp calls it and its parts, if it knows it.
     fn gguf() -> &'static [GgufArch];
+}
+
+/// The linear layers of a block by what they do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockShape {
+    /// What stands before a block's number.
+    pub prefix: &'static str,
+    /// Queries (or queries, keys and values in one), keys, values, attention's output, the MLP's gate, its way up
+    /// and its way down; none where the architecture has no such layer.
+    pub parts: [Option<&'static str>; 7],
+    /// Whether norms and the layers behind them are one operation where all of them are frozen.
+    pub fuses: bool,
+}
+
+impl BlockShape {
+    /// That of [`DecoderLayer`](crate::nn::decoder_layer::DecoderLayer).
+    pub const DECODER: Self = Self {
+        prefix: "model.layers",
+        parts: [
+            Some("self_attn.q_proj"),
+            Some("self_attn.k_proj"),
+            Some("self_attn.v_proj"),
+            Some("self_attn.o_proj"),
+            Some("mlp.gate_proj"),
+            Some("mlp.up_proj"),
+            Some("mlp.down_proj"),
+        ],
+        fuses: true,
+    };
 }
 
 /// A model without its head.
@@ -73,7 +117,7 @@ pub(crate) fn model_type(json: &Value) -> Option<&str> {
 /// Makes the enums of configurations and backbones, and passes every call on.
 macro_rules! architectures {
     ($($variant:ident => $module:ident: $config:ident, $backbone:ident;)+) => {
-        use $crate::arch::{Architecture, Backbone, GgufArch};
+        use $crate::arch::{Architecture, Backbone, BlockShape, GgufArch};
 
         /// The configuration of a model of any architecture.
         #[derive(Clone, Debug, PartialEq)]
@@ -86,6 +130,7 @@ macro_rules! architectures {
 
         /// A model of any architecture, without its head.
         #[derive(Module, Debug)]
+        #[allow(clippy::large_enum_variant, reason = "there is one a program")]
         pub enum AnyBackbone {
             $(
                 #[allow(missing_docs)]
@@ -129,6 +174,29 @@ macro_rules! architectures {
             /// The sizes of its blocks.
             pub fn decoder(&self) -> &DecoderConfig {
                 match self { $(Self::$variant(config) => config.decoder(),)+ }
+            }
+
+            /// What a person should know of how the model is run.
+            pub fn notes(&self) -> &[String] {
+                match self { $(Self::$variant(config) => config.notes(),)+ }
+            }
+
+            /// The linear layers of a block.
+            pub fn block(&self) -> BlockShape {
+                match self { $(Self::$variant(config) => config.block(),)+ }
+            }
+
+            /// PEFT's default `target_modules` for LoRA and its kin.
+            pub fn default_targets(&self) -> &'static [&'static str] {
+                match self {
+                    $(Self::$variant(_) => <$crate::arch::$module::$config>::DEFAULT_TARGETS,)+
+                }
+            }
+
+            /// What the names of every architecture begin with, and what comes next.
+            pub(crate) fn inner_names()
+            -> impl Iterator<Item = (&'static str, &'static [&'static str])> {
+                [$(<$crate::arch::$module::$config>::INNER),+].into_iter()
             }
 
             /// The full name of the embedding, which a tied head shares.

@@ -67,6 +67,10 @@ impl Architecture for Qwen3Config {
             class: "Qwen3ForCausalLM",
             top: &DECODER_TOP,
             block: &BLOCK,
+            blocks: "model.layers",
+            biases: false,
+            transposed: &[],
+            epsilon: "attention.layer_norm_rms_epsilon",
             permuted: false,
             settings: GgufSettings::None,
         }]

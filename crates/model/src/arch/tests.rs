@@ -100,7 +100,7 @@ fn other_architectures_are_refused_by_name() {
     .to_string();
     assert_eq!(
         error,
-        "model_type 'gpt9' is not supported; supported are llama, mistral, qwen2, qwen3"
+        "model_type 'gpt9' is not supported; supported are llama, mistral, qwen2, qwen3, gpt2"
     );
     assert_eq!(
         ArchConfig::from_json(&json!([])),
@@ -109,7 +109,7 @@ fn other_architectures_are_refused_by_name() {
     assert_eq!(
         ArchConfig::from_json(&json!({})),
         Err(ConfigError::NoModelType {
-            supported: "llama, mistral, qwen2, qwen3".into()
+            supported: "llama, mistral, qwen2, qwen3, gpt2".into()
         })
     );
 }

@@ -49,6 +49,7 @@ pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
         kind,
         shape: shape.to_vec(),
         bias,
+        transposed: false,
     };
     let side = image.checked_div(patch).unwrap_or(0);
     let positions = side.saturating_mul(side).saturating_add(1);

@@ -9,6 +9,7 @@ mod reader;
 mod rope;
 
 pub use common::Common;
+pub(crate) use common::CommonKeys;
 pub use decoder::DecoderConfig;
 pub(crate) use decoder::DecoderDefaults;
 pub use reader::Reader;

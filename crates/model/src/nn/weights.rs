@@ -9,8 +9,9 @@ use crate::error::LoadError;
 /// Hands out a parameter's values by full name and shape.
 pub(crate) type Fetch<'a> = dyn FnMut(&str, &[usize]) -> Result<HostValues, LoadError> + 'a;
 
-/// Hands out a linear layer's weight by the layer's name, if it is to be held packed.
-pub(crate) type Pack<'a> = dyn FnMut(&str) -> Result<Option<PackedWeight>, LoadError> + 'a;
+/// Hands out a linear layer's weight by the layer's name, if it is to be held packed; and is told whether it is
+/// stored as `[in, out]`.
+pub(crate) type Pack<'a> = dyn FnMut(&str, bool) -> Result<Option<PackedWeight>, LoadError> + 'a;
 
 /// Where parameters come from.
 enum From<'a, 'f> {
@@ -98,7 +99,7 @@ impl<'a, 'f> Weights<'a, 'f> {
             return Ok(Linear::new(module, self.nothing::<2>(), None));
         }
         let packed = match &mut self.from {
-            From::Files { pack, .. } => pack(module)?,
+            From::Files { pack, .. } => pack(module, false)?,
             From::Nowhere(_) => None,
         };
         let weight = match packed {
@@ -109,6 +110,46 @@ impl<'a, 'f> Weights<'a, 'f> {
             .then(|| self.tensor(&format!("{module}.bias"), [shape[0]]))
             .transpose()?;
         Ok(Linear::new(module, weight, bias))
+    }
+
+    /// A linear layer of shape `[out, in]` with a bias whose weight lies in checkpoints as `[in, out]`:
+    /// transformers' `Conv1D`.
+    pub fn conv1d(&mut self, module: &str, shape: [usize; 2]) -> Result<Linear, LoadError> {
+        if self.noted(ModuleKind::Linear, module, &shape, true) {
+            if let From::Nowhere(shapes) = &mut self.from
+                && let Some(shape) = shapes.last_mut()
+            {
+                shape.transposed = true;
+            }
+            return Ok(Linear::new(module, self.nothing::<2>(), None));
+        }
+        let packed = match &mut self.from {
+            From::Files { pack, .. } => pack(module, true)?,
+            From::Nowhere(_) => None,
+        };
+        let [out, input] = shape;
+        let weight = match packed {
+            Some(packed) => BaseWeight::new(packed, self.compute),
+            None => {
+                let values = self.values(&format!("{module}.weight"), &[input, out])?;
+                let values = values.transposed(out).into_tensor(shape, self.device);
+                BaseWeight::new(values, self.compute)
+            }
+        };
+        let bias = self.tensor(&format!("{module}.bias"), [out])?;
+        Ok(Linear::new(module, weight, Some(bias)).stored_transposed())
+    }
+
+    /// A norm with a bias.
+    pub fn layer_norm(&mut self, module: &str, width: usize) -> Result<Frozen<1>, LoadError> {
+        let (weight, bias) = (format!("{module}.weight"), format!("{module}.bias"));
+        if self.noted(ModuleKind::Norm, module, &[width], true) {
+            return Ok(Frozen::new(&weight, self.nothing::<1>()));
+        }
+        let values = self.tensor(&weight, [width])?;
+        let norm = Frozen::new(&weight, values);
+        let values = self.tensor(&bias, [width])?;
+        Ok(norm.with_bias(&bias, values))
     }
 
     /// An embedding table `[rows, width]`.
@@ -139,6 +180,7 @@ impl<'a, 'f> Weights<'a, 'f> {
             kind,
             shape: shape.to_vec(),
             bias,
+            transposed: false,
         });
         true
     }

@@ -111,6 +111,13 @@ impl Writing<'_> {
                 "bitsandbytes has quantised it already; take the model as it was before".to_owned(),
             );
         }
+        if self.modules.iter().any(|module| module.transposed) {
+            problems.push(
+                "its layers lie transposed in their files (Conv1D), which is not written quantised; quantise it while it \
+                 is loaded (--load-in-4bit)"
+                    .to_owned(),
+            );
+        }
         if let Err(error) = self.skip.check(&self.modules) {
             problems.push(error.to_string());
         }

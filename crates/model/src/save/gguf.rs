@@ -179,10 +179,14 @@ pub fn write_gguf(
             ));
             continue;
         };
+        let mut shape = shape.clone();
+        if arch.is_transposed(name) {
+            shape.reverse();
+        }
         listed.push(Listed {
-            block: options.outtype.of(shape, own == head),
+            block: options.outtype.of(&shape, own == head),
             name: own,
-            shape: shape.clone(),
+            shape,
         });
     }
     if !problems.is_empty() {
@@ -295,7 +299,7 @@ pub fn write_gguf_lora(
                     format!("{}.weight", module.module),
                     module.b.len() / module.r,
                 );
-                in_order(&name, module.b.clone(), rows, (arch, config.decoder()))
+                rows_in_order(&name, module.b.clone(), rows, (arch, config.decoder()))
             }
         }
     };
@@ -388,8 +392,21 @@ fn finish_metadata(metadata: &mut Metadata, outtype: OutType) {
     metadata.u32("general.quantization_version", 2);
 }
 
-/// Rows in llama.cpp's order.
+/// Values in llama.cpp's order.
 fn in_order(
+    name: &str,
+    values: Vec<f32>,
+    rows: usize,
+    (arch, config): (&GgufArch, &DecoderConfig),
+) -> Result<Vec<f32>, SaveError> {
+    match arch.is_transposed(name) {
+        true => Ok(transposed(&values, rows)),
+        false => rows_in_order(name, values, rows, (arch, config)),
+    }
+}
+
+/// Rows in llama.cpp's order, of what is not stored the other way round.
+fn rows_in_order(
     name: &str,
     values: Vec<f32>,
     rows: usize,

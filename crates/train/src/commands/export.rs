@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use enamel_adapter::AdapterConfig;
 use enamel_adapter::offline::{AdapterOnDisk, Delta};
-use enamel_model::checkpoint::TensorSource;
 use enamel_model::save::{
     GgufLora, GgufOptions, GgufTokens, OutType, SaveDtype, SavedGguf, write_gguf, write_gguf_lora,
 };
@@ -265,7 +264,7 @@ fn write_lora(
     let shapes = config.modules();
     let read = |module: &str| {
         let shape = shapes.iter().find(|m| m.name == module)?;
-        base.checkpoint.read_f32(&stored.weight(&shape.name)).ok()
+        stored.read(&base.checkpoint, shape).ok()
     };
     let adapter = AdapterOnDisk::read(dir, &shapes, Some(&read))?;
     problems.extend(unfit(&adapter, &config));

@@ -19,7 +19,7 @@ use crate::inputs::base_model::OpenBase;
 use crate::inputs::base_model::Packed;
 use crate::inputs::eva;
 use crate::inputs::loftq;
-use crate::inputs::step_counts;
+use crate::inputs::{for_base, step_counts};
 use crate::memory::Estimate;
 use crate::recipe::{Cadence, GradientCheckpointing, Recipe};
 
@@ -103,27 +103,31 @@ pub fn plan_model(
         shape,
         modules,
         source,
-        config: llama,
+        config: base,
         bf16,
         packed,
     } = known(recipe, progress)?;
     let config = recipe.adapter.config(PLAN_STEPS);
+    let config = match &base {
+        Some(base) => for_base(config, base),
+        None => config,
+    };
     // A tied head that the adapter takes hold of becomes a matrix of its own.
-    let untied = llama.as_ref().map(ArchConfig::untied);
-    let (llama, modules) = match untied {
+    let untied = base.as_ref().map(ArchConfig::untied);
+    let (base, modules) = match untied {
         Some(untied) if enamel_adapter::takes_head(&config, &untied.modules()) => {
             let modules = untied.modules();
             (Some(untied), modules)
         }
-        _ => (llama, modules),
+        _ => (base, modules),
     };
     let adapter = enamel_adapter::plan(&modules, &config)?;
     let device = device::open(recipe.device.parse()?).ok();
-    let memory = llama.map(|llama| {
+    let memory = base.map(|base| {
         let device = device
             .as_ref()
             .map(|(device, choice)| (device, choice.to_string()));
-        Estimate::of_config(recipe, (&llama, &config, &adapter), (bf16, packed), device)
+        Estimate::of_config(recipe, (&base, &config, &adapter), (bf16, packed), device)
     });
     Ok(PlanReport {
         model: recipe.model.base.clone(),

@@ -68,7 +68,8 @@ impl OpenBase {
         };
         check_vocabulary(&local.path, &tokenizer, &config)?;
         let notes = tokenizer.notes().iter().map(String::as_str);
-        for note in checkpoint.notes().chain(notes) {
+        let own = config.notes().iter().map(String::as_str);
+        for note in checkpoint.notes().chain(own).chain(notes) {
             progress.note(&format!("note: {}: {note}", local.path.display()));
         }
         Ok(Self {

@@ -8,12 +8,14 @@ pub mod provenance;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
+use enamel_adapter::plan::target::DEFAULT_TARGETS;
 use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleKind};
+use enamel_adapter::{MethodConfig, Targets};
 use enamel_data::{Example, Examples, load_examples, split_rows};
 use enamel_kernels::Compute;
 use enamel_model::checkpoint::{hex, sha256_file};
 use enamel_model::source::PullProgress;
-use enamel_model::{CausalLm, Loading, Quantization};
+use enamel_model::{ArchConfig, CausalLm, Loading, Quantization};
 use sha2::{Digest, Sha256};
 
 use crate::device;
@@ -75,7 +77,7 @@ impl Inputs {
         let adapter = match &recipe.adapter.init_from {
             Some(dir) => enamel_adapter::load_config(dir)?,
             // How many steps there are is known once the data are; no other setting depends on it.
-            None => recipe.adapter.config(usize::MAX),
+            None => for_base(recipe.adapter.config(usize::MAX), &base.config),
         };
         base.for_adapters(std::slice::from_ref(&adapter))?;
         // An adapter from elsewhere may name modules that this model lacks; PEFT loads it all the same.
@@ -96,7 +98,7 @@ impl Inputs {
         let (_, steps) = step_counts(recipe, train.rows.len());
         let adapter = match &recipe.adapter.init_from {
             Some(_) => adapter,
-            None => recipe.adapter.config(steps),
+            None => for_base(recipe.adapter.config(steps), &base.config),
         };
         if recipe.adapter.init_from.is_none() {
             enamel_adapter::plan(&base.config.modules(), &adapter)?;
@@ -380,6 +382,17 @@ fn init_files(adapter: &AdapterSettings) -> Result<Vec<FileHash>, TrainError> {
             Ok(FileHash { path, sha256 })
         })
         .collect()
+}
+
+/// A configuration that names no modules, with those that PEFT takes by default for the base's type.
+pub(crate) fn for_base(mut adapter: AdapterConfig, base: &ArchConfig) -> AdapterConfig {
+    let selection = adapter.selection();
+    let usual = selection.default == DEFAULT_TARGETS;
+    if selection.target.is_none() && usual && base.default_targets() != DEFAULT_TARGETS {
+        let names = base.default_targets().iter().map(|name| (*name).to_owned());
+        adapter.set_targets(Targets::List(names.collect()));
+    }
+    adapter
 }
 
 /// Optimizer steps an epoch and in all, for `rows` training rows.

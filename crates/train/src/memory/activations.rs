@@ -147,6 +147,9 @@ fn of_block(block: &Block, model: &Model, settings: &Settings) -> (usize, usize)
         // It rounds the input for the base and not for the adapter, which takes two operations.
         all.iter_mut().for_each(|own| own.fuses = false);
     }
+    if !model.fuses {
+        all.iter_mut().for_each(|own| own.fuses = false);
+    }
     let [oq, ok, ov, _, ogate, oup, odown] = all;
     let fixed = all.iter().map(|own| own.fixed).sum();
     let extra: usize = all.iter().map(|own| own.row).sum();

@@ -142,6 +142,8 @@ pub struct Head {
 pub struct Model {
     /// The decoder blocks.
     pub blocks: Vec<Block>,
+    /// Whether the kernels fuse a frozen block's norms with what is behind them.
+    pub fuses: bool,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Width inside the MLP.
@@ -170,17 +172,6 @@ pub struct Model {
     pub start: usize,
 }
 
-/// The names of a block's linear layers, in the order of [`Block::parts`].
-const PARTS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
-
 impl Model {
     /// From a model's configuration and what an adapter's matches.
     pub fn new(config: &ArchConfig, adapter: &AdapterConfig, plan: &AdapterPlan) -> Self {
@@ -200,8 +191,12 @@ impl Model {
             .iter()
             .map(|m| (m.name.as_str(), m.shape.as_slice()))
             .collect();
-        let part = |layer: usize, name: &str| {
-            let name = format!("model.layers.{layer}.{name}");
+        let shape = config.block();
+        let part = |layer: usize, name: Option<&str>| {
+            let Some(name) = name else {
+                return Part::default();
+            };
+            let name = format!("{}.{layer}.{name}", shape.prefix);
             let (out, input) = match shapes.get(name.as_str()) {
                 Some([out, input]) => (*out, *input),
                 _ => (0, 0),
@@ -214,7 +209,7 @@ impl Model {
             }
         };
         let blocks = (0..config.num_hidden_layers).map(|layer| Block {
-            parts: PARTS.map(|name| part(layer, name)),
+            parts: shape.parts.map(|name| part(layer, name)),
         });
         let blocks = blocks.collect();
         let head = match config.tie_word_embeddings {
@@ -226,6 +221,7 @@ impl Model {
         let bias = plan.biases.iter().any(|b| b.name == head);
         Self {
             blocks,
+            fuses: shape.fuses,
             hidden: config.hidden_size,
             inner: decoder.intermediate_size,
             heads: decoder.num_attention_heads,

@@ -41,7 +41,12 @@ pub fn values(
             .and_then(|rest| rest.strip_prefix('.'));
         match (parameter, slot) {
             (Some("weight"), SlotRef::Linear(linear)) => {
-                data = Some(linear.weight.dense().into_data())
+                let weight = linear.weight.dense();
+                let stored = match linear.is_stored_transposed() {
+                    true => weight.transpose(),
+                    false => weight,
+                };
+                data = Some(stored.into_data())
             }
             (Some("bias"), SlotRef::Linear(linear)) => {
                 data = linear.bias.as_ref().map(|bias| bias.val().into_data());

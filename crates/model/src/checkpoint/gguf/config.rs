@@ -54,7 +54,7 @@ pub(crate) fn config_json(
         ));
     }
     let mut problems = Problems::default();
-    keys::check_model(header, &mut problems);
+    keys::check_model(header, arch, &mut problems);
     let required = |key: String| header.u64(&key).filter(|&n| n > 0).unwrap_or(1);
     let hidden = required(header.key("embedding_length"));
     let intermediate = required(header.key("feed_forward_length"));
@@ -73,7 +73,7 @@ pub(crate) fn config_json(
     let rope_dim = header
         .u64(&header.key("rope.dimension_count"))
         .unwrap_or(head_dim);
-    if rope_dim != head_dim {
+    if rope_dim != head_dim && arch.settings != GgufSettings::Gpt2 {
         problems.push(format!(
             "rotary embedding of {rope_dim} of {head_dim} dimensions a head is not supported"
         ));
@@ -108,6 +108,26 @@ pub(crate) fn config_json(
     let has = |name: &str| header.tensors.iter().any(|t| t.name == name);
     let token = |name: &str| token(header, name).map_or(Value::Null, Value::from);
     let dtype = dtype_name(&header.tensors);
+    if arch.settings == GgufSettings::Gpt2 {
+        return Ok(json!({
+            "architectures": [arch.class],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "n_embd": hidden,
+            "n_inner": intermediate,
+            "n_layer": layers,
+            "n_head": heads,
+            "n_positions": context,
+            "layer_norm_epsilon": header.f64(&header.key(arch.epsilon)).unwrap_or(1e-5),
+            "tie_word_embeddings": !has("output.weight"),
+            "vocab_size": vocab,
+            "bos_token_id": token("bos"),
+            "eos_token_id": token("eos"),
+            "pad_token_id": token("padding"),
+            "torch_dtype": dtype,
+            "use_cache": true,
+        }));
+    }
     let mut config = json!({
         "architectures": [arch.class],
         "model_type": arch.model_types.first(),
@@ -119,7 +139,7 @@ pub(crate) fn config_json(
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": context,
-        "rms_norm_eps": header.f64(&header.key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-6),
+        "rms_norm_eps": header.f64(&header.key(arch.epsilon)).unwrap_or(1e-6),
         "rope_theta": header.f64(&header.key("rope.freq_base")).unwrap_or(10_000.0),
         "rope_scaling": rope_scaling,
         "tie_word_embeddings": !has("output.weight"),

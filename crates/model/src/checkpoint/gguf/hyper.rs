@@ -1,7 +1,7 @@
 //! GGUF metadata of a model's shape, from its configuration: the inverse of `config`.
 
 use super::write::Metadata;
-use crate::arch::{ArchConfig, GgufArch};
+use crate::arch::{ArchConfig, GgufArch, GgufSettings};
 use crate::config::{DecoderConfig, RopeConfig, RopeScaling, yarn_mscale};
 
 /// llama.cpp's architecture for a configuration; where it has none, `problems` says so.
@@ -46,12 +46,18 @@ pub(crate) fn describe(
         Ok(value) => to.u32(&key(name), value),
         Err(_) => problems.push(format!("{} would be {value}, above 32 bits", key(name))),
     };
-    count("vocab_size", common.vocab_size);
+    if arch.settings != GgufSettings::Gpt2 {
+        count("vocab_size", common.vocab_size);
+    }
     count("context_length", context);
     count("embedding_length", common.hidden_size);
     count("block_count", common.num_hidden_layers);
     count("feed_forward_length", config.intermediate_size);
     count("attention.head_count", config.num_attention_heads);
+    if arch.settings == GgufSettings::Gpt2 {
+        to.f32(&key(arch.epsilon), config.rms_norm_eps);
+        return;
+    }
     count("attention.head_count_kv", config.num_key_value_heads);
     count("attention.key_length", config.head_dim);
     count("attention.value_length", config.head_dim);
@@ -63,10 +69,7 @@ pub(crate) fn describe(
     if let Some(original) = original {
         count("rope.scaling.original_context_length", original);
     }
-    to.f32(
-        &key("attention.layer_norm_rms_epsilon"),
-        config.rms_norm_eps,
-    );
+    to.f32(&key(arch.epsilon), config.rms_norm_eps);
     to.f32(&key("rope.freq_base"), config.rope.theta);
     match config.rope.scaling {
         RopeScaling::Default | RopeScaling::Llama3 { .. } => {}

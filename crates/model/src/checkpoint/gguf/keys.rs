@@ -1,6 +1,7 @@
 //! The metadata keys that reading depends on: which must be there, and of which kind each is.
 
 use super::header::{Header, Value};
+use crate::arch::GgufArch;
 use crate::checkpoint::error::Problems;
 
 /// What a key's value must be.
@@ -21,13 +22,12 @@ enum Kind {
 use Kind::{Count, Flag, List, Number, Text, Token, Whole};
 
 /// Keys without which there is no model; llama.cpp asks for the same. A dot stands for the architecture's name.
-const MODEL: [(&str, Kind); 6] = [
+const MODEL: [(&str, Kind); 5] = [
     (".embedding_length", Count),
     (".feed_forward_length", Count),
     (".block_count", Count),
     (".attention.head_count", Count),
     (".context_length", Count),
-    (".attention.layer_norm_rms_epsilon", Number),
 ];
 
 /// Keys that have a default or a meaning in their absence.
@@ -79,8 +79,9 @@ pub(super) const PER_LAYER: [&str; 3] = [
 ];
 
 /// What is missing or of another kind among the keys of the model.
-pub(super) fn check_model(header: &Header, problems: &mut Problems) {
+pub(super) fn check_model(header: &Header, arch: &GgufArch, problems: &mut Problems) {
     must(header, &MODEL, problems);
+    must(header, &[(&header.key(arch.epsilon), Number)], problems);
     may(header, &OPTIONAL, problems);
 }
 

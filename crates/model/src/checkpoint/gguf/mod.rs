@@ -19,6 +19,7 @@ mod write;
 use std::path::Path;
 
 use enamel_kernels::GgufRows;
+use enamel_kernels::HostValues;
 use serde_json::Value;
 
 pub(crate) use self::config::ROPE_FACTORS;
@@ -100,9 +101,13 @@ impl GgufFile {
                     raw.name
                 ));
             }
+            let mut shape = raw.shape.clone();
+            if arch.is_transposed(&name) {
+                shape.reverse();
+            }
             infos.push(TensorInfo {
                 name,
-                shape: raw.shape.clone(),
+                shape,
                 dtype: source_dtype(raw.block),
             });
             tensors.push(raw.clone());
@@ -150,6 +155,9 @@ impl GgufFile {
         let (raw, bytes) = self.raw(index, info)?;
         let values = raw.block.dequantise(bytes);
         self.file.release(&raw.range);
+        if let (true, &[_, columns]) = (self.arch.is_transposed(&info.name), raw.shape.as_slice()) {
+            return Ok(HostValues::F32(values).transposed(columns).into_f32());
+        }
         match self.heads(info) {
             Some(heads) => self.unpermute(raw, &values, heads),
             None => Ok(values),

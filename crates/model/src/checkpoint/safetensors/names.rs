@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use super::super::TensorInfo;
 use super::super::error::Problems;
+use crate::arch::ArchConfig;
 
 /// Parts that wrappers put into names: `torch.compile`, FSDP, activation checkpointing.
 const WRAPPERS: [&str; 3] = [
@@ -13,9 +14,6 @@ const WRAPPERS: [&str; 3] = [
 ];
 /// The part that data-parallel wrappers put in front.
 const PARALLEL: &str = "module";
-/// First parts of a model's names where the model was saved without its head, which alone is beside it.
-const INNER: [&str; 3] = ["embed_tokens", "layers", "norm"];
-const PREFIX: &str = "model";
 /// Names shown of many.
 const SHOWN: usize = 3;
 
@@ -33,19 +31,26 @@ pub(super) fn usual(infos: &mut [TensorInfo]) -> Result<Vec<String>, Problems> {
         &mut notes,
     )?;
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
-    let bare = !infos.iter().any(|info| first(&info.name) == PREFIX);
-    let inner = |name: &str| INNER.contains(&first(name).as_str());
-    let prefixed = infos.iter().map(|info| match bare && inner(&info.name) {
-        true => format!("{PREFIX}.{}", info.name),
-        false => info.name.clone(),
-    });
-    let prefixed = prefixed.collect();
-    rename(
-        infos,
-        prefixed,
-        "lack the first part of their names, `model.`, and are read with it",
-        &mut notes,
-    )?;
+    // A model that was saved without its head, which alone may be beside it.
+    for (prefix, inner) in ArchConfig::inner_names() {
+        let begins = |name: &str| first(name) == prefix;
+        let bare = !infos.iter().any(|info| begins(&info.name));
+        let is_inner = |name: &str| inner.contains(&first(name).as_str());
+        if !bare || !infos.iter().any(|info| is_inner(&info.name)) {
+            continue;
+        }
+        let prefixed = infos.iter().map(|info| match is_inner(&info.name) {
+            true => format!("{prefix}.{}", info.name),
+            false => info.name.clone(),
+        });
+        let prefixed = prefixed.collect();
+        rename(
+            infos,
+            prefixed,
+            &format!("lack the first part of their names, `{prefix}.`, and are read with it"),
+            &mut notes,
+        )?;
+    }
     Ok(notes)
 }
 

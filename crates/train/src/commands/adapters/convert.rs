@@ -102,8 +102,7 @@ impl Base {
     }
 
     fn weight(&self, module: &ModuleShape) -> Result<Vec<f32>, TrainError> {
-        let name = self.stored.weight(&module.name);
-        Ok(self.open.checkpoint.read_f32(&name)?)
+        Ok(self.stored.read(&self.open.checkpoint, module)?)
     }
 }
 

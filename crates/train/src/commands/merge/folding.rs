@@ -48,7 +48,7 @@ impl<'a> Merging<'a> {
         let modules = config.modules();
         let read = |module: &str| {
             let shape = modules.iter().find(|m| m.name == module)?;
-            base.checkpoint.read_f32(&stored.weight(&shape.name)).ok()
+            stored.read(&base.checkpoint, shape).ok()
         };
         let mut adapters = Vec::new();
         for (dir, weight) in dirs.iter().zip(weights) {
@@ -155,14 +155,18 @@ impl<'a> Merging<'a> {
         let values = values.ok_or_else(|| {
             TrainError::Framework(format!("{tensor} is not in the merged module"))
         })?;
-        match &self.trained {
+        let values = match &self.trained {
             Some(Loading { quantization, .. })
                 if choice.requantized && !is_bias && shape.kind == ModuleKind::Linear =>
             {
                 let dtype = self.dtype.kind();
-                Ok(quantization.requantised(module, &shape.shape, values, dtype, self.device)?)
+                quantization.requantised(module, &shape.shape, values, dtype, self.device)?
             }
-            _ => Ok(values),
+            _ => values,
+        };
+        match is_bias {
+            true => Ok(values),
+            false => Ok(shape.to_stored(values)),
         }
     }
 
@@ -176,7 +180,7 @@ impl<'a> Merging<'a> {
     pub fn unfolded(&self, tensor: &str, base: MergeBase) -> Result<Vec<f32>, TrainError> {
         let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
         match self.modules.iter().find(|m| m.name == module) {
-            Some(shape) => self.weight(shape, base),
+            Some(shape) => Ok(shape.to_stored(self.weight(shape, base)?)),
             None => Ok(self.base.checkpoint.read_f32(tensor)?),
         }
     }
@@ -186,11 +190,12 @@ impl<'a> Merging<'a> {
         let files = &self.base.checkpoint;
         if let (MergeBase::Dequantized, ModuleKind::Linear, Some(trained)) =
             (base, shape.kind, &self.trained)
-            && let Some(values) = trained.dequantised(files, &shape.name, self.device)?
+            && let Some(values) =
+                trained.dequantised(files, (&shape.name, shape.transposed), self.device)?
         {
             return Ok(values);
         }
-        Ok(files.read_f32(&self.stored.weight(&shape.name))?)
+        Ok(self.stored.read(files, shape)?)
     }
 
     fn read(&self, shape: &ModuleShape, base: MergeBase) -> Result<HostModule, TrainError> {
