@@ -46,6 +46,9 @@ pub fn make(_: &mut Folder) -> Result<Box<dyn Reader>> {
         with(
             json!({"attention_bias": true, "mlp_bias": true, "eos_token_id": [2, 3], "tie_word_embeddings": true}),
         ),
+        with(json!({"model_type": "qwen3", "head_dim": 4, "attention_bias": true})),
+        json!({"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "n_inner": null, "n_positions": 16,
+            "vocab_size": 24, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}),
         json!({"model_type": "vit", "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 16,
             "image_size": 32, "patch_size": 16, "num_channels": 3, "qkv_bias": true,
             "id2label": {"0": "a", "1": "b"}}),

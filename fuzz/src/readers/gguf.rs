@@ -130,6 +130,57 @@ fn sentence_piece() -> Vec<Entry> {
     ]
 }
 
+/// The same file as of another architecture.
+fn of_architecture(mut file: Gguf, name: &str) -> Gguf {
+    for entry in &mut file.entries {
+        if let Some(rest) = entry.key.strip_prefix("llama.") {
+            entry.key = format!("{name}.{rest}");
+        }
+        if entry.key == "general.architecture" {
+            *entry = Entry::text("general.architecture", name);
+        }
+    }
+    file
+}
+
+/// A GPT-2 of one block, quantised.
+fn gpt2() -> Gguf {
+    let mut file = of_architecture(model(32, 8, byte_level(), Vec::new()), "gpt2");
+    file.entries
+        .push(Entry::f32("gpt2.attention.layer_norm_epsilon", 1e-5));
+    let shapes: [(&str, &[u64]); 16] = [
+        ("token_embd.weight", &[32, 24]),
+        ("position_embd.weight", &[32, 16]),
+        ("blk.0.attn_norm.weight", &[32]),
+        ("blk.0.attn_norm.bias", &[32]),
+        ("blk.0.attn_qkv.weight", &[32, 96]),
+        ("blk.0.attn_qkv.bias", &[96]),
+        ("blk.0.attn_output.weight", &[32, 32]),
+        ("blk.0.attn_output.bias", &[32]),
+        ("blk.0.ffn_norm.weight", &[32]),
+        ("blk.0.ffn_norm.bias", &[32]),
+        ("blk.0.ffn_up.weight", &[32, 4]),
+        ("blk.0.ffn_up.bias", &[4]),
+        ("blk.0.ffn_down.weight", &[4, 32]),
+        ("blk.0.ffn_down.bias", &[32]),
+        ("output_norm.weight", &[32]),
+        ("output_norm.bias", &[32]),
+    ];
+    // Four columns are no block of a quantised type.
+    let kind = |dims: &[u64]| {
+        if dims.len() == 2 && dims[0] >= 32 {
+            8
+        } else {
+            0
+        }
+    };
+    let tensors = shapes
+        .iter()
+        .map(|(name, dims)| Tensor::new(name, dims, kind(dims)));
+    file.tensors = tensors.collect();
+    file
+}
+
 pub fn make(_: &mut Folder) -> Result<Box<dyn Reader>> {
     let mut seeds = Vec::new();
     for (kind, elements, _) in BLOCKS {
@@ -158,6 +209,12 @@ pub fn make(_: &mut Folder) -> Result<Box<dyn Reader>> {
         .tensors
         .push(Tensor::new("blk.0.attn_q.bias", &[4], 0));
     seeds.push(llama3);
+    let mut qwen3 = of_architecture(model(32, 1, byte_level(), Vec::new()), "qwen3");
+    for name in ["blk.0.attn_q_norm.weight", "blk.0.attn_k_norm.weight"] {
+        qwen3.tensors.push(Tensor::new(name, &[2], 0));
+    }
+    seeds.push(qwen3);
+    seeds.push(gpt2());
     // Types that are not read come first in no list of seeds: one file of them is enough.
     seeds.retain(|seed| seed.tensors.iter().all(|t| t.kind != 10));
     let seeds = Arc::new(seeds);
