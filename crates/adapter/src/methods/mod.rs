@@ -47,7 +47,7 @@ pub trait Method: Module {
     fn contribution(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
         self.forward(x.clone(), base) - base.forward(x)
     }
-    /// Whether [`Method::part`] is the same whatever other adapters are in use, so that parts add up.
+    /// Whether [`Method::contribution`] is the same whatever other adapters are in use, so that parts add up.
     fn is_additive(&self) -> bool {
         true
     }
@@ -329,7 +329,7 @@ macro_rules! methods {
                 match self { $(Self::$variant(m) => m.forward(x, base),)+ }
             }
 
-            /// What it adds to the layer's output; see [`Method::part`].
+            /// What it adds to the layer's output; see [`Method::contribution`].
             pub fn contribution(&self, x: Tensor<2>, base: &Base) -> Tensor<2> {
                 match self { $(Self::$variant(m) => m.contribution(x, base),)+ }
             }
@@ -374,7 +374,7 @@ macro_rules! methods {
                 match self { $(Self::$variant(m) => m.shared(),)+ }
             }
 
-            /// What its parameters started from; see [`Method::origin`].
+            /// What its parameters started from; see [`Method::initial_factors`].
             pub fn initial_factors(&self) -> Option<Vec<Tensor<2>>> {
                 match self { $(Self::$variant(m) => m.initial_factors(),)+ }
             }
