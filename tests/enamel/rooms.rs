@@ -45,6 +45,11 @@ const ORDERS: [Order; 2] = [
                 "an X-LoRA is a mixture of whole adapters",
             ),
             (
+                "methods/mod.rs",
+                "layers::adaptable",
+                "a method of the whole model attaches itself to it",
+            ),
+            (
                 "methods/adalora/allocator.rs",
                 "",
                 "the allocator moves ranks between the layers of a model",

@@ -37,15 +37,14 @@ pub use crate::base::routing::Gates;
 pub use crate::base::routing::check_name;
 pub use crate::base::routing::{DEFAULT, Routing};
 pub use crate::files::exact_json::exact_json;
-pub use crate::files::model_card::{SaveMeta, as_markdown_text};
+pub use crate::files::model_card::as_markdown_text;
 pub use crate::files::store::{AdapterFile, base_identity, load_config, notes};
 pub use crate::files::{
-    LoadedAdapter, SaveForm, hotswap, load_pretrained, load_pretrained_as, save_pretrained,
-    save_pretrained_as,
+    SaveForm, hotswap, load_pretrained, load_pretrained_as, save_pretrained, save_pretrained_as,
 };
 pub use crate::init::eva::EvaStart;
 pub use crate::init::loftq::LoftqStart;
-pub use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
+pub use crate::layers::adaptable::{Adaptable, ModelPart, Slot, SlotRef, UseOfPart};
 pub use crate::layers::embedding::Embedding;
 pub use crate::layers::frozen::Frozen;
 pub use crate::layers::linear::{Linear, SavedLinear};
@@ -63,7 +62,7 @@ pub use crate::model::trainable::{
 pub use crate::plan::AdapterPlan;
 pub use crate::plan::SavedPlan;
 pub use crate::plan::TargetPlan;
-pub use config::{Bias, Purpose, Targets, TokenIndices};
+pub use config::{Bias, Purpose, SaveMeta, Targets, TokenIndices};
 pub use error::AdapterError;
 pub use methods::adalora::AdaLoraConfig;
 pub use methods::full::FullConfig;
@@ -72,4 +71,6 @@ pub use methods::loha::LohaConfig;
 pub use methods::lokr::{InitLokr, LokrConfig};
 pub use methods::lora::config::{InitLora, Loftq, LoraConfig};
 pub use methods::vera::VeraConfig;
-pub use methods::{Adapter, AdapterConfig, InitFactors, MethodConfig, ParamMut, ParamRef};
+pub use methods::{
+    Adapter, AdapterConfig, InitFactors, LoadedAdapter, MethodConfig, ParamMut, ParamRef,
+};

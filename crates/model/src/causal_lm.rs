@@ -7,13 +7,14 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use enamel_adapter::base::ids::param_id;
 use enamel_adapter::methods::xlora;
-use enamel_adapter::{Adaptable, Linear, ModuleShape, Slot, SlotRef, Slots, XLora};
+use enamel_adapter::{Adaptable, Linear, ModelPart, ModuleShape, Slot, SlotRef, Slots, XLora};
 use enamel_kernels::{BaseWeight, Compute, HostValues};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::arch::{AnyBackbone, ArchConfig, Backbone, HEAD};
+use crate::cache::Cache;
 use crate::checkpoint::{CheckpointError, TensorSource, is_buffer};
 use crate::error::{LoadError, Misshapen};
 use crate::nn::input::ModelInput;
@@ -32,7 +33,7 @@ pub struct CausalLm {
     /// `lm_head`; absent when the head is the embedding.
     pub lm_head: Option<Linear>,
     /// The classifier of an X-LoRA, where the model carries one.
-    pub gate: Option<XLora>,
+    pub mixture: Option<XLora>,
     #[module(skip)]
     config: ArchConfig,
 }
@@ -163,7 +164,7 @@ impl CausalLm {
         Ok(Self {
             backbone: config.build(weights)?,
             lm_head: config.build_head(weights)?,
-            gate: None,
+            mixture: None,
             config,
         })
     }
@@ -203,15 +204,16 @@ impl CausalLm {
     /// # Shapes
     /// - input_ids: `[batch, tokens]`; attention_mask: `batch` rows of `cache + tokens` keys
     /// - result: `[batch, tokens, hidden]`
-    pub fn forward_hidden(&self, input: &ModelInput, mut cache: Option<&mut KvCache>) -> Tensor<3> {
-        let Some(gate) = xlora::in_use(self) else {
-            return self.run(input, cache);
+    pub fn forward_hidden(&self, input: &ModelInput, cache: Option<&mut Cache>) -> Tensor<3> {
+        let (keys, first_pass) = cache.map(Cache::passes).unzip();
+        let Some(mixture) = xlora::in_use(self) else {
+            return self.run(input, keys);
         };
-        let hidden = self.first_pass(gate, input, cache.as_deref_mut());
-        let mut model = xlora::for_second_pass(self, gate.gates(hidden));
+        let hidden = self.first_pass(mixture, input, first_pass);
+        let mut model = xlora::for_second_pass(self, mixture.gates(hidden));
         // A segment that runs again has no way to hand gradients to shares that are made outside it.
         model.set_recompute(None);
-        model.run(input, cache)
+        model.run(input, keys)
     }
 
     /// Each token's shares of an X-LoRA's experts, before any choice among them; `None` where none is
@@ -220,19 +222,19 @@ impl CausalLm {
     /// # Shapes
     /// - result: `[batch, tokens, layers, experts]`, with one layer unless `layerwise_scalings`
     pub fn xlora_scalings(&self, input: &ModelInput) -> Option<Tensor<4>> {
-        let gate = xlora::in_use(self)?;
-        Some(gate.scalings(self.first_pass(gate, input, None)))
+        let mixture = xlora::in_use(self)?;
+        Some(mixture.scalings(self.first_pass(mixture, input, None)))
     }
 
     fn first_pass(
         &self,
-        gate: &XLora,
+        mixture: &XLora,
         input: &ModelInput,
         cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let [batch, tokens] = input.input_ids.dims();
-        let model = xlora::for_first_pass(self, gate, batch * tokens, &self.device());
-        model.run(input, cache.map(KvCache::first_pass)).detach()
+        let model = xlora::for_first_pass(self, mixture, batch * tokens, &self.device());
+        model.run(input, cache).detach()
     }
 
     fn run(&self, input: &ModelInput, cache: Option<&mut KvCache>) -> Tensor<3> {
@@ -292,12 +294,12 @@ impl Adaptable for CausalLm {
         self.lm_head.slots_ref(HEAD, f);
     }
 
-    fn gate(&self) -> Option<&XLora> {
-        self.gate.as_ref()
+    fn model_part(&self) -> Option<&dyn ModelPart> {
+        Some(&self.mixture)
     }
 
-    fn gate_place(&mut self) -> Option<&mut Option<XLora>> {
-        Some(&mut self.gate)
+    fn model_part_mut(&mut self) -> Option<&mut dyn ModelPart> {
+        Some(&mut self.mixture)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Models: their configuration, their weights from files, the forward pass and text generation.
 
 pub mod arch;
+pub mod cache;
 pub mod causal_lm;
 pub mod error;
 pub mod generation;
@@ -31,9 +32,9 @@ pub mod source;
 mod testing;
 
 pub use crate::generation::{GenerateError, Sampling, generate};
-pub use crate::nn::kv_cache::KvCache;
 pub use crate::quantization::{Format, Loading, Quantization};
 pub use arch::ArchConfig;
+pub use cache::Cache;
 pub use causal_lm::CausalLm;
 pub use config::ConfigError;
 pub use error::LoadError;

@@ -11,8 +11,8 @@ use enamel_adapter::{
     export_gradients, export_trainable, load_config, load_pretrained, merge, merge_adapters, plan,
     save_pretrained, set_active, set_enabled, shapes, trainable,
 };
+use enamel_model::Cache;
 use enamel_model::generation::{Sampling, generate};
-use enamel_model::nn::kv_cache::KvCache;
 use enamel_model::{CausalLm, ModelInput};
 use serde_json::json;
 use tempfile::TempDir;
@@ -152,7 +152,7 @@ fn every_gradient_agrees(device: &Device) {
         let (model, _) = loaded(name, true, device);
         let mut model = model.train();
         // The golden is of a model that drops nothing.
-        if let Some(gate) = &mut model.gate {
+        if let Some(gate) = &mut model.mixture {
             gate.dropout.prob = 0.0;
         }
         let batch = batch(&case(name), device);
@@ -300,7 +300,7 @@ fn a_cache_changes_nothing(device: &Device) {
             vec![5; 9],
         ];
         let whole = model.forward_hidden(&ModelInput::new(ids(&rows, device)), None);
-        let mut cache = KvCache::new();
+        let mut cache = Cache::new();
         let mut pieces = Vec::new();
         for range in [0..4, 4..7, 7..8, 8..9] {
             let part: Vec<Vec<i64>> = rows.iter().map(|row| row[range.clone()].to_vec()).collect();

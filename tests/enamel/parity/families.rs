@@ -4,7 +4,7 @@
 use burn::module::Module;
 use burn::tensor::Device;
 use enamel_adapter::export_params_of;
-use enamel_model::nn::kv_cache::KvCache;
+use enamel_model::Cache;
 use enamel_model::{ArchConfig, ModelInput};
 
 use crate::on_every_device;
@@ -51,7 +51,7 @@ fn a_cache_changes_nothing(device: &Device) {
             &model,
             &ModelInput::new(ids(std::slice::from_ref(&row), device)),
         );
-        let mut cache = KvCache::new();
+        let mut cache = Cache::new();
         let mut stepped = Vec::new();
         for part in [&row[..5], &row[5..6], &row[6..9], &row[9..]] {
             let input = ModelInput::new(ids(&[part.to_vec()], device));

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_kernels::{KeyMask, linear_cross_entropy};
 use enamel_model::ArchConfig;
+use enamel_model::Cache;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::nn::kv_cache::KvCache;
 use enamel_model::{CausalLm, ModelInput};
 
 use crate::on_every_device;
@@ -176,7 +176,7 @@ fn a_cache_changes_nothing(device: &Device) {
             attention_mask: None,
         };
         let whole = logits(&model, &whole);
-        let mut cache = KvCache::new();
+        let mut cache = Cache::new();
         let mut stepped = Vec::new();
         for part in [&row[..5], &row[5..6], &row[6..9], &row[9..]] {
             let input = ModelInput {

@@ -26,6 +26,21 @@ pub enum Purpose {
     Load,
 }
 
+/// What an adapter directory says about its origin.
+#[derive(Clone, Debug, Default)]
+pub struct SaveMeta {
+    /// The base model's name or directory.
+    pub base_model_name_or_path: Option<String>,
+    /// The base model's revision.
+    pub revision: Option<String>,
+    /// What identifies the base's weights, to be written into the adapter's file.
+    pub base_identity: Option<String>,
+    /// `CAUSAL_LM` for a language model.
+    pub task_type: Option<String>,
+    /// Markdown to put at the end of the model card.
+    pub extra_readme: Option<String>,
+}
+
 /// The version whose key set a new file is written in. Later ones fill in what is missing, so that
 /// every PEFT from here on reads it without a warning about unknown keys.
 const PEFT_VERSION: &str = "0.18.1";

@@ -21,15 +21,15 @@ use std::path::Path;
 use crate::base::module_shape::ModuleShape;
 use crate::base::routing::DEFAULT;
 use crate::base::routing::check_name;
-use crate::config::Targets;
+use crate::config::{SaveMeta, Targets};
 use crate::error::{AdapterError, Result};
 use crate::files::foreign::moved;
-use crate::files::model_card::{SaveMeta, model_card};
+use crate::files::model_card::model_card;
 use crate::files::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, read_tensors};
 use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::methods::lora::config::InitLora;
 use crate::methods::lora::config::LoraConfig;
-use crate::methods::{AdapterConfig, InitContext, MethodConfig};
+use crate::methods::{AdapterConfig, InitContext, LoadedAdapter, MethodConfig};
 use crate::model::attach::{SharedValues, Values, attached, install, shapes};
 use crate::model::plan::plan_for_load;
 use crate::model::trainable::{
@@ -52,15 +52,6 @@ pub enum SaveForm {
     Exchange,
     /// As it is trained, with what it started from beside it: to go on from there.
     Resume,
-}
-
-/// An adapter that has been read and attached.
-#[derive(Clone, Debug)]
-pub struct LoadedAdapter {
-    /// Its configuration, as in the file.
-    pub config: AdapterConfig,
-    /// What was attached.
-    pub plan: AdapterPlan,
 }
 
 /// Writes the model's adapter called [`DEFAULT`] as a directory that PEFT loads. Each file is complete
@@ -90,12 +81,11 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
     if attached(model, Some(adapter)).is_none() {
         return Err(AdapterError::NoAdapter);
     }
-    let config = match cfg.clone().into() {
-        AdapterConfig::XLora(config) => {
-            return crate::methods::xlora::save(model, &config, meta, dir);
-        }
-        config => resolved(model, adapter, config, meta),
-    };
+    let config: AdapterConfig = cfg.clone().into();
+    if let Some(saved) = config.save_from_model(model, meta, dir) {
+        return saved;
+    }
+    let config = resolved(model, adapter, config, meta);
     let mut plan = plan_for_load(&shapes(model), &config)?;
     let mut tensors = export_params_of(model, adapter)?;
     tensors.extend(
@@ -156,12 +146,10 @@ pub fn load_pretrained_as<M: Adaptable>(
     trainable: bool,
 ) -> Result<LoadedAdapter> {
     check_name(adapter)?;
-    let config = match load_config(dir)? {
-        AdapterConfig::XLora(config) => {
-            return crate::methods::xlora::load(model, adapter, config, dir, trainable);
-        }
-        config => config,
-    };
+    let config = load_config(dir)?;
+    if let Some(loaded) = config.load_to_model(model, adapter, dir, trainable) {
+        return loaded;
+    }
     if let Some(name) = attached(model, Some(adapter)) {
         return Err(AdapterError::Attached(name));
     }
@@ -243,11 +231,12 @@ pub fn hotswap<M: Adaptable>(model: &mut M, adapter: &str, dir: &Path) -> Result
     }
     crate::model::active::refuse_merged(model)?;
     let config = load_config(dir)?;
-    if let AdapterConfig::XLora(_) = config {
+    if config.is_of_model() {
         return Err(AdapterError::Choice {
-            problems: vec![
-                "an X-LoRA cannot be exchanged in place; detach it and load the other".into(),
-            ],
+            problems: vec![format!(
+                "an adapter of type {} cannot be exchanged in place; detach it and load the other",
+                config.peft_type()
+            )],
         });
     }
     if config.subtracts_initial() || export_origin_of(model, adapter)?.is_some() {

@@ -4,24 +4,10 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
+use crate::config::SaveMeta;
 use crate::error::shown;
 use crate::methods::AdapterConfig;
 use crate::plan::AdapterPlan;
-
-/// What an adapter directory says about its origin.
-#[derive(Clone, Debug, Default)]
-pub struct SaveMeta {
-    /// The base model's name or directory.
-    pub base_model_name_or_path: Option<String>,
-    /// The base model's revision.
-    pub revision: Option<String>,
-    /// What identifies the base's weights, to be written into the adapter's file.
-    pub base_identity: Option<String>,
-    /// `CAUSAL_LM` for a language model.
-    pub task_type: Option<String>,
-    /// Markdown to put at the end of the model card.
-    pub extra_readme: Option<String>,
-}
 
 /// Settings worth a line each, where a method has them.
 const WORTH_A_LINE: [&str; 26] = [

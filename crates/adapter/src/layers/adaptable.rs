@@ -1,12 +1,15 @@
 //! How a model shows its parameters to this crate: by name, in a fixed order.
 
+use std::any::Any;
+use std::sync::Arc;
+
 use crate::base::module_shape::ModuleKind;
 use crate::base::module_shape::ModuleShape;
 use crate::base::routing::Routing;
 use crate::layers::embedding::Embedding;
 use crate::layers::frozen::Frozen;
 use crate::layers::linear::Linear;
-use crate::methods::xlora::XLora;
+use crate::methods::{ParamMut, ParamRef};
 
 /// A named place that an adapter or `modules_to_save` can take hold of, to change it.
 pub enum Slot<'a> {
@@ -116,21 +119,58 @@ pub trait Adaptable {
     fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>));
     /// The same, for reading.
     fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>));
-    /// The classifier that mixes X-LoRA's experts, where the model has room for one and carries one.
-    fn gate(&self) -> Option<&XLora> {
+    /// The place of an adapter's part that belongs to the model and to none of its layers, in a model that has
+    /// room for one.
+    fn model_part(&self) -> Option<&dyn ModelPart> {
         None
     }
-    /// Where that classifier goes, in a model that has room for one.
-    fn gate_place(&mut self) -> Option<&mut Option<XLora>> {
+    /// The same, to change it.
+    fn model_part_mut(&mut self) -> Option<&mut dyn ModelPart> {
         None
-    }
-    /// The classifier, to change it.
-    fn gate_mut(&mut self) -> Option<&mut XLora> {
-        self.gate_place().and_then(Option::as_mut)
     }
     /// Whether the linear layer called `name` yields the logits, so that `all-linear` leaves it out.
     /// Unless a model says otherwise, that is the one called `lm_head`.
     fn is_head(&self, name: &str) -> bool {
         name.rsplit('.').next() == Some("lm_head")
     }
+}
+
+/// The place of an adapter's part that belongs to the model and to none of its layers: what decides how other
+/// adapters are mixed, for one. What is in it belongs to the adapter called
+/// [`DEFAULT`](crate::base::routing::DEFAULT).
+pub trait ModelPart: Any {
+    /// What is in it, by name; `None` where the place is empty.
+    fn occupant(&self) -> Option<&'static str>;
+    /// Empties it.
+    fn remove(&mut self);
+    /// Switches what is in it on or off.
+    fn enable(&mut self, enabled: bool);
+    /// The adapters at the layers that it needs, so that none of them goes before it.
+    fn members(&self) -> Arc<[String]>;
+    /// Those of [`Self::members`] that are trained with it.
+    fn trained_along(&self) -> Arc<[String]>;
+    /// Why what is in it cannot be used in such a way.
+    fn refusal(&self, of: UseOfPart<'_>) -> String;
+    /// Calls `f` with each trained parameter under its whole key in PEFT's file.
+    fn for_each_param(&self, f: &mut dyn FnMut(&str, ParamRef<'_>));
+    /// The same, to change them.
+    fn for_each_param_mut(&mut self, f: &mut dyn FnMut(&str, ParamMut<'_>));
+}
+
+/// Uses of an adapter that one with a part at the model itself does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UseOfPart<'a> {
+    /// Together with other adapters.
+    BesideOthers,
+    /// In some rows of a batch.
+    InRows,
+    /// Folded into the base.
+    Merged,
+    /// Without this one of [`ModelPart::members`].
+    Without(&'a str),
+}
+
+/// What is in the model's place, where something is.
+pub(crate) fn model_part<M: Adaptable>(model: &M) -> Option<&dyn ModelPart> {
+    model.model_part().filter(|part| part.occupant().is_some())
 }

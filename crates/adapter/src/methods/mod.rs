@@ -1,4 +1,4 @@
-//! The adapter methods: one file each, one line each in the lists at the end of this one.
+//! The adapter methods: one file each, one line each in the lists below.
 //!
 //! A method's file holds its parameters with [`Method`] (what they compute, what they make of the weight
 //! when they are folded in, what they are called in PEFT's file) and its configuration with
@@ -16,6 +16,8 @@ pub mod tokens;
 pub mod vera;
 pub mod xlora;
 
+use std::path::Path;
+
 use crate::base::to_host;
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -26,12 +28,14 @@ use serde_json::Value;
 pub(crate) use dropout::{at_work, drawn, dropping};
 
 use crate::base::Base;
-use crate::config::{Bias, Purpose, Targets, TokenIndices, object_of};
+use crate::base::module_shape::ModuleShape;
+use crate::config::{Bias, Purpose, SaveMeta, Targets, TokenIndices, object_of};
 use crate::error::{AdapterError, Result};
+use crate::layers::adaptable::Adaptable;
 use crate::methods::lora::config::LoraConfig;
 use crate::methods::xlora::XLoraConfig;
-use crate::plan::TargetPlan;
 use crate::plan::target::Selection;
+use crate::plan::{AdapterPlan, TargetPlan};
 
 /// What a method's parameters do, once they are attached to a linear layer.
 pub trait Method: Module {
@@ -138,8 +142,50 @@ pub trait MethodConfig {
     fn subtracts_initial(&self) -> bool {
         false
     }
-    /// The configuration, where it is of a mixture of adapters and not of one.
-    fn xlora(&self) -> Option<&XLoraConfig> {
+    /// Whether it is an adapter of the whole model, with a [part](crate::layers::adaptable::ModelPart) there: it plans,
+    /// attaches, reads and writes itself by the functions below, which answer `None` for all others.
+    fn is_of_model(&self) -> bool {
+        false
+    }
+    /// Its plan on these modules.
+    fn plan_of_model(&self, _modules: &[ModuleShape]) -> Option<Result<AdapterPlan>> {
+        None
+    }
+    /// Attaches it.
+    fn attach_to_model<M: Adaptable>(
+        &self,
+        _model: &mut M,
+        _name: &str,
+        _seed: u64,
+    ) -> Option<Result<AdapterPlan>>
+    where
+        Self: Sized,
+    {
+        None
+    }
+    /// Attaches it with the values that lie in `dir`.
+    fn load_to_model<M: Adaptable>(
+        &self,
+        _model: &mut M,
+        _name: &str,
+        _dir: &Path,
+        _trainable: bool,
+    ) -> Option<Result<LoadedAdapter>>
+    where
+        Self: Sized,
+    {
+        None
+    }
+    /// Writes it.
+    fn save_from_model<M: Adaptable>(
+        &self,
+        _model: &M,
+        _meta: &SaveMeta,
+        _dir: &Path,
+    ) -> Option<Result<()>>
+    where
+        Self: Sized,
+    {
         None
     }
 }
@@ -309,6 +355,15 @@ fn replace<const D: usize>(param: &mut Param<Tensor<D>>, values: Vec<f32>) {
     });
 }
 
+/// An adapter that has been read and attached.
+#[derive(Clone, Debug)]
+pub struct LoadedAdapter {
+    /// Its configuration, as in the file.
+    pub config: AdapterConfig,
+    /// What was attached.
+    pub plan: AdapterPlan,
+}
+
 /// Makes one enum of the methods and passes every call on.
 macro_rules! methods {
     ($($variant:ident($adapter:ty)),+ $(,)?) => {
@@ -384,7 +439,8 @@ macro_rules! methods {
 
 /// Makes one enum of the configurations and passes every call on.
 macro_rules! configs {
-    ($($variant:ident($config:ty) $($untargeted:ident)?),+ $(,)?) => {
+    // `$dollar` is a `$`, for the macro that this one writes.
+    ($dollar:tt $($variant:ident($config:ty) $($untargeted:ident)?),+ $(,)?) => {
         /// The configuration of any method.
         #[derive(Clone, Debug, PartialEq)]
         #[allow(clippy::large_enum_variant)]
@@ -394,6 +450,7 @@ macro_rules! configs {
                 $variant($config),
             )+
         }
+
 
         $(impl From<$config> for AdapterConfig {
             fn from(config: $config) -> Self {
@@ -497,11 +554,39 @@ macro_rules! configs {
                 match self { $(Self::$variant(c) => c,)+ }
             }
         }
+
+        /// Does the same to whatever configuration it is.
+        macro_rules! each_config {
+            ($dollar any:expr, $dollar config:ident => $dollar body:expr) => {
+                match $dollar any { $(AdapterConfig::$variant($dollar config) => $dollar body,)+ }
+            };
+        }
     };
     (@targets $config:ident $targets:ident) => { $config.target_modules = Some($targets) };
     (@targets $config:ident $targets:ident untargeted) => {{
         let _ = ($config, $targets);
     }};
+}
+
+// The lists: a new method is a file beside this one and a line in each.
+methods! {
+    Lora(lora::Lora),
+    Loha(loha::Loha),
+    Lokr(lokr::Lokr),
+    AdaLora(adalora::AdaLora),
+    Vera(vera::Vera),
+    Ia3(ia3::Ia3),
+}
+
+configs! { $
+    Lora(LoraConfig),
+    Loha(loha::LohaConfig),
+    Lokr(lokr::LokrConfig),
+    AdaLora(adalora::AdaLoraConfig),
+    Vera(vera::VeraConfig),
+    Ia3(ia3::Ia3Config),
+    Full(full::FullConfig),
+    XLora(XLoraConfig) untargeted,
 }
 
 impl MethodConfig for AdapterConfig {
@@ -558,28 +643,35 @@ impl MethodConfig for AdapterConfig {
     fn subtracts_initial(&self) -> bool {
         self.inner().subtracts_initial()
     }
-    fn xlora(&self) -> Option<&XLoraConfig> {
-        self.inner().xlora()
+    fn is_of_model(&self) -> bool {
+        self.inner().is_of_model()
     }
-}
-
-// The lists: a new method is a file beside this one and a line in each.
-methods! {
-    Lora(lora::Lora),
-    Loha(loha::Loha),
-    Lokr(lokr::Lokr),
-    AdaLora(adalora::AdaLora),
-    Vera(vera::Vera),
-    Ia3(ia3::Ia3),
-}
-
-configs! {
-    Lora(LoraConfig),
-    Loha(loha::LohaConfig),
-    Lokr(lokr::LokrConfig),
-    AdaLora(adalora::AdaLoraConfig),
-    Vera(vera::VeraConfig),
-    Ia3(ia3::Ia3Config),
-    Full(full::FullConfig),
-    XLora(XLoraConfig) untargeted,
+    fn plan_of_model(&self, modules: &[ModuleShape]) -> Option<Result<AdapterPlan>> {
+        self.inner().plan_of_model(modules)
+    }
+    fn attach_to_model<M: Adaptable>(
+        &self,
+        model: &mut M,
+        name: &str,
+        seed: u64,
+    ) -> Option<Result<AdapterPlan>> {
+        each_config!(self, config => config.attach_to_model(model, name, seed))
+    }
+    fn load_to_model<M: Adaptable>(
+        &self,
+        model: &mut M,
+        name: &str,
+        dir: &Path,
+        trainable: bool,
+    ) -> Option<Result<LoadedAdapter>> {
+        each_config!(self, config => config.load_to_model(model, name, dir, trainable))
+    }
+    fn save_from_model<M: Adaptable>(
+        &self,
+        model: &M,
+        meta: &SaveMeta,
+        dir: &Path,
+    ) -> Option<Result<()>> {
+        each_config!(self, config => config.save_from_model(model, meta, dir))
+    }
 }

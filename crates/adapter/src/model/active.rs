@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::base::routing::{DEFAULT, Routing};
 use crate::error::{AdapterError, Result};
-use crate::layers::adaptable::{Adaptable, SlotRef};
+use crate::layers::adaptable::{Adaptable, SlotRef, UseOfPart, model_part};
 
 /// Puts the named adapters in use, added up; none of them for the base alone.
 ///
@@ -15,8 +15,11 @@ pub fn set_active<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()> {
     require(model, names)?;
     refuse_merged(model)?;
     let mut problems = Vec::new();
-    if model.gate().is_some() && names.contains(&DEFAULT) && names.len() > 1 {
-        problems.push("X-LoRA (\"default\") mixes its experts itself; choose it alone".into());
+    if let Some(part) = model_part(model)
+        && names.contains(&DEFAULT)
+        && names.len() > 1
+    {
+        problems.push(part.refusal(UseOfPart::BesideOthers));
     }
     problems.extend(conflicts(model, names));
     if !problems.is_empty() {
@@ -36,10 +39,10 @@ pub fn set_rows<M: Adaptable>(model: &mut M, rows: &[Option<&str>]) -> Result<()
     require(model, &names)?;
     refuse_merged(model)?;
     let mut problems = Vec::new();
-    if model.gate().is_some() && names.contains(&DEFAULT) {
-        problems.push(
-            "X-LoRA (\"default\") is for whole batches; a row can have one of its experts".into(),
-        );
+    if let Some(part) = model_part(model)
+        && names.contains(&DEFAULT)
+    {
+        problems.push(part.refusal(UseOfPart::InRows));
     }
     let mut has_head = false;
     model.for_each_slot_ref(&mut |module, _| has_head |= model.is_head(module));
@@ -151,7 +154,7 @@ pub fn adapters<M: Adaptable>(model: &M) -> Vec<String> {
             }
         }
     });
-    names.extend(model.gate().map(|_| DEFAULT.to_string()));
+    names.extend(model_part(model).map(|_| DEFAULT.to_string()));
     names
 }
 
@@ -191,13 +194,11 @@ pub(crate) fn refuse_merged<M: Adaptable>(model: &M) -> Result<()> {
 pub fn delete<M: Adaptable>(model: &mut M, name: &str) -> Result<()> {
     require(model, &[name])?;
     refuse_merged(model)?;
-    if let Some(gate) = model.gate()
-        && gate.experts().iter().any(|expert| expert == name)
+    if let Some(part) = model_part(model)
+        && part.members().iter().any(|member| member == name)
     {
         return Err(AdapterError::Choice {
-            problems: vec![format!(
-                "{name:?} is an expert of the X-LoRA \"default\"; delete that first"
-            )],
+            problems: vec![part.refusal(UseOfPart::Without(name))],
         });
     }
     let left = match routing(model) {
@@ -205,8 +206,8 @@ pub fn delete<M: Adaptable>(model: &mut M, name: &str) -> Result<()> {
         _ => Vec::new(),
     };
     model.for_each_slot(&mut |_, mut slot| slot.remove(Some(name)));
-    if let Some(place) = model.gate_place().filter(|_| name == DEFAULT) {
-        *place = None;
+    if let Some(part) = model.model_part_mut().filter(|_| name == DEFAULT) {
+        part.remove();
     }
     route(model, &Routing::Active(Arc::from(left)));
     Ok(())

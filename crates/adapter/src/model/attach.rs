@@ -10,7 +10,7 @@ use crate::base::routing::check_name;
 use crate::base::routing::{DEFAULT, Routing};
 use crate::base::to_host;
 use crate::error::{AdapterError, Result};
-use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
+use crate::layers::adaptable::{Adaptable, Slot, SlotRef, model_part};
 use crate::layers::embedding::EmbeddingPart;
 use crate::layers::frozen::FrozenPart;
 use crate::layers::linear::{Linear, LinearPart, SavedLinear};
@@ -58,8 +58,8 @@ pub fn attach_given<M: Adaptable, C: MethodConfig>(
     given: Option<&InitFactorsFor<'_>>,
 ) -> Result<AdapterPlan> {
     check_name(name)?;
-    if let Some(config) = cfg.xlora() {
-        return crate::methods::xlora::attach(model, name, config, seed);
+    if let Some(plan) = cfg.attach_to_model(model, name, seed) {
+        return plan;
     }
     if cfg.trains_everything() {
         refuse_packed(model)?;
@@ -123,16 +123,16 @@ pub fn detach<M: Adaptable>(model: &mut M) {
         slot.route(&Routing::default());
         slot.enable(true);
     });
-    if let Some(place) = model.gate_place() {
-        *place = None;
+    if let Some(part) = model.model_part_mut() {
+        part.remove();
     }
 }
 
 /// Switches all adapters on or off. Off, the model is the base model again, biases included.
 pub fn set_enabled<M: Adaptable>(model: &mut M, enabled: bool) {
     model.for_each_slot(&mut |_, mut slot| slot.enable(enabled));
-    if let Some(gate) = model.gate_mut() {
-        gate.enabled = enabled;
+    if let Some(part) = model.model_part_mut() {
+        part.enable(enabled);
     }
 }
 
@@ -143,7 +143,7 @@ pub fn shapes<M: Adaptable>(model: &M) -> Vec<ModuleShape> {
     shapes
 }
 
-/// The name of the first module that carries the adapter, or any; the classifier of an X-LoRA is its.
+/// The name of the first module that carries the adapter, or any; a part at the model itself is [`DEFAULT`]'s.
 pub(crate) fn attached<M: Adaptable>(model: &M, adapter: Option<&str>) -> Option<String> {
     let mut first = None;
     model.for_each_slot_ref(&mut |name, slot| {
@@ -158,8 +158,9 @@ pub(crate) fn attached<M: Adaptable>(model: &M, adapter: Option<&str>) -> Option
             first = Some(name.to_string());
         }
     });
-    let mixes = model.gate().is_some() && adapter.is_none_or(|adapter| adapter == DEFAULT);
-    first.or_else(|| mixes.then(|| "X-LoRA's classifier".to_string()))
+    let asked = adapter.is_none_or(|adapter| adapter == DEFAULT);
+    let part = model_part(model).filter(|_| asked);
+    first.or_else(|| Some(part?.occupant()?.to_string()))
 }
 
 /// The values of one target's parameters.

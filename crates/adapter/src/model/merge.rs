@@ -9,7 +9,7 @@ use crate::base::Base;
 use crate::base::ids::frozen_param;
 use crate::base::routing::Routing;
 use crate::error::{AdapterError, Result};
-use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
+use crate::layers::adaptable::{Adaptable, Slot, SlotRef, UseOfPart, model_part};
 use crate::layers::frozen::UnmergedFrozen;
 use crate::layers::linear::{Linear, UnmergedLinear};
 use crate::model::active::{refuse_merged, routing};
@@ -47,7 +47,7 @@ pub fn merge<M: Adaptable>(model: &mut M) -> Result<()> {
 /// # Errors
 /// As for [`merge`]; adapters that are merged already.
 pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()> {
-    refuse_mixture(model)?;
+    refuse_model_part(model)?;
     let have = crate::model::active::adapters(model);
     if names.is_empty() || have.is_empty() {
         return Err(AdapterError::NoAdapter);
@@ -149,7 +149,7 @@ fn forget<M: Adaptable>(model: &mut M) {
 
 /// The adapters in use, where every row has the same.
 fn in_use<M: Adaptable>(model: &M) -> Result<Arc<[String]>> {
-    refuse_mixture(model)?;
+    refuse_model_part(model)?;
     match routing(model) {
         Routing::Active(names) => Ok(names),
         Routing::Rows(_) => Err(AdapterError::Choice {
@@ -157,20 +157,22 @@ fn in_use<M: Adaptable>(model: &M) -> Result<Arc<[String]>> {
                 "the rows of a batch have adapters of their own; choose one first".into(),
             ],
         }),
-        Routing::Gated(_) => Err(no_weights()),
+        Routing::Gated(_) => Err(AdapterError::Choice {
+            problems: vec![
+                "adapters are mixed anew for each token, so no weights stand for them".into(),
+            ],
+        }),
     }
 }
 
-/// Nothing is merged beside an X-LoRA: its experts would no longer be beside the base they know.
-fn refuse_mixture<M: Adaptable>(model: &M) -> Result<()> {
-    model.gate().map_or(Ok(()), |_| Err(no_weights()))
-}
-
-fn no_weights() -> AdapterError {
-    AdapterError::Choice {
-        problems: vec![
-            "X-LoRA mixes its experts anew for each token, so no weights stand for it".into(),
-        ],
+/// Nothing is merged beside an adapter with a part at the model: its other parts would no longer be beside the
+/// base they know.
+fn refuse_model_part<M: Adaptable>(model: &M) -> Result<()> {
+    match model_part(model) {
+        None => Ok(()),
+        Some(part) => Err(AdapterError::Choice {
+            problems: vec![part.refusal(UseOfPart::Merged)],
+        }),
     }
 }
 

@@ -49,7 +49,7 @@ pub fn plan_for_load<C: MethodConfig>(modules: &[ModuleShape], cfg: &C) -> Resul
 /// gives the head a matrix of its own, as PEFT does.
 pub fn takes_head<C: MethodConfig>(cfg: &C, modules: &[ModuleShape]) -> bool {
     let selection = cfg.selection();
-    if cfg.trains_everything() || cfg.xlora().is_some() || selection.tie != Tie::No {
+    if cfg.trains_everything() || cfg.is_of_model() || selection.tie != Tie::No {
         return false;
     }
     let Ok(mut matcher) = Matcher::new(&selection) else {
@@ -66,8 +66,8 @@ fn build<C: MethodConfig>(
     cfg: &C,
     purpose: Purpose,
 ) -> Result<AdapterPlan> {
-    if let Some(config) = cfg.xlora() {
-        return crate::methods::xlora::plan(modules, config);
+    if let Some(plan) = cfg.plan_of_model(modules) {
+        return plan;
     }
     let selection = cfg.selection();
     let mut matcher =

@@ -8,14 +8,14 @@ use burn::tensor::Gradients;
 use crate::base::routing::DEFAULT;
 use crate::base::to_host;
 use crate::error::{AdapterError, Result};
-use crate::layers::adaptable::{Adaptable, Slot, SlotRef};
+use crate::layers::adaptable::{Adaptable, Slot, SlotRef, model_part};
 use crate::methods::{ParamMut, ParamRef};
 use crate::plan::PREFIX;
 
 /// Calls `f` with every trained parameter of the adapter called `adapter` (copies, biases and single
 /// rows included) under its key in PEFT's file, in the model's order. Where the base itself is trained,
-/// these are its own parameters under their own names. The experts of an X-LoRA that are trained along
-/// come after its classifier, under their keys with their name and a slash before it.
+/// these are its own parameters under their own names. Adapters that are trained along with a part at the
+/// model itself (X-LoRA's experts) come after it, under their keys with their name and a slash before it.
 pub fn for_each_param_of<M: Adaptable>(
     model: &M,
     adapter: &str,
@@ -90,11 +90,11 @@ pub fn for_each_param_of<M: Adaptable>(
             }
         }
     });
-    if let Some(gate) = model.gate() {
-        gate.for_each_param(adapter, f);
-        for expert in gate.trained_along(adapter).iter() {
-            for_each_param_of(model, expert, &mut |key, param| {
-                f(&format!("{expert}/{key}"), param)
+    if let Some(part) = model_part(model).filter(|_| whole) {
+        part.for_each_param(f);
+        for member in part.trained_along().iter() {
+            for_each_param_of(model, member, &mut |key, param| {
+                f(&format!("{member}/{key}"), param)
             });
         }
     }
@@ -182,11 +182,13 @@ pub fn for_each_param_of_mut<M: Adaptable>(
             }
         }
     });
-    let Some(gate) = model.gate_mut() else { return };
-    gate.for_each_param_mut(adapter, f);
-    for expert in gate.trained_along(adapter).iter() {
-        for_each_param_of_mut(model, expert, &mut |key, param| {
-            f(&format!("{expert}/{key}"), param)
+    let Some(part) = model.model_part_mut().filter(|_| whole) else {
+        return;
+    };
+    part.for_each_param_mut(f);
+    for member in part.trained_along().iter() {
+        for_each_param_of_mut(model, member, &mut |key, param| {
+            f(&format!("{member}/{key}"), param)
         });
     }
 }

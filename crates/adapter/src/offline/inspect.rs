@@ -8,12 +8,13 @@
 use std::path::Path;
 
 use crate::base::module_shape::ModuleShape;
+use crate::config::SaveMeta;
 use crate::config::{Pattern, Targets};
 use crate::error::{AdapterError, Result};
 use crate::files::expected;
 use crate::files::foreign::MLX_WEIGHTS;
 use crate::files::infer_modules::{kind_of, modules_of};
-use crate::files::model_card::{SaveMeta, model_card};
+use crate::files::model_card::model_card;
 use crate::files::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, read_tensors};
 use crate::files::tied::take_head_if_tied;
 use crate::methods::AdapterConfig;

@@ -294,13 +294,13 @@ fn a_bf16_model_computes_what_an_f32_model_of_the_rounded_weights_does() {
             let held = head.values().dtype() == burn::tensor::DType::BF16;
             assert_eq!(held, holds_bf16(&device));
             // A decoding step reads the same weights without rounding x.
-            let mut cache = KvCache::new();
-            let step = |model: &CausalLm, cache: &mut KvCache| {
+            let mut cache = Cache::new();
+            let step = |model: &CausalLm, cache: &mut Cache| {
                 let input = ModelInput::new(ids(&[&[3]], &device));
                 values(model.forward_hidden(&input, Some(cache)))
             };
             let narrow_step = step(&narrow, &mut cache);
-            let wide_step = step(&wide, &mut KvCache::new());
+            let wide_step = step(&wide, &mut Cache::new());
             assert!(distance(&narrow_step, &wide_step) < 1e-5);
         }
     }

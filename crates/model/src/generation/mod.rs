@@ -7,9 +7,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::cache::Cache;
 use crate::causal_lm::CausalLm;
 use crate::nn::input::ModelInput;
-use crate::nn::kv_cache::KvCache;
 
 /// How the next token is chosen, and how many at most.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,7 +104,7 @@ pub fn generate(
     check(model, prompt, sampling)?;
     let device = model.device();
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-    let mut cache = KvCache::new();
+    let mut cache = Cache::new();
     let mut produced = Vec::new();
     let context = model.config().context_length();
     let mut next: Vec<i64> = prompt.iter().map(|id| i64::from(*id)).collect();

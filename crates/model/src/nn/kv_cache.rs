@@ -13,8 +13,6 @@ const BLOCK: usize = 256;
 pub struct KvCache {
     layers: Vec<Option<Entry>>,
     len: usize,
-    /// What X-LoRA's first pass has seen: other hidden states, so other keys and values.
-    first_pass: Option<Box<KvCache>>,
 }
 
 /// `[batch, room, kv_heads, head_dim]` each.
@@ -38,11 +36,6 @@ impl KvCache {
     /// Whether it holds none.
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// The cache of X-LoRA's first pass over the same tokens.
-    pub(crate) fn first_pass(&mut self) -> &mut Self {
-        self.first_pass.get_or_insert_default()
     }
 
     /// Writes one block's keys and values behind those it holds and returns all of them.
@@ -111,7 +104,7 @@ mod tests {
 
     use super::*;
     use crate::testing::{devices, distance, ids, tiny_config, values};
-    use crate::{CausalLm, ModelInput};
+    use crate::{Cache, CausalLm, ModelInput};
     use enamel_kernels::KeyMask;
     use serde_json::json;
 
@@ -143,7 +136,7 @@ mod tests {
                     input_ids: ids(&[&rows[0][range.clone()], &rows[1][range]], &device),
                 };
                 let whole = model.forward_hidden(&piece(0..9), None);
-                let mut cache = KvCache::new();
+                let mut cache = Cache::new();
                 assert!(cache.is_empty());
                 let pieces = [0..4, 4..7, 7..8, 8..9]
                     .map(|range| model.forward_hidden(&piece(range), Some(&mut cache)));

@@ -5,14 +5,19 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::files;
+use crate::base::module_shape::ModuleShape;
 use crate::config::fields::{PeftValue, peft_config};
-use crate::config::{Bias, Pattern, Purpose, probability};
+use crate::config::{Bias, Pattern, Purpose, SaveMeta, probability};
 use crate::error::{AdapterError, Result};
 use crate::files::store::{CONFIG, load_config};
+use crate::layers::adaptable::Adaptable;
 use crate::methods::lora::config::LoraConfig;
-use crate::methods::{Adapter, AdapterConfig, InitContext, MethodConfig, Parameters, Placement};
-use crate::plan::TargetPlan;
+use crate::methods::{
+    Adapter, AdapterConfig, InitContext, LoadedAdapter, MethodConfig, Parameters, Placement,
+};
 use crate::plan::target::Selection;
+use crate::plan::{AdapterPlan, TargetPlan};
 
 peft_config! {
     /// PEFT's `XLoraConfig`. It has no modules of its own: the experts have.
@@ -265,7 +270,39 @@ impl MethodConfig for XLoraConfig {
         crate::methods::ia3::neutral(target, place)
     }
 
-    fn xlora(&self) -> Option<&XLoraConfig> {
-        Some(self)
+    fn is_of_model(&self) -> bool {
+        true
+    }
+
+    fn plan_of_model(&self, modules: &[ModuleShape]) -> Option<Result<AdapterPlan>> {
+        Some(files::plan(modules, self))
+    }
+
+    fn attach_to_model<M: Adaptable>(
+        &self,
+        model: &mut M,
+        name: &str,
+        seed: u64,
+    ) -> Option<Result<AdapterPlan>> {
+        Some(files::attach(model, name, self, seed))
+    }
+
+    fn load_to_model<M: Adaptable>(
+        &self,
+        model: &mut M,
+        name: &str,
+        dir: &Path,
+        trainable: bool,
+    ) -> Option<Result<LoadedAdapter>> {
+        Some(files::load(model, name, self.clone(), dir, trainable))
+    }
+
+    fn save_from_model<M: Adaptable>(
+        &self,
+        model: &M,
+        meta: &SaveMeta,
+        dir: &Path,
+    ) -> Option<Result<()>> {
+        Some(files::save(model, self, meta, dir))
     }
 }

@@ -8,18 +8,18 @@ use burn::nn::DropoutConfig;
 use burn::tensor::Device;
 
 use super::config::Expert;
-use super::{GateLayer, Mixing, XLora, XLoraConfig, key};
+use super::{GateLayer, Mixing, XLora, XLoraConfig, classifier_of, key, place_in};
 use crate::base::module_shape::ModuleKind;
 use crate::base::module_shape::ModuleShape;
 use crate::base::module_shape::elements;
 use crate::base::routing::{DEFAULT, Routing};
-use crate::config::Purpose;
+use crate::config::{Purpose, SaveMeta};
 use crate::error::{AdapterError, Result};
-use crate::files::model_card::{SaveMeta, model_card};
+use crate::files::model_card::model_card;
 use crate::files::store::{AdapterFile, CONFIG, WEIGHTS, not_finite, read_tensors};
-use crate::files::{LoadedAdapter, SaveForm, load_pretrained_as, save_pretrained_as};
+use crate::files::{SaveForm, load_pretrained_as, save_pretrained_as};
 use crate::layers::adaptable::{Adaptable, Slot};
-use crate::methods::{MethodConfig, Placement};
+use crate::methods::{LoadedAdapter, MethodConfig, Placement};
 use crate::model::active::route;
 use crate::model::attach::{attached, detach, device, shapes};
 use crate::model::plan::plan_for_load;
@@ -244,7 +244,7 @@ fn ready<M: Adaptable>(model: &mut M, name: &str, config: &XLoraConfig) -> Resul
             problems: vec![problem.to_string()],
         })
     };
-    if model.gate_place().is_none() {
+    if place_in(model).is_none() {
         return refuse(
             "this model has no place for X-LoRA's classifier; it mixes the experts of language models",
         );
@@ -294,7 +294,7 @@ fn install<M: Adaptable>(
         },
         enabled: true,
     };
-    if let Some(place) = model.gate_place() {
+    if let Some(place) = place_in(model) {
         *place = Some(gate);
     }
     model.for_each_slot(&mut |name, slot| {
@@ -345,7 +345,7 @@ pub(crate) fn save<M: Adaptable>(
     meta: &SaveMeta,
     dir: &Path,
 ) -> Result<()> {
-    let Some(gate) = model.gate() else {
+    let Some(gate) = classifier_of(model) else {
         return Err(AdapterError::NoAdapter);
     };
     agree(&gate.mixing.config, config, dir)?;

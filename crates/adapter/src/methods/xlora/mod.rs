@@ -13,7 +13,7 @@ mod files;
 #[cfg(test)]
 mod tests;
 
-use crate::base::routing::Gates;
+use std::any::Any;
 use std::sync::Arc;
 
 use burn::module::{Module, Param};
@@ -22,14 +22,13 @@ use burn::tensor::activation::{relu, softmax};
 use burn::tensor::{Device, Tensor};
 use enamel_kernels::linear;
 
-use crate::base::routing::{DEFAULT, Routing};
-use crate::layers::adaptable::Adaptable;
+use crate::base::routing::{DEFAULT, Gates, Routing};
+use crate::layers::adaptable::{Adaptable, ModelPart, UseOfPart};
 use crate::methods::{ParamMut, ParamRef, at_work};
 use crate::model::active::{route, routing};
 
 pub(crate) use config::Expert;
 pub use config::XLoraConfig;
-pub(crate) use files::{attach, load, plan, save};
 
 /// The classifier that decides the mixture: linear layers with ReLU and dropout between them, on the
 /// last hidden states of the first pass.
@@ -148,20 +147,66 @@ impl XLora {
             values,
         }
     }
+}
 
-    pub(crate) fn for_each_param(&self, adapter: &str, f: &mut dyn FnMut(&str, ParamRef<'_>)) {
-        for layer in self.layers.iter().filter(|_| adapter == DEFAULT) {
+/// A model's place for a classifier. What is in it is the adapter called [`DEFAULT`].
+impl ModelPart for Option<XLora> {
+    fn occupant(&self) -> Option<&'static str> {
+        self.as_ref().map(|_| "X-LoRA's classifier")
+    }
+
+    fn remove(&mut self) {
+        *self = None;
+    }
+
+    fn enable(&mut self, enabled: bool) {
+        if let Some(gate) = self {
+            gate.enabled = enabled;
+        }
+    }
+
+    fn members(&self) -> Arc<[String]> {
+        match self {
+            Some(gate) => gate.mixing.names.clone(),
+            None => Arc::from([]),
+        }
+    }
+
+    fn trained_along(&self) -> Arc<[String]> {
+        match self {
+            Some(gate) if gate.mixing.config.use_trainable_adapters => gate.mixing.names.clone(),
+            _ => Arc::from([]),
+        }
+    }
+
+    fn refusal(&self, of: UseOfPart<'_>) -> String {
+        match of {
+            UseOfPart::BesideOthers => {
+                "X-LoRA (\"default\") mixes its experts itself; choose it alone".into()
+            }
+            UseOfPart::InRows => {
+                "X-LoRA (\"default\") is for whole batches; a row can have one of \
+                                  its experts"
+                    .into()
+            }
+            UseOfPart::Merged => {
+                "X-LoRA mixes its experts anew for each token, so no weights stand for it".into()
+            }
+            UseOfPart::Without(expert) => {
+                format!("{expert:?} is an expert of the X-LoRA \"default\"; delete that first")
+            }
+        }
+    }
+
+    fn for_each_param(&self, f: &mut dyn FnMut(&str, ParamRef<'_>)) {
+        for layer in self.iter().flat_map(|gate| &gate.layers) {
             f(&key(layer.index, "weight"), ParamRef::Matrix(&layer.weight));
             f(&key(layer.index, "bias"), ParamRef::Vector(&layer.bias));
         }
     }
 
-    pub(crate) fn for_each_param_mut(
-        &mut self,
-        adapter: &str,
-        f: &mut dyn FnMut(&str, ParamMut<'_>),
-    ) {
-        for layer in self.layers.iter_mut().filter(|_| adapter == DEFAULT) {
+    fn for_each_param_mut(&mut self, f: &mut dyn FnMut(&str, ParamMut<'_>)) {
+        for layer in self.iter_mut().flat_map(|gate| &mut gate.layers) {
             f(
                 &key(layer.index, "weight"),
                 ParamMut::Matrix(&mut layer.weight),
@@ -169,15 +214,18 @@ impl XLora {
             f(&key(layer.index, "bias"), ParamMut::Vector(&mut layer.bias));
         }
     }
+}
 
-    /// The adapters that are trained along with the mixture: the experts, where they are.
-    pub(crate) fn trained_along(&self, adapter: &str) -> Arc<[String]> {
-        if adapter == DEFAULT && self.mixing.config.use_trainable_adapters {
-            self.mixing.names.clone()
-        } else {
-            Arc::from([])
-        }
-    }
+/// The classifier that a model carries.
+fn classifier_of<M: Adaptable>(model: &M) -> Option<&XLora> {
+    let part: &dyn Any = model.model_part()?;
+    part.downcast_ref::<Option<XLora>>()?.as_ref()
+}
+
+/// Where a model has room for one.
+fn place_in<M: Adaptable>(model: &mut M) -> Option<&mut Option<XLora>> {
+    let part: &mut dyn Any = model.model_part_mut()?;
+    part.downcast_mut()
 }
 
 /// The key of one of the classifier's parameters in PEFT's file.
@@ -202,7 +250,7 @@ fn largest(values: Tensor<3>, k: usize) -> Tensor<3> {
 
 /// The classifier, where the mixture is what the model's adapters are set to.
 pub fn in_use<M: Adaptable>(model: &M) -> Option<&XLora> {
-    let gate = model.gate().filter(|gate| gate.enabled)?;
+    let gate = classifier_of(model).filter(|gate| gate.enabled)?;
     match routing(model) {
         Routing::Active(names) if names.iter().eq([DEFAULT]) => Some(gate),
         _ => None,

@@ -31,10 +31,10 @@ impl Adaptable for Roomy {
     fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
         self.tiny.for_each_slot_ref(f);
     }
-    fn gate(&self) -> Option<&XLora> {
-        self.gate.as_ref()
+    fn model_part(&self) -> Option<&dyn ModelPart> {
+        Some(&self.gate)
     }
-    fn gate_place(&mut self) -> Option<&mut Option<XLora>> {
+    fn model_part_mut(&mut self) -> Option<&mut dyn ModelPart> {
         Some(&mut self.gate)
     }
 }
