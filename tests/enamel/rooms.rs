@@ -45,7 +45,12 @@ const ORDERS: [Order; 2] = [
                 "an X-LoRA is a mixture of whole adapters",
             ),
             (
-                "methods/mod.rs",
+                "methods/method.rs",
+                "layers::adaptable",
+                "a method of the whole model attaches itself to it",
+            ),
+            (
+                "methods/any.rs",
                 "layers::adaptable",
                 "a method of the whole model attaches itself to it",
             ),

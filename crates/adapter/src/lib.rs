@@ -49,7 +49,7 @@ pub use crate::layers::embedding::Embedding;
 pub use crate::layers::frozen::Frozen;
 pub use crate::layers::linear::{Linear, SavedLinear};
 pub use crate::layers::slots::Slots;
-pub use crate::methods::adalora::allocator::RankAllocator;
+pub use crate::methods::adalora::allocator::{RankAllocator, regularization};
 pub use crate::methods::xlora::{XLora, XLoraConfig};
 pub use crate::model::active::{adapters, delete, routing, set_active, set_rows};
 pub use crate::model::attach::{attach, attach_as, attach_given, detach, set_enabled, shapes};
@@ -62,6 +62,7 @@ pub use crate::model::trainable::{
 pub use crate::plan::AdapterPlan;
 pub use crate::plan::SavedPlan;
 pub use crate::plan::TargetPlan;
+pub use crate::plan::target::Tie;
 pub use config::{Bias, Purpose, SaveMeta, Targets, TokenIndices};
 pub use error::AdapterError;
 pub use methods::adalora::AdaLoraConfig;

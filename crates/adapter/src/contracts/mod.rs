@@ -5,6 +5,7 @@ mod allocator;
 mod bf16;
 mod compute;
 mod dropout;
+mod facts;
 mod files;
 mod fused;
 mod packed;

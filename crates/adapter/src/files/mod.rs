@@ -8,7 +8,6 @@
 
 mod compare;
 pub(crate) mod exact_json;
-mod exchange;
 pub(crate) mod foreign;
 pub mod infer_modules;
 pub mod model_card;
@@ -27,8 +26,6 @@ use crate::files::foreign::moved;
 use crate::files::model_card::model_card;
 use crate::files::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, read_tensors};
 use crate::layers::adaptable::{Adaptable, SlotRef};
-use crate::methods::lora::config::InitLora;
-use crate::methods::lora::config::LoraConfig;
 use crate::methods::{AdapterConfig, InitContext, LoadedAdapter, MethodConfig};
 use crate::model::attach::{SharedValues, Values, attached, install, shapes};
 use crate::model::plan::plan_for_load;
@@ -39,7 +36,6 @@ use crate::plan::AdapterPlan;
 
 use compare::{agree, compared};
 pub(crate) use compare::{expected, made_for};
-pub(crate) use exchange::converted;
 
 /// Where an adapter that took a part of the base's weights keeps what it started from, in the form
 /// that PEFT wants for `path_initial_model_for_weight_conversion`.
@@ -103,7 +99,7 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
     match (origin, form) {
         (None, _) => {}
         (Some(origin), SaveForm::Exchange) => {
-            file = converted(file, origin);
+            file = with_start(file, origin);
             // What is handed over has another rank than what was trained.
             plan = plan_for_load(&shapes(model), &file.config)?;
         }
@@ -396,6 +392,17 @@ pub(crate) fn read_checked(
     })
 }
 
+/// The adapter for programs that know nothing of what it took from the base.
+pub(crate) fn with_start(file: AdapterFile, origin: Vec<HostTensor>) -> AdapterFile {
+    let origin = origin.into_iter().map(|(key, _, values)| (key, values));
+    let (config, tensors) = file.config.with_start(file.tensors, origin.collect());
+    AdapterFile {
+        config,
+        tensors,
+        ..file
+    }
+}
+
 /// Tensors under the keys that they have for a model of these modules.
 fn placed(stored: BTreeMap<String, Stored>, modules: &[ModuleShape]) -> BTreeMap<String, Stored> {
     let mut placed = BTreeMap::new();
@@ -414,20 +421,15 @@ fn placed(stored: BTreeMap<String, Stored>, modules: &[ModuleShape]) -> BTreeMap
     placed
 }
 
-/// A randomised decomposition cannot be repeated from the weight alone.
+/// What cannot be worked out again has to be there.
 fn refuse_unknown_start(config: &AdapterConfig, dir: &Path) -> Result<()> {
-    let AdapterConfig::Lora(LoraConfig {
-        init_lora_weights: InitLora::PissaNiter(steps),
-        ..
-    }) = config
-    else {
+    let Some(taken) = config.start_is_lost() else {
         return Ok(());
     };
     Err(AdapterError::Format {
         path: dir.join(CONFIG),
         reason: format!(
-            "init_lora_weights = \"pissa_niter_{steps}\" took from the base what a randomised decomposition \
-             found, and {ORIGIN}/ with it is not there; write the adapter from PEFT with save_pretrained(.., \
+            "{taken}, and {ORIGIN}/ with it is not there; write the adapter from PEFT with save_pretrained(.., \
              path_initial_model_for_weight_conversion=..)"
         ),
     })

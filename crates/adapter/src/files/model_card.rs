@@ -9,51 +9,6 @@ use crate::error::shown;
 use crate::methods::AdapterConfig;
 use crate::plan::AdapterPlan;
 
-/// Settings worth a line each, where a method has them.
-const WORTH_A_LINE: [&str; 26] = [
-    "r",
-    "init_r",
-    "target_r",
-    "rank_pattern",
-    "lora_alpha",
-    "alpha",
-    "alpha_pattern",
-    "lora_dropout",
-    "vera_dropout",
-    "rank_dropout",
-    "module_dropout",
-    "use_rslora",
-    "use_dora",
-    "bias",
-    "lora_bias",
-    "decompose_both",
-    "decompose_factor",
-    "d_initial",
-    "projection_prng_key",
-    "trainable_token_indices",
-    "modules_to_save",
-    "adapters",
-    "layerwise_scalings",
-    "xlora_depth",
-    "top_k_lora",
-    "use_trainable_adapters",
-];
-
-/// What a method is called in a heading.
-fn method_name(config: &AdapterConfig) -> &'static str {
-    match config {
-        AdapterConfig::Lora(lora) if lora.use_dora => "DoRA",
-        AdapterConfig::Lora(_) => "LoRA",
-        AdapterConfig::Loha(_) => "LoHa",
-        AdapterConfig::Lokr(_) => "LoKr",
-        AdapterConfig::AdaLora(_) => "AdaLoRA",
-        AdapterConfig::Vera(_) => "VeRA",
-        AdapterConfig::Ia3(_) => "(IA)³",
-        AdapterConfig::XLora(_) => "X-LoRA",
-        AdapterConfig::Full(_) => "Full fine-tuning",
-    }
-}
-
 pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &SaveMeta) -> String {
     let mut card = String::from("---\n");
     let mut line = |text: String| {
@@ -70,7 +25,7 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
     }
     let tag = config.peft_type().to_lowercase();
     line(format!("tags:\n- {tag}\n- enamel\n---\n"));
-    let name = method_name(config);
+    let name = capitalised(config.label());
     line(format!(
         "# {name} adapter for {}\n",
         base.map_or("its base model".to_owned(), as_markdown_text)
@@ -89,27 +44,19 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
             count => format!(" and {count} saved whole"),
         }
     ));
-    if let AdapterConfig::Lora(lora) = config
-        && let Some(bits) = lora.loftq().and_then(|loftq| loftq.bits)
-    {
-        line(format!(
-            "It began as LoftQ: it makes up for what its base lost when it was quantised to {bits} bits. Use it on the \
-             base quantised so, not on the dense one.\n"
-        ));
+    if let Some(note) = config.card_note() {
+        line(format!("{note}\n"));
     }
     let json_config = config.to_json();
-    for key in WORTH_A_LINE {
-        let value = json_config.get(key).unwrap_or(&serde_json::Value::Null);
+    for key in config.card_settings() {
+        let value = json_config.get(*key).unwrap_or(&serde_json::Value::Null);
         let empty = match value {
             Value::Null => true,
             Value::Object(map) => map.is_empty(),
             Value::Array(list) => list.is_empty(),
             _ => false,
         };
-        // PEFT's file has an `r` that AdaLoRA does not use, and which of its ranks are left fills pages.
-        let idle =
-            matches!(config, AdapterConfig::AdaLora(_)) && ["r", "rank_pattern"].contains(&key);
-        if !empty && !idle {
+        if !empty {
             line(format!("- {key}: {}", as_markdown_text(&value.to_string())));
         }
     }
@@ -134,6 +81,13 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
         let _ = write!(card, "\n{}\n", extra.trim_end());
     }
     card
+}
+
+/// A name at the start of a heading.
+fn capitalised(name: &str) -> String {
+    let mut letters = name.chars();
+    let first = letters.next().map(char::to_uppercase);
+    first.into_iter().flatten().chain(letters).collect()
 }
 
 /// A string of YAML, of JSON and of Python, on one line whatever is in it.

@@ -111,8 +111,8 @@ impl AdapterFile {
     }
 }
 
-/// Reads `adapter_config.json`; what is not supported is refused by name. Experts of an X-LoRA that lie
-/// beside it are named so that they are found from the working directory. mlx-lm's configuration is read as
+/// Reads `adapter_config.json`; what is not supported is refused by name. Adapters that it
+/// names and that lie beside it are named so that they are found from the working directory. mlx-lm's configuration is read as
 /// the LoRA that it means.
 pub fn load_config(dir: &Path) -> Result<AdapterConfig> {
     let path = dir.join(CONFIG);
@@ -131,10 +131,7 @@ pub fn load_config(dir: &Path) -> Result<AdapterConfig> {
         })?;
     }
     let config = AdapterConfig::from_json(&value, &path.display().to_string())?;
-    Ok(match config {
-        AdapterConfig::XLora(config) => config.located(dir).into(),
-        config => config,
-    })
+    Ok(config.located(dir))
 }
 
 /// mlx-lm's file of weights.
@@ -183,11 +180,9 @@ pub fn notes(dir: &Path, modules: Option<&[ModuleShape]>) -> Vec<String> {
     notes.extend(config.unknown_settings().into_iter().map(|setting| {
         format!("adapter_config.json: {setting} is not known here and has no effect")
     }));
-    if let AdapterConfig::XLora(config) = &config {
-        for (name, expert) in &config.adapters {
-            let of_expert = self::notes(Path::new(expert), modules).into_iter();
-            notes.extend(of_expert.map(|note| format!("expert {}: {note}", shown(name))));
-        }
+    for (name, member) in config.members() {
+        let of_member = self::notes(Path::new(member), modules).into_iter();
+        notes.extend(of_member.map(|note| format!("expert {}: {note}", shown(name))));
     }
     notes
 }

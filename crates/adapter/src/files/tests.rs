@@ -8,6 +8,7 @@
 )]
 
 use super::*;
+use crate::methods::lora::config::LoraConfig;
 use crate::model::attach::{attach, detach};
 use crate::model::trainable::{export_trainable, trainable};
 use crate::testing::{Tiny, perturb};

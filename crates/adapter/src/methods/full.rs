@@ -4,6 +4,7 @@
 //! PEFT has no such method. Its configuration exists so that a checkpoint of such a run is a directory
 //! like any other; PEFT refuses it by its type.
 
+use super::facts::{BaseShape, InputWidth, Kept, LayerSize, MethodFacts, OwnShapes, Weighing};
 use super::{Adapter, InitContext, MethodConfig, Parameters, Placement};
 use crate::config::fields::peft_config;
 use crate::config::{Purpose, Targets};
@@ -56,5 +57,54 @@ fn no_target(target: &TargetPlan) -> AdapterError {
     AdapterError::Start {
         module: target.name.clone(),
         reason: "full fine-tuning adapts no module".into(),
+    }
+}
+
+impl MethodFacts for FullConfig {
+    // Its file holds the model's own names.
+    const KEYS: &'static [&'static str] = &[];
+
+    fn base_of(_: &OwnShapes<'_>) -> Option<BaseShape> {
+        None
+    }
+
+    fn input_width(&self) -> InputWidth {
+        InputWidth::Told
+    }
+
+    fn label(&self) -> &'static str {
+        "full fine-tuning"
+    }
+
+    fn headline(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn card_settings(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn rank(&self) -> Option<usize> {
+        None
+    }
+
+    fn no_weights(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn weighing(&self) -> Weighing {
+        Weighing::None
+    }
+
+    fn needs_base(&self, _: bool) -> Option<&'static str> {
+        Some("full fine-tuning holds whole weights, not what was added")
+    }
+
+    fn keeps(&self, _: &LayerSize<'_>) -> Kept {
+        Kept::INPUT
+    }
+
+    fn drops_inputs(&self) -> bool {
+        false
     }
 }

@@ -7,6 +7,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 
+use super::facts::{BaseShape, InputWidth, Kept, LayerSize, MethodFacts, OwnShapes, Weighing};
 use super::{
     Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
 };
@@ -181,4 +182,63 @@ pub(crate) fn neutral(target: &TargetPlan, place: &Placement<'_>) -> Adapter {
         l: place.param(&target.key(L), vec![1.0; target.out_features], shape),
         feedforward: false,
     })
+}
+
+impl MethodFacts for Ia3Config {
+    const KEYS: &'static [&'static str] = &[L];
+
+    fn base_of(own: &OwnShapes<'_>) -> Option<BaseShape> {
+        let (out, width) = own.pair(L, L)?;
+        Some(BaseShape::Linear(out, width))
+    }
+
+    fn input_width(&self) -> InputWidth {
+        InputWidth::Told
+    }
+
+    fn label(&self) -> &'static str {
+        "(IA)³"
+    }
+
+    fn headline(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn card_settings(&self) -> &'static [&'static str] {
+        &["modules_to_save"]
+    }
+
+    fn rank(&self) -> Option<usize> {
+        None
+    }
+
+    fn no_weights(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn weighing(&self) -> Weighing {
+        Weighing::Factor {
+            keys: &[L],
+            neutral: 1.0,
+        }
+    }
+
+    fn needs_base(&self, _: bool) -> Option<&'static str> {
+        Some("(IA)³ multiplies the base's weights, so what it adds depends on the base")
+    }
+
+    fn keeps(&self, layer: &LayerSize<'_>) -> Kept {
+        match self.is_feedforward(layer.name) {
+            true => Kept::INPUT,
+            // The base's output.
+            false => Kept {
+                row: layer.out,
+                ..Kept::default()
+            },
+        }
+    }
+
+    fn drops_inputs(&self) -> bool {
+        false
+    }
 }

@@ -12,6 +12,7 @@ use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
 use enamel_kernels::{Held, khatri_rao_columns, khatri_rao_rows, linear, lora_linear};
 
+use super::facts::{BaseShape, InputWidth, Kept, LayerSize, MethodFacts, OwnShapes, Weighing};
 use super::{
     Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
 };
@@ -105,9 +106,13 @@ impl Loha {
     fn factoring_is_cheaper(&self, rows: usize) -> bool {
         let [out, r] = self.w1_a.dims();
         let [_, width] = self.w1_b.dims();
-        let (factors, dense) = (r * r * (width + out), width * out);
-        factors < dense && 3 * factors * rows < dense * (rows + FORMING)
+        factoring_is_cheaper(r * r * (width + out), width * out, rows)
     }
+}
+
+/// The same for so many numbers in the factors and in the update.
+fn factoring_is_cheaper(factors: usize, dense: usize, rows: usize) -> bool {
+    factors < dense && 3 * factors * rows < dense * (rows + FORMING)
 }
 
 /// A mask over outputs with the probability of `dropout`, zeros and ones, `[1, out]`.
@@ -281,6 +286,78 @@ impl MethodConfig for LohaConfig {
             module_dropout: DropoutConfig::new(self.module_dropout).init(),
             scale: target.scale,
         })
+    }
+}
+
+impl MethodFacts for LohaConfig {
+    const KEYS: &'static [&'static str] = &NAMES;
+
+    fn base_of(own: &OwnShapes<'_>) -> Option<BaseShape> {
+        let (out, width) = own.pair(NAMES[0], NAMES[1])?;
+        Some(BaseShape::Linear(out, width))
+    }
+
+    fn input_width(&self) -> InputWidth {
+        InputWidth::Told
+    }
+
+    fn label(&self) -> &'static str {
+        "LoHa"
+    }
+
+    fn headline(&self) -> &'static [&'static str] {
+        &["r", "alpha"]
+    }
+
+    fn card_settings(&self) -> &'static [&'static str] {
+        &[
+            "r",
+            "rank_pattern",
+            "alpha",
+            "alpha_pattern",
+            "rank_dropout",
+            "module_dropout",
+            "modules_to_save",
+        ]
+    }
+
+    fn rank(&self) -> Option<usize> {
+        Some(self.r)
+    }
+
+    fn no_weights(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn weighing(&self) -> Weighing {
+        Weighing::Factor {
+            keys: &[NAMES[0]],
+            neutral: 0.0,
+        }
+    }
+
+    fn needs_base(&self, _: bool) -> Option<&'static str> {
+        None
+    }
+
+    fn keeps(&self, layer: &LayerSize<'_>) -> Kept {
+        let (r, dense) = (layer.rank, layer.input * layer.out);
+        let squared = r * layer.factors();
+        match factoring_is_cheaper(squared, dense, layer.rows) {
+            true => Kept {
+                row: r * r,
+                ..Kept::low_rank(layer, squared)
+            },
+            // Both products, and the weight with their product added.
+            false => Kept {
+                fixed: 3 * dense,
+                ..Kept::INPUT
+            },
+        }
+    }
+
+    fn drops_inputs(&self) -> bool {
+        false
     }
 }
 

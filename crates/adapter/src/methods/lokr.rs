@@ -10,6 +10,7 @@ use burn::tensor::Tensor;
 use enamel_kernels::{kron, kron_linear};
 use serde_json::Value;
 
+use super::facts::{BaseShape, InputWidth, Kept, LayerSize, MethodFacts, OwnShapes, Weighing};
 use super::loha::{left_out, output_mask};
 use super::{
     Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
@@ -362,6 +363,77 @@ impl MethodConfig for LokrConfig {
             rank_dropout_scale: self.rank_dropout_scale,
             scale: target.scale,
         })
+    }
+}
+
+impl MethodFacts for LokrConfig {
+    const KEYS: &'static [&'static str] = &[W1[0], W1[1], W1[2], W2[0], W2[1], W2[2]];
+
+    fn base_of(own: &OwnShapes<'_>) -> Option<BaseShape> {
+        let factor = |names: [&str; 3]| {
+            let whole = own.pair(names[0], names[0]);
+            whole.or_else(|| own.pair(names[1], names[2]))
+        };
+        let ((a, b), (c, d)) = (factor(W1)?, factor(W2)?);
+        Some(BaseShape::Linear(a.checked_mul(c)?, b.checked_mul(d)?))
+    }
+
+    fn input_width(&self) -> InputWidth {
+        InputWidth::Told
+    }
+
+    fn label(&self) -> &'static str {
+        "LoKr"
+    }
+
+    fn headline(&self) -> &'static [&'static str] {
+        &["r", "alpha", "decompose_factor"]
+    }
+
+    fn remarks(&self) -> Vec<&'static str> {
+        let both = self.decompose_both.then_some("both factors decomposed");
+        both.into_iter().collect()
+    }
+
+    fn card_settings(&self) -> &'static [&'static str] {
+        &[
+            "r",
+            "rank_pattern",
+            "alpha",
+            "alpha_pattern",
+            "rank_dropout",
+            "module_dropout",
+            "decompose_both",
+            "decompose_factor",
+            "modules_to_save",
+        ]
+    }
+
+    fn rank(&self) -> Option<usize> {
+        Some(self.r)
+    }
+
+    fn no_weights(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn weighing(&self) -> Weighing {
+        Weighing::Factor {
+            keys: &[W1[0], W1[1]],
+            neutral: 0.0,
+        }
+    }
+
+    fn needs_base(&self, _: bool) -> Option<&'static str> {
+        None
+    }
+
+    fn keeps(&self, _: &LayerSize<'_>) -> Kept {
+        Kept::INPUT
+    }
+
+    fn drops_inputs(&self) -> bool {
+        false
     }
 }
 

@@ -10,6 +10,7 @@ use burn::nn::{Dropout, DropoutConfig};
 use burn::tensor::Tensor;
 use enamel_kernels::lora_linear;
 
+use super::facts::{BaseShape, InputWidth, Kept, LayerSize, MethodFacts, OwnShapes, Weighing};
 use super::{
     Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
 };
@@ -238,5 +239,68 @@ impl MethodConfig for VeraConfig {
 
     fn stores_shared(&self) -> bool {
         self.save_projection
+    }
+}
+
+impl MethodFacts for VeraConfig {
+    const KEYS: &'static [&'static str] = &[LAMBDA_B, LAMBDA_D];
+    const SHARED_KEYS: &'static [&'static str] = &[SHARED_A, SHARED_B];
+
+    fn base_of(own: &OwnShapes<'_>) -> Option<BaseShape> {
+        let wide = own.shared_side(SHARED_A, 1).unwrap_or(1);
+        Some(BaseShape::Linear(own.side(LAMBDA_B, 0)?, wide))
+    }
+
+    fn input_width(&self) -> InputWidth {
+        InputWidth::Shared
+    }
+
+    fn label(&self) -> &'static str {
+        "VeRA"
+    }
+
+    fn headline(&self) -> &'static [&'static str] {
+        &["r", "d_initial", "vera_dropout"]
+    }
+
+    fn card_settings(&self) -> &'static [&'static str] {
+        &[
+            "r",
+            "vera_dropout",
+            "d_initial",
+            "projection_prng_key",
+            "modules_to_save",
+        ]
+    }
+
+    fn rank(&self) -> Option<usize> {
+        Some(self.r)
+    }
+
+    fn no_weights(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn weighing(&self) -> Weighing {
+        Weighing::Factor {
+            keys: &[LAMBDA_B],
+            neutral: 0.0,
+        }
+    }
+
+    fn needs_base(&self, _: bool) -> Option<&'static str> {
+        None
+    }
+
+    fn keeps(&self, layer: &LayerSize<'_>) -> Kept {
+        match self.drops_inputs() && !layer.kernels {
+            true => Kept::dropped(layer, layer.rank, layer.factors()),
+            // Both factors with the vectors in them.
+            false => Kept::low_rank(layer, layer.factors()),
+        }
+    }
+
+    fn drops_inputs(&self) -> bool {
+        self.vera_dropout > 0.0
     }
 }

@@ -18,6 +18,7 @@ use crate::files::model_card::model_card;
 use crate::files::store::{AdapterFile, CONFIG, Stored, WEIGHTS, load_config, read_tensors};
 use crate::files::tied::take_head_if_tied;
 use crate::methods::AdapterConfig;
+use crate::methods::facts::InputWidth;
 use crate::model::plan::plan_for_load;
 use crate::offline::{AdapterOnDisk, ReadBase};
 use crate::plan::AdapterPlan;
@@ -190,8 +191,8 @@ fn may_be_base(key: &str, modules: &[ModuleShape]) -> bool {
 /// Reads an adapter for the modules that its own tensors tell of, or for those of a model.
 ///
 /// # Errors
-/// As [`AdapterOnDisk::read`]; an adapter whose tensors do not say how wide its modules are (VeRA on modules of
-/// several kinds), where `modules` is not given.
+/// As [`AdapterOnDisk::read`]; an adapter whose tensors do not say how wide its modules are, where `modules` is not
+/// given.
 pub fn open(
     dir: &Path,
     modules: Option<&[ModuleShape]>,
@@ -201,20 +202,26 @@ pub fn open(
         return AdapterOnDisk::read(dir, modules, base);
     }
     let facts = AdapterFacts::read(dir)?;
-    if matches!(facts.config, AdapterConfig::Vera(_)) {
-        let mut kinds: Vec<&str> = facts.modules.iter().map(|m| kind_of(&m.name)).collect();
-        kinds.sort_unstable();
-        kinds.dedup();
-        let stored = facts.tensors.iter().any(|t| t.key == "base_model.vera_A");
-        if kinds.len() > 1 || !stored {
-            return Err(AdapterError::Choice {
-                problems: vec![format!(
-                    "{}: a VeRA adapter does not say how wide its modules ({}) are; name the base with --model",
-                    dir.display(),
-                    kinds.join(", ")
-                )],
-            });
+    let mut kinds: Vec<&str> = facts.modules.iter().map(|m| kind_of(&m.name)).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    let stored = |key: &str| facts.tensors.iter().any(|t| t.key == key);
+    let told = match facts.config.input_width() {
+        InputWidth::Told => true,
+        InputWidth::Shared => {
+            kinds.len() <= 1 && facts.config.shared_keys().iter().all(|k| stored(k))
         }
+        InputWidth::Untold => false,
+    };
+    if !told {
+        return Err(AdapterError::Choice {
+            problems: vec![format!(
+                "{}: a {} adapter does not say how wide its modules ({}) are; name the base with --model",
+                dir.display(),
+                facts.config.label(),
+                kinds.join(", ")
+            )],
+        });
     }
     AdapterOnDisk::read(dir, &facts.modules, None)
 }

@@ -24,20 +24,9 @@ use crate::files::{Checked, install_checked, read_checked};
 use crate::layers::adaptable::Adaptable;
 use crate::linalg::{LinalgError, Matrix};
 use crate::methods::AdapterConfig;
+use crate::methods::facts::Weighing;
 use crate::model::trainable::HostTensor;
-use crate::plan::AdapterPlan;
-use crate::plan::PREFIX;
-
-/// Methods of which each module can be taken by itself.
-const BY_MODULE: [&str; 7] = [
-    "LORA",
-    "LOHA",
-    "LOKR",
-    "ADALORA",
-    "VERA",
-    "IA3",
-    "ENAMEL_FULL",
-];
+use crate::plan::{AdapterPlan, PREFIX, TargetPlan};
 
 /// Reads the base's weight of the named module, row-major.
 pub type ReadBase<'a> = dyn Fn(&str) -> Option<Vec<f32>> + 'a;
@@ -67,11 +56,10 @@ impl AdapterOnDisk {
     /// As [`load_pretrained`](crate::load_pretrained); a method that has no weights of its own for a module (X-LoRA).
     pub fn read(dir: &Path, modules: &[ModuleShape], base: Option<&ReadBase<'_>>) -> Result<Self> {
         let config = load_config(dir)?;
-        if !BY_MODULE.contains(&config.peft_type()) {
+        if let Some(reason) = config.no_weights() {
             return Err(AdapterError::Choice {
                 problems: vec![format!(
-                    "{}: {} mixes adapters anew for each token, so no weights stand for it; use it with \
-                     generate, chat or score as it is",
+                    "{}: {} {reason}; use it with generate, chat or score as it is",
                     dir.display(),
                     config.peft_type()
                 )],
@@ -144,8 +132,11 @@ impl AdapterOnDisk {
 
     /// Targets to which it gives a bias of their own (`lora_bias`).
     pub fn own_biases(&self) -> Vec<&str> {
+        let Some(key) = self.config.bias_key() else {
+            return Vec::new();
+        };
         let targets = self.checked.plan.targets.iter();
-        let own = targets.filter(|t| self.checked.values.contains_key(&t.key("lora_B.bias")));
+        let own = targets.filter(|t| self.checked.values.contains_key(&t.key(key)));
         own.map(|t| t.name.as_str()).collect()
     }
 
@@ -261,31 +252,20 @@ impl AdapterOnDisk {
         if weight == 1.0 {
             return true;
         }
-        let plan = &self.checked.plan;
-        let dora = matches!(&self.config, AdapterConfig::Lora(lora) if lora.use_dora);
+        let Checked { plan, values, .. } = &mut self.checked;
         let whole = !plan.saved.is_empty() || !plan.biases.is_empty() || !plan.tokens.is_empty();
-        let takes = crate::methods::MethodConfig::subtracts_initial(&self.config);
-        if dora || whole || takes || self.trains_everything() {
+        let Weighing::Factor { keys, neutral } = self.config.weighing() else {
+            return false;
+        };
+        let factors_of = |target: &TargetPlan| keys.iter().map(|key| target.key(key)).collect();
+        let factors: Vec<Vec<String>> = plan.targets.iter().map(factors_of).collect();
+        let is_there = |factors: &Vec<String>| factors.iter().any(|key| values.contains_key(key));
+        // A target without its factor would stay as large as it is.
+        if whole || !factors.iter().all(is_there) {
             return false;
         }
-        const FACTORS: [&str; 9] = [
-            ".lora_B.weight",
-            ".lora_B.bias",
-            ".lora_embedding_B",
-            ".lora_E",
-            ".hada_w1_a",
-            ".lokr_w1",
-            ".lokr_w1_a",
-            ".vera_lambda_b",
-            ".ia3_l",
-        ];
-        for (key, values) in &mut self.checked.values {
-            if !FACTORS.iter().any(|end| key.ends_with(end)) {
-                continue;
-            }
-            // (IA)³ multiplies the output, where one changes nothing.
-            let neutral = if key.ends_with(".ia3_l") { 1.0 } else { 0.0 };
-            for value in values {
+        for key in factors.into_iter().flatten() {
+            for value in values.get_mut(&key).into_iter().flatten() {
                 *value = (neutral + weight * (f64::from(*value) - neutral)) as f32;
             }
         }
@@ -304,8 +284,8 @@ impl AdapterOnDisk {
         if let Some(reason) = self.needs_base() {
             return Err(no_delta(module, reason));
         }
-        if matches!(self.config, AdapterConfig::Lora(_)) {
-            return self.factors(target);
+        if let Some(names) = self.config.factor_keys(target.embedding) {
+            return self.factors(target, names);
         }
         let shape = ModuleShape {
             name: module.to_string(),
@@ -325,13 +305,9 @@ impl AdapterOnDisk {
         ))
     }
 
-    /// The factors of a LoRA, together with what it started from where it took that from the base:
+    /// The factors of a target, together with what they started from where that was taken from the base:
     /// `B·A − B₀·A₀ = [B, −B₀]·[A; A₀]`.
-    fn factors(&self, target: &crate::plan::TargetPlan) -> Result<Delta> {
-        let names = match target.embedding {
-            true => ["lora_embedding_A", "lora_embedding_B"],
-            false => ["lora_A.weight", "lora_B.weight"],
-        };
+    fn factors(&self, target: &TargetPlan, names: [&str; 2]) -> Result<Delta> {
         let pair =
             |from: &HashMap<String, Vec<f32>>| -> std::result::Result<[Matrix; 2], LinalgError> {
                 let get = |name: &str| from.get(&target.key(name)).cloned().unwrap_or_default();
@@ -361,26 +337,7 @@ impl AdapterOnDisk {
 
     /// Why the base is needed to say what the adapter adds to a weight; nothing where it is not.
     pub fn needs_base(&self) -> Option<&'static str> {
-        match &self.config {
-            AdapterConfig::Lora(lora) if lora.use_dora => {
-                Some("DoRA sets the length of the base's rows, so what it adds depends on the base")
-            }
-            AdapterConfig::Lora(lora)
-                if lora.init_lora_weights.subtracts_initial() && self.checked.origin.is_none() =>
-            {
-                Some(
-                    "it began with a part of the base's weights (init_lora_weights), and initial_adapter/ \
-                     with that part is not there",
-                )
-            }
-            AdapterConfig::Ia3(_) => {
-                Some("(IA)³ multiplies the base's weights, so what it adds depends on the base")
-            }
-            AdapterConfig::Full(_) => {
-                Some("full fine-tuning holds whole weights, not what was added")
-            }
-            _ => None,
-        }
+        self.config.needs_base(self.checked.origin.is_some())
     }
 }
 

@@ -17,8 +17,6 @@ use crate::error::TrainError;
 use crate::inputs::Inputs;
 use crate::inputs::base_model::OpenBase;
 use crate::inputs::base_model::Packed;
-use crate::inputs::eva;
-use crate::inputs::loftq;
 use crate::inputs::{for_base, step_counts};
 use crate::memory::Estimate;
 use crate::recipe::{Cadence, GradientCheckpointing, Recipe};
@@ -251,43 +249,12 @@ fn shape(config: &ArchConfig) -> String {
 /// The adapter in words: the method and its settings as PEFT's file names them.
 fn method(config: &AdapterConfig) -> String {
     let json = config.to_json();
-    let on = |key: &str| json[key].as_bool() == Some(true);
-    let (name, keys): (&str, &[&str]) = match config {
-        AdapterConfig::Lora(lora) if lora.use_dora => {
-            ("DoRA", &["r", "lora_alpha", "lora_dropout"])
-        }
-        AdapterConfig::Lora(_) => ("LoRA", &["r", "lora_alpha", "lora_dropout"]),
-        AdapterConfig::Loha(_) => ("LoHa", &["r", "alpha"]),
-        AdapterConfig::Lokr(_) => ("LoKr", &["r", "alpha", "decompose_factor"]),
-        AdapterConfig::AdaLora(_) => (
-            "AdaLoRA",
-            &["init_r", "target_r", "lora_alpha", "lora_dropout"],
-        ),
-        AdapterConfig::Vera(_) => ("VeRA", &["r", "d_initial", "vera_dropout"]),
-        AdapterConfig::Ia3(_) => ("(IA)³", &[]),
-        AdapterConfig::XLora(_) => (
-            "X-LoRA",
-            &["xlora_depth", "xlora_size", "layerwise_scalings"],
-        ),
-        AdapterConfig::Full(_) => ("full fine-tuning", &[]),
-    };
-    let mut text = name.to_owned();
-    for key in keys {
+    let mut text = config.label().to_owned();
+    for key in config.headline() {
         text.push_str(&format!(", {key} = {}", json[key]));
     }
-    for (key, word) in [
-        ("use_rslora", "rsLoRA"),
-        ("decompose_both", "both factors decomposed"),
-    ] {
-        if on(key) {
-            text.push_str(&format!(", {word}"));
-        }
-    }
-    if loftq::config(config).is_some() {
-        text.push_str(", LoftQ's start");
-    }
-    if eva::config(config).is_some_and(|lora| lora.eva_rho() > 1.0) {
-        text.push_str(", ranks as written (EVA moves them once it has seen the data)");
+    for remark in config.remarks() {
+        text.push_str(&format!(", {remark}"));
     }
     text
 }

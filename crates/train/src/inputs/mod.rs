@@ -256,12 +256,11 @@ pub(crate) fn quantization(
         loftq::check(config, quantization.format, &targets, &stored)?;
     }
     let mut against = Vec::new();
-    match adapter {
-        AdapterConfig::Full(_) => against.push("full fine-tuning trains them".to_owned()),
-        AdapterConfig::Lora(lora) if lora.init_lora_weights.subtracts_initial() => {
-            against.push("init_lora_weights takes a part out of them".to_owned());
-        }
-        _ => {}
+    if adapter.trains_everything() {
+        against.push(format!("{} trains them", adapter.label()));
+    }
+    if adapter.subtracts_initial() {
+        against.push("init_lora_weights takes a part out of them".to_owned());
     }
     for saved in &plan.saved {
         if linear(&saved.name) && !quantization.skips(&saved.name) {

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use enamel_adapter::{AdapterConfig, takes_head};
+use enamel_adapter::{AdapterConfig, MethodConfig, Tie, takes_head};
 use enamel_model::checkpoint::hex;
 use sha2::{Digest, Sha256};
 
@@ -88,11 +88,9 @@ pub(crate) fn head_note(config: &AdapterConfig, base: &OpenBase) -> Option<Strin
                     own with it (ensure_weight_tying would have it follow the embedding)";
         return Some(note.to_owned());
     }
-    let AdapterConfig::Lora(lora) = config else {
-        return None;
-    };
+    let asks = config.selection().tie != Tie::No;
     let tied = base.config.tie_word_embeddings;
-    (lora.ensure_weight_tying && !tied).then(|| {
+    (asks && !tied).then(|| {
         "ensure_weight_tying has no effect: the head of this base does not share the embedding's weights".to_owned()
     })
 }

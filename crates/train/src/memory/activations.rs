@@ -6,10 +6,11 @@
 //! adapter. Elsewhere the normalised rows and the gated ones are kept too, where an adapter's gradient reads
 //! them, and what the method's own operations keep.
 
+use enamel_adapter::methods::facts::{Kept as Own, LayerSize};
 use enamel_model::Format;
 
 use super::model::{Block, Part};
-use super::{FLOAT, Kind, Method, Model, Settings};
+use super::{FLOAT, Kind, Model, Settings};
 
 /// Bytes of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,115 +23,21 @@ pub(super) struct Kept {
     pub(super) last: usize,
 }
 
-/// Rows of input that forming LoHa's dense update is worth (`methods/loha.rs`).
-const LOHA_FORMING: usize = 256;
-
 /// What one linear layer's operation keeps besides what the block keeps anyway.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Own {
-    /// Numbers a token.
-    row: usize,
-    /// Numbers however many tokens there are.
-    fixed: usize,
-    /// Whether the layer's input is kept.
-    input: bool,
-    /// Whether the layer can be part of a fused operation.
-    fuses: bool,
-}
-
-fn own(part: &Part, is_down: bool, method: Method, rows: usize, kind: Kind) -> Own {
-    let plain = Own {
-        fuses: true,
-        ..Own::default()
-    };
-    let Some(r) = part.rank else {
-        return match part.whole {
-            true => Own {
-                input: true,
-                ..Own::default()
-            },
-            false => plain,
-        };
-    };
-    let (input, out) = (part.input, part.out);
-    let factors = r * (input + out);
-    // The input with some of it dropped, and the mask; the base's product reads the whole input, and
-    // keeps nothing.
-    let dropped = |low: usize, fixed: usize| Own {
-        row: 2 * input + low,
-        fixed,
-        input: false,
-        fuses: false,
-    };
-    let lora = |fixed: usize, fuses: bool| Own {
-        row: r,
-        fixed,
-        input: true,
-        fuses,
-    };
-    // The kernels make masks anew in the backward pass, so that what is left of the input is not kept.
-    let kept = kind != Kind::Kernels;
-    match method {
-        Method::Lora {
-            dropout: true,
-            origin,
-            ..
-        } if kept || origin => dropped(2 * r, 0),
-        Method::Lora { origin: true, .. } => Own {
-            row: 2 * r,
-            ..lora(2 * factors, !part.whole)
-        },
-        Method::Lora { bias, .. } => lora(0, !bias && !part.whole),
-        Method::Dora { dropout } => {
-            // The sum before the factor, which the lengths' gradient wants.
-            let own = if dropout {
-                dropped(r, 2 * out)
-            } else {
-                lora(2 * out, false)
-            };
-            Own {
-                row: own.row + out,
-                ..own
-            }
-        }
-        Method::Loha => {
-            let (squared, dense) = (r * factors, input * out);
-            match squared < dense && 3 * squared * rows < dense * (rows + LOHA_FORMING) {
-                true => Own {
-                    row: r * r,
-                    ..lora(squared, false)
-                },
-                // Both products, and the weight with their product added.
-                false => Own {
-                    row: 0,
-                    ..lora(3 * dense, false)
-                },
-            }
-        }
-        Method::Lokr => Own {
-            row: 0,
-            ..lora(0, false)
-        },
-        Method::AdaLora { dropout: true } if kept => dropped(3 * r, 0),
-        Method::AdaLora { .. } => lora(r * input, false),
-        Method::Vera { dropout: true } if kept => dropped(r, factors),
-        Method::Vera { .. } => lora(factors, false),
-        Method::Ia3 if is_down => Own {
-            row: 0,
-            input: true,
-            ..Own::default()
-        },
-        Method::Ia3 => Own {
-            row: out,
-            ..Own::default()
-        },
-        Method::XLora { experts } => Own {
-            row: experts * (r + out),
-            input: true,
-            ..Own::default()
-        },
-        Method::Full => Own {
-            input: true,
+fn own(part: &Part, model: &Model, settings: &Settings) -> Own {
+    match (part.rank, part.whole) {
+        (Some(rank), whole) => model.adapter.keeps(&LayerSize {
+            name: &part.name,
+            input: part.input,
+            out: part.out,
+            rank,
+            rows: settings.rows(),
+            whole,
+            kernels: settings.kind == Kind::Kernels,
+        }),
+        (None, true) => Own::INPUT,
+        (None, false) => Own {
+            fuses: true,
             ..Own::default()
         },
     }
@@ -138,11 +45,8 @@ fn own(part: &Part, is_down: bool, method: Method, rows: usize, kind: Kind) -> O
 
 /// Numbers that a block keeps a token, and besides.
 fn of_block(block: &Block, model: &Model, settings: &Settings) -> (usize, usize) {
-    let rows = settings.rows();
-    let [q, k, v, o, ..] = block.parts;
-    // The last of the seven is down.
-    let mut all: [Own; 7] =
-        std::array::from_fn(|i| own(&block.parts[i], i == 6, model.method, rows, settings.kind));
+    let [q, k, v, o, ..] = &block.parts;
+    let mut all: [Own; 7] = std::array::from_fn(|i| own(&block.parts[i], model, settings));
     if matches!(settings.quantization.format, Some(Format::Int8 { .. })) {
         // It rounds the input for the base and not for the adapter, which takes two operations.
         all.iter_mut().for_each(|own| own.fuses = false);

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use burn::tensor::Device;
-use enamel_adapter::{AdapterConfig, AdapterPlan};
+use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig};
 use enamel_model::{ArchConfig, Quantization};
 
 use super::{
@@ -40,7 +40,7 @@ impl Estimate {
         let mut settings = of_recipe(recipe, kind);
         settings.length = longest.unwrap_or(settings.length);
         settings.batch = settings.batch.min(rows.len().max(1));
-        settings.weights = match weight_bytes(recipe, inputs) {
+        settings.weights = match weight_bytes(inputs) {
             2 => Weights::Bf16,
             _ => Weights::F32,
         };
@@ -203,10 +203,10 @@ impl fmt::Display for Estimate {
 }
 
 /// Bytes that one weight of the base takes: two where matrices are held in bf16.
-pub(crate) fn weight_bytes(recipe: &Recipe, inputs: &Inputs) -> usize {
+pub(crate) fn weight_bytes(inputs: &Inputs) -> usize {
     let bf16 = inputs.compute == Compute::Bf16 || inputs.base.checkpoint.is_bf16();
     // A trained base is f32, whatever it was loaded in.
-    let frozen = recipe.adapter.method != "full";
+    let frozen = !inputs.adapter.trains_everything();
     match bf16 && frozen && enamel_kernels::holds_bf16(&inputs.device) {
         true => 2,
         false => size_of::<f32>(),

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use available::{Room, room};
 pub use estimate::Estimate;
 pub use fit::{Change, Proposal, fit, parse_bytes};
-pub use model::{Block, Head, Kind, Method, Model, Part};
+pub use model::{Block, Head, Kind, Model, Part};
 pub use settings::{Settings, Weights};
 
 use crate::optimizer::state_bytes;

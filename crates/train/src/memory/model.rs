@@ -33,82 +33,11 @@ impl Kind {
     }
 }
 
-/// What goes with an adapted linear layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Method {
-    /// LoRA and its starts.
-    Lora {
-        /// Whether inputs are dropped.
-        dropout: bool,
-        /// Whether B has a bias.
-        bias: bool,
-        /// Whether its start is taken off again in every pass (PiSSA, OLoRA, ...).
-        origin: bool,
-    },
-    /// DoRA.
-    Dora {
-        /// Whether inputs are dropped.
-        dropout: bool,
-    },
-    /// LoHa.
-    Loha,
-    /// LoKr.
-    Lokr,
-    /// AdaLoRA.
-    AdaLora {
-        /// Whether inputs are dropped.
-        dropout: bool,
-    },
-    /// VeRA.
-    Vera {
-        /// Whether inputs are dropped.
-        dropout: bool,
-    },
-    /// (IA)³.
-    Ia3,
-    /// X-LoRA with so many experts of rank `r` each.
-    XLora {
-        /// Experts.
-        experts: usize,
-    },
-    /// Full fine-tuning.
-    Full,
-}
-
-impl Method {
-    fn of(config: &AdapterConfig) -> Self {
-        let json = config.to_json();
-        let number = |key: &str| json[key].as_f64().unwrap_or(0.0);
-        let on = |key: &str| json[key].as_bool() == Some(true);
-        match config {
-            AdapterConfig::Lora(_) if on("use_dora") => Self::Dora {
-                dropout: number("lora_dropout") > 0.0,
-            },
-            AdapterConfig::Lora(lora) => Self::Lora {
-                dropout: number("lora_dropout") > 0.0,
-                bias: on("lora_bias"),
-                origin: lora.subtracts_initial(),
-            },
-            AdapterConfig::Loha(_) => Self::Loha,
-            AdapterConfig::Lokr(_) => Self::Lokr,
-            AdapterConfig::AdaLora(_) => Self::AdaLora {
-                dropout: number("lora_dropout") > 0.0,
-            },
-            AdapterConfig::Vera(_) => Self::Vera {
-                dropout: number("vera_dropout") > 0.0,
-            },
-            AdapterConfig::Ia3(_) => Self::Ia3,
-            AdapterConfig::XLora(_) => Self::XLora {
-                experts: json["adapters"].as_object().map_or(1, serde_json::Map::len),
-            },
-            AdapterConfig::Full(_) => Self::Full,
-        }
-    }
-}
-
 /// A linear layer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Part {
+    /// Full name; empty where the block has none.
+    pub name: String,
     /// Columns of its input.
     pub input: usize,
     /// Columns of its output.
@@ -120,7 +49,7 @@ pub struct Part {
 }
 
 /// A decoder block: q, k, v, o, gate, up and down.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Block {
     /// The linear layers in that order.
     pub parts: [Part; 7],
@@ -158,8 +87,8 @@ pub struct Model {
     pub vocabulary: usize,
     /// The output head.
     pub head: Head,
-    /// The method.
-    pub method: Method,
+    /// The adapter.
+    pub adapter: AdapterConfig,
     /// All modules of the base.
     pub modules: Vec<ModuleShape>,
     /// Which of the base's matrices its files have in a quantised form.
@@ -175,7 +104,6 @@ pub struct Model {
 impl Model {
     /// From a model's configuration and what an adapter's matches.
     pub fn new(config: &ArchConfig, adapter: &AdapterConfig, plan: &AdapterPlan) -> Self {
-        let method = Method::of(adapter);
         let (modules, decoder) = (config.modules(), config.decoder());
         let ranks: HashMap<&str, usize> = plan
             .targets
@@ -183,7 +111,7 @@ impl Model {
             .map(|t| (t.name.as_str(), t.r))
             .collect();
         let whole = |name: &str| {
-            method == Method::Full
+            adapter.trains_everything()
                 || plan.saved.iter().any(|s| s.name == name)
                 || plan.biases.iter().any(|b| b.name == name)
         };
@@ -206,6 +134,7 @@ impl Model {
                 out,
                 rank: ranks.get(name.as_str()).copied(),
                 whole: whole(&name),
+                name,
             }
         };
         let blocks = (0..config.num_hidden_layers).map(|layer| Block {
@@ -231,9 +160,9 @@ impl Model {
             head: Head {
                 trained: whole(head) || adapted || rows_trained,
                 adapted: adapted || rows_trained,
-                whole_logits: bias || (adapted && has_dropout(method)),
+                whole_logits: bias || (adapted && adapter.drops_inputs()),
             },
-            method,
+            adapter: adapter.clone(),
             packed: Packed::new(),
             trained: trained(&modules, adapter, plan),
             start: match loftq::config(adapter) {
@@ -251,7 +180,7 @@ impl Model {
 
     /// Whether nothing of the base is frozen.
     pub fn trains_base(&self) -> bool {
-        self.method == Method::Full
+        self.adapter.trains_everything()
     }
 
     /// Bytes of the gradients that are not there yet when the backward pass enters its last block, or the last
@@ -279,21 +208,10 @@ impl Model {
     }
 }
 
-/// Whether inputs are dropped.
-pub(super) fn has_dropout(method: Method) -> bool {
-    match method {
-        Method::Lora { dropout, .. }
-        | Method::Dora { dropout }
-        | Method::AdaLora { dropout }
-        | Method::Vera { dropout } => dropout,
-        _ => false,
-    }
-}
-
 /// Numbers of each trained tensor.
 fn trained(modules: &[ModuleShape], adapter: &AdapterConfig, plan: &AdapterPlan) -> Vec<usize> {
     let product = |shape: &[usize]| shape.iter().product::<usize>();
-    if let AdapterConfig::Full(_) = adapter {
+    if adapter.trains_everything() {
         let weights = modules.iter().map(|m| product(&m.shape));
         let biases = modules
             .iter()
@@ -310,7 +228,7 @@ fn trained(modules: &[ModuleShape], adapter: &AdapterConfig, plan: &AdapterPlan)
     all.extend(plan.biases.iter().map(|bias| bias.len));
     all.extend(plan.tokens.iter().map(|t| t.indices.len() * t.width));
     let rest = plan.trainable.saturating_sub(all.iter().sum());
-    // What the plan counts besides: X-LoRA's classifier.
+    // What the plan counts besides: a part of the adapter that belongs to no module.
     all.extend((rest > 0).then_some(rest));
     all
 }

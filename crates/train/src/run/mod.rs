@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::optim::AdamWConfig;
 use burn::train::{Interrupter, Learner, SupervisedTraining, TrainingStrategy};
-use enamel_adapter::{AdapterConfig, RankAllocator, SaveMeta};
+use enamel_adapter::{AdapterConfig, MethodConfig, RankAllocator, SaveMeta};
 use enamel_kernels::AdamW;
 use enamel_model::source::PullProgress;
 use serde::Serialize;
@@ -398,7 +398,7 @@ fn reason(panic: &(dyn std::any::Any + Send)) -> String {
     }
 }
 
-/// AdaLoRA's budget, as it stands in the checkpoint or before the first step; none for other methods.
+/// The budget of a method that moves ranks, as it stands in the checkpoint or before the first step; none for others.
 fn allocator(
     model: &enamel_model::CausalLm,
     adapter: &AdapterConfig,
@@ -421,18 +421,17 @@ fn save_meta(inputs: &Inputs, extra_readme: Option<String>) -> SaveMeta {
     }
 }
 
-/// AdaLoRA's adapter cut down to the ranks that the checkpoint beside it has left; others as they are.
+/// The adapter of a method that moves ranks, cut down to those that the checkpoint beside it has left; others as they
+/// are.
 fn trimmed(
     model: &mut enamel_model::CausalLm,
     adapter: AdapterConfig,
     checkpoint: &Path,
 ) -> Result<AdapterConfig, TrainError> {
-    let AdapterConfig::AdaLora(config) = &adapter else {
-        return Ok(adapter);
-    };
-    let mut allocator = RankAllocator::new(config, model);
-    checkpoints::load_budget(checkpoint, &mut allocator)?;
-    Ok(enamel_adapter::methods::adalora::allocator::trim(model, config, allocator.kept())?.into())
+    match allocator(model, &adapter, Some(checkpoint))? {
+        Some(allocator) => Ok(allocator.trimmed(model)?),
+        None => Ok(adapter),
+    }
 }
 
 /// Writes the adapter, the samples, the summary and the report.
@@ -491,7 +490,7 @@ fn finish(
             best.step
         ));
     }
-    if let AdapterConfig::Full(_) = adapter {
+    if adapter.trains_everything() {
         let write = |dir: &Path| save_full::write(&model, &inputs.base.checkpoint, dir);
         outcome.model = Some(run.hold.place(MODEL, write)?);
     } else {

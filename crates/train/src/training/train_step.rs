@@ -8,7 +8,6 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Int, Tensor, TensorData};
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use enamel_adapter::methods::adalora::allocator;
 use enamel_data::Batch;
 use enamel_kernels::{LossSpec, linear_cross_entropy_with};
 use enamel_model::{CausalLm, ModelInput};
@@ -201,7 +200,7 @@ impl TrainStep for TrainModel {
             tokens += batch.tokens;
             let mut loss = loss.div_scalar(total.max(1) as f64);
             // What the method adds to the loss counts once a step, however it is split.
-            if let (0, Some(own)) = (index, allocator::regularization(&self.model)) {
+            if let (0, Some(own)) = (index, enamel_adapter::regularization(&self.model)) {
                 loss = loss + own;
             }
             let grads = loss.backward();

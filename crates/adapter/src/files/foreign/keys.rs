@@ -5,35 +5,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::base::module_shape::ModuleShape;
 use crate::error::shown;
 use crate::files::infer_modules::split;
+use crate::methods::AdapterConfig;
 use crate::plan::PREFIX;
 
-/// Parameters that may have the adapter's name behind them, as in a plain `state_dict()`.
-const NAMED: [&str; 21] = [
-    "lora_A",
-    "lora_B",
-    "lora_E",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "hada_w1_a",
-    "hada_w1_b",
-    "hada_w2_a",
-    "hada_w2_b",
-    "lokr_w1",
-    "lokr_w1_a",
-    "lokr_w1_b",
-    "lokr_w2",
-    "lokr_w2_a",
-    "lokr_w2_b",
-    "vera_lambda_b",
-    "vera_lambda_d",
-    "ia3_l",
-    "trainable_tokens_delta",
-    "modules_to_save",
-];
-
-/// VeRA's shared matrices, which lie at the top.
-const SHARED: [&str; 2] = ["vera_A", "vera_B"];
+/// Whether the adapter's name may stand behind a part of a key, as in a plain `state_dict()`: a parameter of a
+/// method's, rows of an embedding, a trained copy, or what all modules share and what lies at the top.
+fn takes_name(part: &str) -> bool {
+    let of_modules = AdapterConfig::all_keys().any(|key| key.split('.').next() == Some(part));
+    let shared = AdapterConfig::all_shared_keys();
+    of_modules
+        || ["trainable_tokens_delta", "modules_to_save"].contains(&part)
+        || shared
+            .map(|key| key.rsplit('.').next())
+            .any(|last| last == Some(part))
+}
 
 /// What compiling, sharding and checkpointing wrap modules in.
 const WRAPPERS: [&str; 3] = [
@@ -150,8 +135,7 @@ fn one(own: &str) -> Canonical {
 
 /// Takes the adapter's name out of a key's parts, if it is there.
 fn take_name(parts: &mut Vec<&str>) -> Option<String> {
-    let is = |part: &&str| NAMED.contains(part) || SHARED.contains(part);
-    let place = parts.iter().rposition(is)?;
+    let place = parts.iter().rposition(|part| takes_name(part))?;
     let parameter = *parts.get(place)?;
     let next = place.saturating_add(1);
     let after = parts.len().saturating_sub(next);
@@ -165,14 +149,13 @@ fn take_name(parts: &mut Vec<&str>) -> Option<String> {
         parts.remove(place);
         return Some(name);
     }
-    if parameter == "lora_magnitude_vector" && last == Some("weight") {
-        // A module of its own from PEFT 0.12 on; its files leave `.weight` out.
+    let with_end = last.map(|last| format!("{parameter}.{last}"));
+    let is = |key: &str| with_end.as_deref() == Some(key);
+    if AdapterConfig::all_longer_keys().any(is) {
         parts.pop();
         return (after > 1).then(|| parts.remove(next).to_owned());
     }
-    let has_end = ["lora_A", "lora_B"].contains(&parameter)
-        && matches!(last, Some("weight" | "bias"))
-        && after > 0;
+    let has_end = AdapterConfig::all_keys().any(is) && after > 0;
     let named = if has_end { after == 2 } else { after == 1 };
     named.then(|| parts.remove(next).to_owned())
 }

@@ -96,6 +96,14 @@ impl RankAllocator {
         (budget as usize, step.is_multiple_of(self.config.delta_t))
     }
 
+    /// Cuts the model's adapter down to the ranks of the last choice, and returns its configuration then.
+    ///
+    /// # Errors
+    /// As [`trim`].
+    pub fn trimmed<M: Adaptable>(&self, model: &mut M) -> Result<AdapterConfig> {
+        Ok(trim(model, &self.config, &self.kept)?.into())
+    }
+
     fn last_choice(&self) -> usize {
         self.total_step.saturating_sub(self.config.tfinal)
     }

@@ -12,6 +12,7 @@ use burn::tensor::Tensor;
 use enamel_kernels::lora_linear;
 use serde_json::{Value, json};
 
+use super::facts::{BaseShape, InputWidth, Kept, LayerSize, MethodFacts, OwnShapes, Weighing};
 use super::{
     Adapter, InitContext, Method, MethodConfig, ParamMut, ParamRef, Parameters, Placement,
 };
@@ -322,5 +323,69 @@ impl MethodConfig for AdaLoraConfig {
             scale: target.scale,
             orth_reg_weight: self.orth_reg_weight,
         })
+    }
+}
+
+impl MethodFacts for AdaLoraConfig {
+    const KEYS: &'static [&'static str] = &[A, B, E];
+
+    fn base_of(own: &OwnShapes<'_>) -> Option<BaseShape> {
+        let (out, width) = own.pair(B, A)?;
+        Some(BaseShape::Linear(out, width))
+    }
+
+    fn input_width(&self) -> InputWidth {
+        InputWidth::Told
+    }
+
+    fn label(&self) -> &'static str {
+        "AdaLoRA"
+    }
+
+    fn headline(&self) -> &'static [&'static str] {
+        &["init_r", "target_r", "lora_alpha", "lora_dropout"]
+    }
+
+    // PEFT's file has an `r` that AdaLoRA does not use, and which of its ranks are left fills pages.
+    fn card_settings(&self) -> &'static [&'static str] {
+        &[
+            "init_r",
+            "target_r",
+            "lora_alpha",
+            "lora_dropout",
+            "bias",
+            "modules_to_save",
+        ]
+    }
+
+    fn rank(&self) -> Option<usize> {
+        Some(self.init_r)
+    }
+
+    fn no_weights(&self) -> Option<&'static str> {
+        None
+    }
+
+    fn weighing(&self) -> Weighing {
+        Weighing::Factor {
+            keys: &[E],
+            neutral: 0.0,
+        }
+    }
+
+    fn needs_base(&self, _: bool) -> Option<&'static str> {
+        None
+    }
+
+    fn keeps(&self, layer: &LayerSize<'_>) -> Kept {
+        match self.drops_inputs() && !layer.kernels {
+            true => Kept::dropped(layer, 3 * layer.rank, 0),
+            // `E∘A`.
+            false => Kept::low_rank(layer, layer.rank * layer.input),
+        }
+    }
+
+    fn drops_inputs(&self) -> bool {
+        self.lora_dropout > 0.0
     }
 }

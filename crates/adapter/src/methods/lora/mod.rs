@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod embedding;
+mod facts;
 pub mod init;
 
 use burn::module::{Module, Param};

@@ -12,6 +12,9 @@ use crate::config::{Bias, Pattern, Purpose, SaveMeta, probability};
 use crate::error::{AdapterError, Result};
 use crate::files::store::{CONFIG, load_config};
 use crate::layers::adaptable::Adaptable;
+use crate::methods::facts::{
+    BaseShape, InputWidth, Kept, LayerSize, MethodFacts, OwnShapes, Weighing,
+};
 use crate::methods::lora::config::LoraConfig;
 use crate::methods::{
     Adapter, AdapterConfig, InitContext, LoadedAdapter, MethodConfig, Parameters, Placement,
@@ -66,18 +69,6 @@ pub(crate) struct Expert {
 }
 
 impl XLoraConfig {
-    /// The same with the paths that lie beside `dir`, the directory it was read from, made absolute or
-    /// relative to the working directory; others are left to mean the working directory.
-    pub(crate) fn located(mut self, dir: &Path) -> Self {
-        for (_, path) in &mut self.adapters {
-            let beside = dir.join(&*path);
-            if !path.is_empty() && beside.join(CONFIG).is_file() {
-                *path = beside.display().to_string();
-            }
-        }
-        self
-    }
-
     /// The entries of `adapters` in the classifier's order. PEFT writes its tables sorted as text, with
     /// "10" before "2"; where the names are the experts' numbers, those decide.
     pub(crate) fn ordered(&self) -> Vec<&(String, String)> {
@@ -304,5 +295,81 @@ impl MethodConfig for XLoraConfig {
         dir: &Path,
     ) -> Option<Result<()>> {
         Some(files::save(model, self, meta, dir))
+    }
+}
+
+impl MethodFacts for XLoraConfig {
+    // The classifier belongs to no module.
+    const KEYS: &'static [&'static str] = &[];
+
+    fn base_of(_: &OwnShapes<'_>) -> Option<BaseShape> {
+        None
+    }
+
+    fn input_width(&self) -> InputWidth {
+        // It has no modules.
+        InputWidth::Told
+    }
+
+    fn label(&self) -> &'static str {
+        "X-LoRA"
+    }
+
+    fn headline(&self) -> &'static [&'static str] {
+        &["xlora_depth", "xlora_size", "layerwise_scalings"]
+    }
+
+    fn card_settings(&self) -> &'static [&'static str] {
+        &[
+            "adapters",
+            "layerwise_scalings",
+            "xlora_depth",
+            "top_k_lora",
+            "use_trainable_adapters",
+        ]
+    }
+
+    fn rank(&self) -> Option<usize> {
+        None
+    }
+
+    fn no_weights(&self) -> Option<&'static str> {
+        Some("mixes adapters anew for each token, so no weights stand for it")
+    }
+
+    fn weighing(&self) -> Weighing {
+        Weighing::None
+    }
+
+    fn needs_base(&self, _: bool) -> Option<&'static str> {
+        self.no_weights()
+    }
+
+    /// The directories that lie beside `dir` are made absolute or relative to the working directory; others are left
+    /// to mean the working directory.
+    fn located(mut self, dir: &Path) -> Self {
+        for (_, path) in &mut self.adapters {
+            let beside = dir.join(&*path);
+            if !path.is_empty() && beside.join(CONFIG).is_file() {
+                *path = beside.display().to_string();
+            }
+        }
+        self
+    }
+
+    fn members(&self) -> &[(String, String)] {
+        &self.adapters
+    }
+
+    fn keeps(&self, layer: &LayerSize<'_>) -> Kept {
+        // Each expert's `x·Aᵀ` and its output, before its share.
+        Kept {
+            row: self.count().max(1) * (layer.rank + layer.out),
+            ..Kept::INPUT
+        }
+    }
+
+    fn drops_inputs(&self) -> bool {
+        false
     }
 }

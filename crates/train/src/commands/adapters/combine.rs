@@ -185,7 +185,7 @@ fn plain<'a>(
         let AdapterConfig::Lora(config) = adapter.config() else {
             problems.push(format!(
                 "{name} is {}; make it a LoRA with `enamel adapter convert` first",
-                super::method(adapter.config())
+                adapter.config().label()
             ));
             continue;
         };

@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use super::combine::tensors;
 use super::inspect::linalg;
-use super::{ByKind, method, relative};
+use super::{ByKind, relative};
 use crate::commands::outputs::Output;
 use crate::error::TrainError;
 use crate::inputs::base_model::OpenBase;
@@ -172,7 +172,7 @@ pub fn convert(
         .fold([0.0; 2], |sum, (_, _, s)| [sum[0] + s[0], sum[1] + s[1]]);
     let converted = Converted {
         output: request.output.clone(),
-        from: method(adapter.config()).to_owned(),
+        from: adapter.config().label().to_owned(),
         kinds: kinds
             .0
             .iter()

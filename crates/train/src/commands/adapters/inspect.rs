@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{ByKind, method, parameters, rank_alpha};
+use super::{ByKind, parameters, rank_alpha};
 use crate::error::TrainError;
 use crate::inputs::provenance;
 
@@ -101,7 +101,7 @@ pub fn inspect(dir: &Path) -> Result<AdapterReport, TrainError> {
     let (r, alpha) = rank_alpha(&facts.config);
     let mut report = AdapterReport {
         dir: dir.to_path_buf(),
-        method: method(&facts.config).to_owned(),
+        method: facts.config.label().to_owned(),
         peft_type: facts.config.peft_type().to_owned(),
         r,
         alpha,

@@ -136,14 +136,14 @@ fn listed(root: &Path, dir: &Path) -> Listed {
 }
 
 fn describe(listed: &mut Listed, config: &AdapterConfig) {
-    listed.method = method(config).to_owned();
+    listed.method = config.label().to_owned();
     (listed.r, listed.alpha) = rank_alpha(config);
     listed.base = config.base_model_name_or_path().map(str::to_owned);
 }
 
 /// Elements of all tensors that are trained.
 fn parameters(facts: &AdapterFacts) -> usize {
-    let shared = |key: &str| key == "base_model.vera_A" || key == "base_model.vera_B";
+    let shared = |key: &str| facts.config.shared_keys().contains(&key);
     match &facts.plan {
         Some(plan) => plan.trainable,
         None => {
@@ -153,38 +153,13 @@ fn parameters(facts: &AdapterFacts) -> usize {
     }
 }
 
-/// What a method is called.
-fn method(config: &AdapterConfig) -> &'static str {
-    match config {
-        AdapterConfig::Lora(lora) if lora.use_dora => "DoRA",
-        AdapterConfig::Lora(lora) if lora.use_rslora => "rsLoRA",
-        AdapterConfig::Lora(_) => "LoRA",
-        AdapterConfig::Loha(_) => "LoHa",
-        AdapterConfig::Lokr(_) => "LoKr",
-        AdapterConfig::AdaLora(_) => "AdaLoRA",
-        AdapterConfig::Vera(_) => "VeRA",
-        AdapterConfig::Ia3(_) => "(IA)³",
-        AdapterConfig::Full(_) => "full",
-        #[allow(
-            unreachable_patterns,
-            reason = "methods are added without a change here"
-        )]
-        other => other.peft_type(),
-    }
-}
-
 /// Rank and alpha as the configuration gives them.
 fn rank_alpha(config: &AdapterConfig) -> (Option<usize>, Option<f64>) {
     let json = config.to_json();
-    let rank = match config {
-        AdapterConfig::AdaLora(_) => &json["init_r"],
-        _ => &json["r"],
-    };
-    let rank = rank.as_u64().and_then(|r| usize::try_from(r).ok());
     let alpha = json["lora_alpha"]
         .as_f64()
         .or_else(|| json["alpha"].as_f64());
-    (rank, alpha)
+    (config.rank(), alpha)
 }
 
 /// Sums of squares over the modules of each kind, in order of the kinds' names.

@@ -1,0 +1,92 @@
+//! A parameter of any rank, to read or to change.
+
+use burn::module::{Param, ParamId};
+use burn::tensor::{Tensor, TensorData};
+
+use crate::base::to_host;
+use crate::error::Result;
+
+/// A parameter of any rank, to read.
+pub enum ParamRef<'a> {
+    /// Of one axis.
+    Vector(&'a Param<Tensor<1>>),
+    /// Of two axes.
+    Matrix(&'a Param<Tensor<2>>),
+}
+
+/// A parameter of any rank, to change.
+pub enum ParamMut<'a> {
+    /// Of one axis.
+    Vector(&'a mut Param<Tensor<1>>),
+    /// Of two axes.
+    Matrix(&'a mut Param<Tensor<2>>),
+}
+
+impl ParamRef<'_> {
+    /// Its id.
+    pub fn id(&self) -> ParamId {
+        match self {
+            Self::Vector(p) => p.id,
+            Self::Matrix(p) => p.id,
+        }
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> Vec<usize> {
+        match self {
+            Self::Vector(p) => p.dims().to_vec(),
+            Self::Matrix(p) => p.dims().to_vec(),
+        }
+    }
+
+    /// Its values as f32, row-major.
+    pub fn read(&self, name: &str) -> Result<Vec<f32>> {
+        match self {
+            Self::Vector(p) => to_host(name, p.val()),
+            Self::Matrix(p) => to_host(name, p.val()),
+        }
+    }
+
+    /// Its gradient as f32, row-major; `None` if the backward pass did not reach it.
+    pub fn gradient(
+        &self,
+        name: &str,
+        grads: &burn::tensor::Gradients,
+    ) -> Result<Option<Vec<f32>>> {
+        match self {
+            Self::Vector(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
+            Self::Matrix(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
+        }
+    }
+}
+
+impl ParamMut<'_> {
+    /// The same parameter, to read.
+    pub fn as_ref(&self) -> ParamRef<'_> {
+        match self {
+            Self::Vector(p) => ParamRef::Vector(p),
+            Self::Matrix(p) => ParamRef::Matrix(p),
+        }
+    }
+
+    /// Replaces the values (as many as the shape holds); id and trainability stay.
+    pub(crate) fn write(&mut self, values: Vec<f32>) {
+        match self {
+            Self::Vector(p) => replace(p, values),
+            Self::Matrix(p) => replace(p, values),
+        }
+    }
+}
+
+fn replace<const D: usize>(param: &mut Param<Tensor<D>>, values: Vec<f32>) {
+    let data = TensorData::new(values, param.dims());
+    // `map` keeps the id and what `train` restores.
+    *param = param.clone().map(|old| {
+        let new = Tensor::from_data(data, (&old.device(), old.dtype()));
+        if old.is_require_grad() {
+            new.require_grad()
+        } else {
+            new
+        }
+    });
+}
