@@ -95,7 +95,7 @@ fn forty_steps_agree_and_so_does_the_trimmed_adapter(device: &Device) {
         let Clipping { norm, factor } = Clipping::of(&model, &grads, curve.setting("clip"));
         curve.compare("grad_norm", step, norm, 1e-4 * curve.at("grad_norm", step));
         allocator
-            .note_gradients(&model, &grads, factor)
+            .note_gradients(&model, &|id| grads.get(id), factor)
             .unwrap_or_else(|e| panic!("{e}"));
         optimizer.step(&mut model, grads, factor, &curve.setting("lr").into());
         let done = allocator
@@ -234,12 +234,12 @@ fn a_run_that_was_interrupted_chooses_the_same_ranks() {
         let loss = task_loss(&model, &ModelInput::new(ids(&rows, &device)), &labels);
         let grads = GradientsParams::from_grads(loss.backward(), &model);
         first
-            .note_gradients(&model, &grads, 1.0)
+            .note_gradients(&model, &|id| grads.get(id), 1.0)
             .unwrap_or_else(|e| panic!("{e}"));
         let mut second = RankAllocator::new(config, &model);
         second.restore(first.state());
         second
-            .note_gradients(&model, &grads, 1.0)
+            .note_gradients(&model, &|id| grads.get(id), 1.0)
             .unwrap_or_else(|e| panic!("{e}"));
         optimizer.step(&mut model, grads, 1.0, &curve.setting("lr").into());
         let mut other = model.clone();

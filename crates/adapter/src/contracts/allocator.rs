@@ -43,7 +43,9 @@ fn step(
         .mean()
         .backward();
     let grads = GradientsParams::from_grads(grads, model);
-    allocator.note_gradients(model, &grads, 1.0).unwrap();
+    allocator
+        .note_gradients(model, &|id| grads.get(id), 1.0)
+        .unwrap();
     perturb(model);
     allocator.update(model, step).unwrap()
 }

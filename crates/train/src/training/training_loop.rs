@@ -198,7 +198,8 @@ impl Run<'_> {
             measured.learning_rate = rate.base();
             let factor = measured.grad_factor;
             if let Some(allocator) = &mut self.allocator {
-                allocator.note_gradients(&self.model.model, &out.grads, factor)?;
+                let gradient_of = |id| out.grads.get(id);
+                allocator.note_gradients(&self.model.model, &gradient_of, factor)?;
             }
             self.optimizer
                 .step(&mut self.model, out.grads, factor, &rate);

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use burn::optim::GradientsParams;
+use burn::module::ParamId;
 use burn::tensor::Tensor;
 
 use crate::base::routing::DEFAULT;
@@ -109,13 +109,15 @@ impl RankAllocator {
     }
 
     /// Keeps the gradients of the step about to be taken, as they are after clipping: times `factor`.
+    /// `gradient_of` gives that of a parameter (for `burn::optim::GradientsParams`, `|id| grads.get(id)`), or
+    /// none where the step has none.
     ///
     /// # Errors
     /// A gradient that cannot be read from its device.
     pub fn note_gradients<M: Adaptable>(
         &mut self,
         model: &M,
-        grads: &GradientsParams,
+        gradient_of: &dyn Fn(ParamId) -> Option<Tensor<2>>,
         factor: f64,
     ) -> Result<()> {
         self.gradients.clear();
@@ -127,7 +129,7 @@ impl RankAllocator {
             if !is_factor(key) {
                 return;
             }
-            match grads.get::<2>(param.id).map(|grad| to_host(key, grad)) {
+            match gradient_of(param.id).map(|grad| to_host(key, grad)) {
                 Some(Ok(mut values)) => {
                     values.iter_mut().for_each(|value| *value *= factor as f32);
                     self.gradients.insert(key.to_string(), values);

@@ -154,7 +154,8 @@ impl Lane {
         let output = TrainStep::step(&self.trainee, item);
         let factor = output.item.grad_factor;
         if let Some(allocator) = &mut self.allocator {
-            allocator.note_gradients(&self.trainee.model, &output.grads, factor)?;
+            let gradient_of = |id| output.grads.get(id);
+            allocator.note_gradients(&self.trainee.model, &gradient_of, factor)?;
         }
         let rates = 1e-4.into();
         self.optimizer
