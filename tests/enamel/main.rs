@@ -3,6 +3,7 @@
 //! Goldens come from `tests/fixtures/make_fixtures.py`; its README gives the tolerances' reasons.
 
 mod cli;
+mod docs;
 mod methods;
 mod models;
 mod parity;

@@ -1,6 +1,10 @@
 //! The `enamel` binary: one file a subcommand, each of which reads its arguments, calls a library
 //! and prints what came back.
 #![allow(missing_docs, reason = "a binary has no readers of its API")]
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "comments on arguments are what --help prints, brackets and all"
+)]
 mod adapter_text;
 mod allocator;
 mod bench_text;

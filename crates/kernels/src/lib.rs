@@ -2,7 +2,8 @@
 //!
 //! One folder an operation: `mod.rs` is the public function, `reference.rs` the same thing in plain
 //! Burn operations (any backend, the definition the others are tested against), `cpu.rs` the Flex
-//! implementation. `checkpoint` is about no operation but about what is remembered of several. This crate knows nothing of adapters or models.
+//! implementation. `recompute` is about no operation but about what is remembered of several, `quantized` about how
+//! weights are held. This crate knows nothing of adapters or models.
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]

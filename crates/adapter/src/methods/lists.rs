@@ -148,12 +148,12 @@ macro_rules! configs {
                 match self { $(Self::$variant(c) => c.to_json(),)+ }
             }
 
-            /// The same with their values; see [`LoraConfig::unknown_settings`].
+            /// The same with their values; see [`crate::LoraConfig::unknown_settings`].
             pub fn unknown_settings(&self) -> Vec<String> {
                 match self { $(Self::$variant(c) => c.unknown_settings(),)+ }
             }
 
-            /// Keys that nobody knows; see [`LoraConfig::unknown_keys`].
+            /// Keys that nobody knows; see [`crate::LoraConfig::unknown_keys`].
             pub fn unknown_keys(&self) -> Vec<&str> {
                 match self { $(Self::$variant(c) => c.unknown_keys(),)+ }
             }

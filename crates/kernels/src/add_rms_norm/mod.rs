@@ -10,7 +10,7 @@ use burn::tensor::Tensor;
 
 use crate::cpu::storage::{OnFlex, note_fallback};
 
-/// `sum = x + branch` and `rms_norm(sum, weight, eps)` (see [`crate::rms_norm`]), in one pass over memory
+/// `sum = x + branch` and `rms_norm(sum, weight, eps)` (see [`crate::rms_norm()`]), in one pass over memory
 /// forward and one backward: what arrives for the sum and for the normalised tensor is put together where
 /// the latter's gradient is computed.
 ///

@@ -46,7 +46,7 @@ pub fn attach(
 }
 
 /// EVA's first values from `rows`, in their order and in batches of `batch_size`, over and over until all
-/// directions have settled or [`MOST_BATCHES`] were seen. A batch in which fewer tokens count than
+/// directions have settled or `MOST_BATCHES` were seen. A batch in which fewer tokens count than
 /// directions are looked for takes in further rows. `model` has no adapter in use and is left as it is.
 ///
 /// # Errors
