@@ -75,3 +75,8 @@ pub use methods::vera::VeraConfig;
 pub use methods::{
     Adapter, AdapterConfig, InitFactors, LoadedAdapter, MethodConfig, ParamMut, ParamRef,
 };
+
+/// The README's examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -42,3 +42,8 @@ pub use message::Message;
 pub use records::{RecordFormat, Remark, check_arguments};
 pub use token_stream::TokenStream;
 pub use tokenizer::{Encoded, Tokenizer, TokenizerFiles};
+
+/// The README's examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -39,3 +39,8 @@ pub use causal_lm::CausalLm;
 pub use config::ConfigError;
 pub use error::LoadError;
 pub use nn::input::ModelInput;
+
+/// The README's examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -23,3 +23,8 @@ pub use error::TrainError;
 pub use run::{TrainOptions, train};
 pub use run_dir::Resume;
 pub use run_dir::results::RunOutcome;
+
+/// The README's examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

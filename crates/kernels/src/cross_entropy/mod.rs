@@ -32,6 +32,27 @@ pub struct LossSpec {
 ///
 /// # Panics
 /// If a label lies outside the vocabulary.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use enamel_kernels::linear_cross_entropy;
+///
+/// let device = Device::flex().autodiff();
+/// // Three tokens, two of them trained, and a vocabulary of two.
+/// let hidden = Tensor::<2>::from_floats([[0.0, 0.0], [1.0, -1.0], [5.0, 5.0]], &device).require_grad();
+/// let head = Tensor::from_floats([[1.0, 0.0], [0.0, 1.0]], &device);
+/// let labels = [0, 1, -100];
+///
+/// let sum = linear_cross_entropy(hidden.clone(), head, &labels);
+/// // ln 2, which is a guess between two, and ln(1 + e²)
+/// assert!((sum.clone().into_scalar::<f32>() - 2.820_08).abs() < 1e-5);
+///
+/// let loss = sum / 2.0;
+/// let gradients = loss.backward();
+/// let gradient = hidden.grad(&gradients).unwrap().into_data();
+/// // Nothing is asked of the row that is left out.
+/// assert_eq!(gradient.try_to_vec::<f32>().unwrap()[4..], [0.0, 0.0]);
+/// ```
 pub fn linear_cross_entropy(hidden: Tensor<2>, head: Tensor<2>, labels: &[i64]) -> Tensor<1> {
     linear_cross_entropy_with(hidden, head, labels, LossSpec::default())
 }
