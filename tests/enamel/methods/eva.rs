@@ -132,8 +132,9 @@ fn directions_ranks_and_alphas_agree(device: &Device) {
                     row.iter_mut().for_each(|v| *v *= length);
                 }
             }
-            // Signs agree as well. Some tens of decompositions lie behind it, in f32 here and in f64 there.
-            assert_close(&format!("{case}: {name}"), &values, &theirs.values, 1e-4);
+            // Signs agree as well. Some tens of decompositions lie behind it, in f32 here and in f64 there: up to
+            // 1.03e-4 apart with AVX2, less on the other paths.
+            assert_close(&format!("{case}: {name}"), &values, &theirs.values, 2e-4);
         }
     }
 }

@@ -309,8 +309,9 @@ fn a_cache_changes_nothing(device: &Device) {
         }
         assert_eq!(cache.len(), 9);
         let joined = burn::tensor::Tensor::cat(pieces, 1);
-        // Sums of another length are taken in another order: rounding only.
-        assert_close(name, &floats(joined), &floats(whole), 1e-5);
+        // Sums of another length are taken in another order: rounding only, up to 1.05e-5 with AVX2, less on
+        // the other paths.
+        assert_close(name, &floats(joined), &floats(whole), 2e-5);
     }
 }
 
