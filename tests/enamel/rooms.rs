@@ -109,6 +109,26 @@ fn no_folder_imports_one_that_stands_above_it() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// A library for any Burn model brings no training framework along.
+#[test]
+fn the_adapter_crate_asks_burn_for_std_and_autodiff_alone() {
+    let line = |manifest: &Path, section: &str| {
+        let text = fs::read_to_string(manifest).expect("manifests are there");
+        let (_, section) = text.split_once(section).expect("it has this section");
+        let mut lines = section.lines().take_while(|line| !line.starts_with('['));
+        let line = lines.find(|line| line.starts_with("burn ") || line.starts_with("burn."));
+        line.expect("it depends on Burn").to_owned()
+    };
+    let own = line(&crates().join("adapter/Cargo.toml"), "\n[dependencies]\n");
+    assert_eq!(own, "burn.workspace = true");
+    let all = line(
+        &crates().join("../Cargo.toml"),
+        "\n[workspace.dependencies]\n",
+    );
+    let asked = "default-features = false, features = [\"std\", \"autodiff\"] }";
+    assert!(all.ends_with(asked), "{all}");
+}
+
 #[test]
 fn imports_are_found_however_they_are_written() {
     let text = "use crate::a::{b::C, self};\n// crate::no::X\nuse super::d::E as F;\n\

@@ -139,8 +139,8 @@ pub fn list() -> Vec<DeviceInfo> {
     let mut devices = vec![
         DeviceInfo {
             name: "flex".into(),
-            compiled: cfg!(feature = "flex"),
-            present: cfg!(feature = "flex"),
+            compiled: true,
+            present: true,
             memory: ram,
             note: match cpu().path {
                 Ok(path) => format!("CPU, {threads} threads, {path} kernels"),
@@ -149,8 +149,8 @@ pub fn list() -> Vec<DeviceInfo> {
         },
         DeviceInfo {
             name: "ndarray".into(),
-            compiled: cfg!(feature = "ndarray"),
-            present: cfg!(feature = "ndarray"),
+            compiled: true,
+            present: true,
             memory: ram,
             note: "CPU, plain Burn operations (slower; for comparison)".into(),
         },
@@ -248,8 +248,7 @@ pub fn open(choice: DeviceChoice) -> Result<(Device, DeviceChoice), TrainError> 
     let concrete = match choice {
         DeviceChoice::Auto if present("cuda:0") => DeviceChoice::Cuda(0),
         DeviceChoice::Auto if present("wgpu") => DeviceChoice::Wgpu,
-        DeviceChoice::Auto if present("flex") => DeviceChoice::Flex,
-        DeviceChoice::Auto => DeviceChoice::NdArray,
+        DeviceChoice::Auto => DeviceChoice::Flex,
         other => other,
     };
     let name = concrete.to_string();
@@ -279,7 +278,6 @@ fn construct(choice: DeviceChoice) -> Device {
         DeviceChoice::Cuda(index) => Device::cuda(index),
         #[cfg(feature = "wgpu")]
         DeviceChoice::Wgpu => Device::wgpu(burn::tensor::DeviceKind::DefaultDevice),
-        #[cfg(feature = "ndarray")]
         DeviceChoice::NdArray => Device::ndarray(),
         // `open` lets nothing through that is not compiled in.
         _ => Device::flex(),

@@ -69,8 +69,11 @@ pub(crate) fn is_flex(device: &Device) -> bool {
 
 /// Whether the device computes on the processor, in its memory.
 pub fn on_host(device: &Device) -> bool {
-    of_backend(device, |device| {
-        matches!(device, DispatchDevice::Flex(_) | DispatchDevice::NdArray(_))
+    of_backend(device, |device| match device {
+        DispatchDevice::Flex(_) => true,
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => true,
+        _ => false,
     })
 }
 

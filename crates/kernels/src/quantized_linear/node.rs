@@ -1,13 +1,15 @@
 //! The map as a backend extension, and its node in the autodiff graph, which keeps a handle of the weight.
 
-#![allow(deprecated)] // Burn 0.22 still has NdArray, and so have we
+#![cfg_attr(feature = "ndarray", allow(deprecated))] // Burn 0.22 still has NdArray, and so have we
 
+#[cfg(feature = "ndarray")]
+use burn::backend::NdArray;
 use burn::backend::autodiff::Autodiff;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, Dispatch, Flex, NdArray, backend_extension};
+use burn::backend::{Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
 
 use super::{cpu, reference};
@@ -16,7 +18,7 @@ use crate::cpu::path::CpuPath;
 use crate::quantized::PackedWeight;
 
 /// The operation as a backend extension.
-#[backend_extension(Flex, NdArray, Cube: cfg(feature = "cube"), Autodiff)]
+#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "cube"), Autodiff)]
 pub trait PackedLinearOps: Backend {
     /// `x · wᵀ`; `rounds` says whether x is rounded where the format does that.
     fn enamel_packed_linear(
@@ -45,6 +47,7 @@ pub(super) fn packed_linear(
     Tensor::from_dispatch(y)
 }
 
+#[cfg(feature = "ndarray")]
 impl PackedLinearOps for NdArray {
     fn enamel_packed_linear(
         x: FloatTensor<Self>,

@@ -19,7 +19,9 @@ use ops::{Again, Mailbox};
 /// Whether [`checkpoint_module`] can run a module again on this device; elsewhere it records all.
 pub fn can_checkpoint(device: &Device) -> bool {
     of_backend(device, |device| match device {
-        DispatchDevice::Flex(_) | DispatchDevice::NdArray(_) => true,
+        DispatchDevice::Flex(_) => true,
+        #[cfg(feature = "ndarray")]
+        DispatchDevice::NdArray(_) => true,
         #[cfg(feature = "cube")]
         DispatchDevice::Cube(_) => true,
         _ => false,

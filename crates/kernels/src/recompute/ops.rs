@@ -6,7 +6,7 @@
 //! again and leaves the parameters' gradients in a mailbox; the tokens' nodes, whose turn comes later as
 //! they are nearer to the leaves, fetch them from there.
 
-#![allow(deprecated)] // Burn 0.22 still has NdArray, and so have we
+#![cfg_attr(feature = "ndarray", allow(deprecated))] // Burn 0.22 still has NdArray, and so have we
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,7 +18,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{
-    Backend, BackendTensor, Dispatch, DispatchKindConversion, DispatchTensor, Flex, NdArray,
+    Backend, BackendTensor, Dispatch, DispatchKindConversion, DispatchTensor, Flex,
     backend_extension,
 };
 use burn::tensor::Tensor;
@@ -79,7 +79,7 @@ impl fmt::Debug for Again {
 }
 
 /// The nodes as a backend extension. Without autodiff they hand on what they are given.
-#[backend_extension(Flex, NdArray, Cube: cfg(feature = "cube"), Autodiff)]
+#[backend_extension(Flex, NdArray: cfg(feature = "ndarray"), Cube: cfg(feature = "cube"), Autodiff)]
 pub trait CheckpointOps: Backend {
     /// The token, with `parameter` tied to it.
     fn enamel_checkpoint_join(
@@ -173,7 +173,8 @@ macro_rules! handed_on {
 }
 
 handed_on!(Flex);
-handed_on!(NdArray);
+#[cfg(feature = "ndarray")]
+handed_on!(burn::backend::NdArray);
 #[cfg(feature = "cube")]
 handed_on!(burn::backend::Cube);
 
