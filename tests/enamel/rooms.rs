@@ -24,6 +24,8 @@ const ORDERS: [Order; 2] = [
             "signals",
             "optimizer",
             "inputs",
+            "task",
+            "base",
             "device",
             "recipe",
             "files",

@@ -38,7 +38,7 @@ pub use crate::base::routing::check_name;
 pub use crate::base::routing::{DEFAULT, Routing};
 pub use crate::files::exact_json::exact_json;
 pub use crate::files::model_card::as_markdown_text;
-pub use crate::files::store::{AdapterFile, base_identity, load_config, notes};
+pub use crate::files::store::{AdapterFile, base_identity, load_config, made, notes};
 pub use crate::files::{
     SaveForm, hotswap, load_pretrained, load_pretrained_as, save_pretrained, save_pretrained_as,
 };
@@ -63,7 +63,7 @@ pub use crate::plan::AdapterPlan;
 pub use crate::plan::SavedPlan;
 pub use crate::plan::TargetPlan;
 pub use crate::plan::target::Tie;
-pub use config::{Bias, Purpose, SaveMeta, Targets, TokenIndices};
+pub use config::{Bias, Made, Purpose, SaveMeta, Targets, TokenIndices};
 pub use error::AdapterError;
 pub use methods::adalora::AdaLoraConfig;
 pub use methods::full::FullConfig;

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use anyhow::anyhow;
 use enamel_train::commands::bench::{BenchOptions, Figure, bench, first_step};
-use enamel_train::inputs::base_model::OpenBase;
+use enamel_train::base::OpenBase;
 use enamel_train::optimizer::Optim;
 use enamel_train::recipe::GradientCheckpointing;
 use enamel_train::{Compute, device};

@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use enamel_train::commands::inspect::{Inspection, inspect};
-use enamel_train::inputs::base_model::OpenBase;
+use enamel_train::base::OpenBase;
 use enamel_train::shown;
 use owo_colors::OwoColorize;
 

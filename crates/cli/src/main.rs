@@ -79,8 +79,10 @@ verbs! {
     generate => Generate;
     /// Hold a conversation
     chat => Chat;
-    /// Measure loss and perplexity on a recipe's validation rows
+    /// Measure loss, perplexity or accuracy on a recipe's validation rows
     eval => Eval;
+    /// Tell the classes of texts
+    predict => Predict;
     /// Give loss and log-probability of each token of given rows
     score => Score;
     /// Fold an adapter into its base and write a model of its own

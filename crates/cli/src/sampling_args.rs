@@ -3,10 +3,13 @@
 use std::path::PathBuf;
 
 use anyhow::bail;
+use enamel_adapter::load_config;
 use enamel_model::{Loading, Sampling};
-use enamel_train::inputs::base_model::{LoadedBase, OpenBase, base_of};
-use enamel_train::inputs::{loftq, provenance};
-use enamel_train::recipe::TemplateArguments;
+use enamel_train::base::provenance;
+use enamel_train::base::{LoadedBase, OpenBase, base_of};
+use enamel_train::inputs::loftq;
+use enamel_train::recipe::{TaskName, TemplateArguments};
+use enamel_train::task::{self, SequenceClassification};
 use enamel_train::{Compute, device};
 
 use crate::paths::path;
@@ -45,8 +48,33 @@ fn template_arguments(text: &str) -> Result<TemplateArguments, String> {
 }
 
 impl ModelArgs {
-    /// The model on its device, with the adapter if one is given.
+    /// A language model on its device, with the adapter if one is given.
     pub fn load(&self) -> anyhow::Result<LoadedBase> {
+        if let Some(adapter) = &self.adapter
+            && task::of_adapter(&load_config(adapter)?) == Some(TaskName::SeqCls)
+        {
+            bail!(
+                "{} classifies texts (task_type = SEQ_CLS), it generates none\n  \
+                 help: ask for classes with `enamel predict`",
+                adapter.display()
+            );
+        }
+        Ok(self.load_with(|_| Ok(()))?.0)
+    }
+
+    /// A classifier on its device.
+    pub fn load_classifier(&self) -> anyhow::Result<(LoadedBase, SequenceClassification)> {
+        self.load_with(|base| {
+            let adapter = self.adapter.as_deref();
+            Ok(SequenceClassification::of_trained(base, adapter)?)
+        })
+    }
+
+    /// The model once `prepare` has seen its files.
+    fn load_with<T>(
+        &self,
+        prepare: impl FnOnce(&mut OpenBase) -> anyhow::Result<T>,
+    ) -> anyhow::Result<(LoadedBase, T)> {
         let (device, _) = device::open(self.device.parse()?)?;
         let reference = match (&self.model, &self.adapter) {
             (Some(reference), _) => reference.clone(),
@@ -56,12 +84,14 @@ impl ModelArgs {
         let mut base = OpenBase::open(&reference, None, &mut Bars::default())?;
         base.tokenizer
             .set_template_arguments(self.chat_template_kwargs.0.clone());
+        let prepared = prepare(&mut base)?;
         if let Some(adapter) = &self.adapter {
             base.for_adapter_dirs(std::slice::from_ref(adapter))?;
         }
         let loading = Loading {
             compute: self.compute_dtype,
             quantization: self.quantization.quantization(),
+            seed: 0,
         };
         let mut base = base.load(&device, &loading)?;
         if let Some(adapter) = &self.adapter {
@@ -72,7 +102,7 @@ impl ModelArgs {
                 terminal::note(&note);
             }
         }
-        Ok(base)
+        Ok((base, prepared))
     }
 }
 

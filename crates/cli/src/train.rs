@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
-use enamel_train::recipe::Recipe;
+use enamel_train::recipe::{Recipe, TaskName};
 use enamel_train::signals::{Listener, StopFlag};
 use enamel_train::{Resume, RunOutcome, TrainOptions, quoted, thousands};
+use serde_json::Value;
 
 use crate::paths::path;
 use crate::{Outcome, terminal};
@@ -103,7 +104,13 @@ fn summary(run: &RunOutcome, recipe: &Recipe) -> std::io::Result<()> {
     if let (Some(before), Some(after)) = (run.first_valid_loss, run.valid_loss) {
         writeln!(out, "valid     loss {before:.4} before, {after:.4} after")?;
     }
-    if let Some(best) = run.best {
+    for (name, after) in &run.metrics {
+        let before = run.first_metrics.get(name).and_then(Value::as_f64);
+        if let (Some(before), Some(after)) = (before, after.as_f64()) {
+            writeln!(out, "valid     {name} {before:.4} before, {after:.4} after")?;
+        }
+    }
+    if let Some(best) = &run.best {
         writeln!(out, "best      loss {:.4} at step {}", best.loss, best.step)?;
     }
     writeln!(
@@ -121,6 +128,10 @@ fn summary(run: &RunOutcome, recipe: &Recipe) -> std::io::Result<()> {
     writeln!(out, "{kind}   {}", result.display())?;
     writeln!(out, "report    {}", run.dir.join("report.html").display())?;
     let result = quoted(&result.display().to_string());
+    if recipe.task == TaskName::SeqCls {
+        writeln!(out, "try it    enamel predict {option} {result} --text TEXT")?;
+        return Ok(());
+    }
     write!(out, "try it    enamel chat {option} {result}")?;
     let arguments = &recipe.data.chat_template_kwargs;
     match arguments.0.is_empty() {

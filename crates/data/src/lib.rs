@@ -34,7 +34,8 @@ pub use batch::{Batch, collate, epoch_order, group_by_length, split_rows};
 pub use chat_template::{ChatTemplate, RenderOptions, TemplateError, render};
 pub use error::{BAD_ROWS_SHOWN, BadReason, BadRow, DataError, RowRef};
 pub use examples::{
-    DataFile, DataSpec, Example, Examples, Note, OnBadRow, Truncation, load_examples,
+    ClassLabel, ClassSpec, Classes, ClassifiedText, DataFile, DataSpec, Example, Examples,
+    LabelledText, Note, OnBadRow, Row, Rows, Truncation, load_examples, load_labelled,
 };
 pub use inspect::spans;
 pub use masks::{IGNORED, TrainOn};

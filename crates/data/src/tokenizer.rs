@@ -242,6 +242,32 @@ impl Tokenizer {
         Ok(encoded)
     }
 
+    /// Token ids of a text, or of two as the tokenizer's post-processor joins a pair, with BOS and EOS.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_pair(&self, text: &str, pair: Option<&str>) -> Result<Vec<u32>, DataError> {
+        let Some(pair) = pair else {
+            return self.encode(text, true);
+        };
+        if let Some(reason) = self.stands_in() {
+            let reason = reason.to_owned();
+            return Err(DataError::NoTokenizer { row: None, reason });
+        }
+        let encoding = guarded(|| self.inner.encode((text, pair), true))?;
+        self.check_ids(&encoding)?;
+        let mut encoded = Encoded {
+            ids: encoding.get_ids().to_vec(),
+            offsets: encoding
+                .get_offsets()
+                .iter()
+                .map(|&(start, end)| start..end)
+                .collect(),
+        };
+        self.apply_special_flags(&mut encoded, pair.len());
+        Ok(encoded.ids)
+    }
+
     /// The text of `ids`; with `skip_special`, without special tokens.
     ///
     /// # Errors
@@ -405,8 +431,8 @@ impl Tokenizer {
             .then_some(trimmed.len())
     }
 
-    /// What models and masks rely on: ids that have a row, places that are in the text.
-    fn check_encoding(&self, encoding: &tokenizers::Encoding, text: &str) -> Result<(), DataError> {
+    /// What models rely on: ids that have a row.
+    fn check_ids(&self, encoding: &tokenizers::Encoding) -> Result<(), DataError> {
         let limit = self
             .rows
             .map_or(self.vocab_size, |rows| rows.min(self.vocab_size));
@@ -416,6 +442,12 @@ impl Tokenizer {
                 "it makes token {id} ({token:?}) of the text, and there are {limit}"
             )));
         }
+        Ok(())
+    }
+
+    /// The same, and what masks rely on: places that are in the text.
+    fn check_encoding(&self, encoding: &tokenizers::Encoding, text: &str) -> Result<(), DataError> {
+        self.check_ids(encoding)?;
         let in_text = |&(start, end): &(usize, usize)| {
             start <= end && text.is_char_boundary(start) && text.is_char_boundary(end)
         };

@@ -2,7 +2,7 @@
 
 use crate::nn::kv_cache::KvCache;
 
-/// What a [`CausalLm`](crate::CausalLm) keeps of one batch of sequences, from one call to the next.
+/// What a [`Model`](crate::Model) keeps of one batch of sequences, from one call to the next.
 #[derive(Debug, Default)]
 pub struct Cache {
     layers: KvCache,

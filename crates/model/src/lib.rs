@@ -2,9 +2,10 @@
 
 pub mod arch;
 pub mod cache;
-pub mod causal_lm;
 pub mod error;
 pub mod generation;
+pub mod heads;
+mod model;
 pub mod nn;
 pub mod quantization;
 // Bytes of others are read in these two, and in `source`: no index, cut or sum that could panic.
@@ -35,9 +36,10 @@ pub use crate::generation::{GenerateError, Sampling, generate};
 pub use crate::quantization::{Format, Loading, Quantization};
 pub use arch::ArchConfig;
 pub use cache::Cache;
-pub use causal_lm::CausalLm;
 pub use config::ConfigError;
 pub use error::LoadError;
+pub use heads::{Head, HeadConfig};
+pub use model::{Model, StoredNames};
 pub use nn::input::ModelInput;
 
 /// The README's examples.

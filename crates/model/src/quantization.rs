@@ -8,9 +8,9 @@ use enamel_kernels::quantized::formats::{
 };
 use enamel_kernels::{Compute, HostValues, PackedRows, PackedWeight};
 
-use crate::arch::HEAD;
 use crate::checkpoint::{SourceDtype, TensorSource};
 use crate::error::LoadError;
+use crate::heads::is_head;
 
 /// How to hold what is loaded.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -19,6 +19,8 @@ pub struct Loading {
     pub compute: Compute,
     /// What becomes of linear layers.
     pub quantization: Quantization,
+    /// Decides the first values of a head that the files do not have.
+    pub seed: u64,
 }
 
 impl Loading {
@@ -163,7 +165,7 @@ impl Quantization {
 
     /// Whether the linear layer `module` is left dense.
     pub fn skips(&self, module: &str) -> bool {
-        module == HEAD || self.skip_modules.iter().any(|name| names(name, module))
+        is_head(module) || self.skip_modules.iter().any(|name| names(name, module))
     }
 
     /// Refuses `skip_modules` that name no linear layer of the model.
@@ -379,7 +381,7 @@ mod tests {
 
     use super::*;
     use crate::testing::{MemorySource, devices, distance, ids, tiny_config, values};
-    use crate::{CausalLm, ModelInput};
+    use crate::{Model, ModelInput};
 
     const NF4: Format = Format::FourBit {
         kind: FourBit::Nf4,
@@ -393,7 +395,7 @@ mod tests {
     }
 
     fn source() -> MemorySource {
-        MemorySource::of(&CausalLm::random(&config(), 1, &Device::flex()).unwrap())
+        MemorySource::of(&Model::random(&config(), 1, &Device::flex()).unwrap())
     }
 
     fn load(
@@ -401,7 +403,7 @@ mod tests {
         device: &Device,
         format: Format,
         skip: &[&str],
-    ) -> Result<CausalLm, LoadError> {
+    ) -> Result<Model, LoadError> {
         let loading = Loading {
             quantization: Quantization {
                 format: Some(format),
@@ -410,7 +412,7 @@ mod tests {
             },
             ..Loading::default()
         };
-        CausalLm::load_for(&config(), source, device, &loading)
+        Model::load_for(&config(), source, device, &loading)
     }
 
     #[test]
@@ -449,8 +451,8 @@ mod tests {
     fn a_packed_model_computes_what_the_dense_one_of_its_values_does() {
         for device in devices() {
             let packed = load(&source(), &device, NF4, &[]).unwrap();
-            let dense = CausalLm::load(&config(), &MemorySource::of(&packed), &device).unwrap();
-            let logits = |model: &CausalLm| {
+            let dense = Model::load(&config(), &MemorySource::of(&packed), &device).unwrap();
+            let logits = |model: &Model| {
                 let input = ModelInput::new(ids(&[&[1, 2, 3, 4, 5]], &device));
                 values(model.logits(model.forward_hidden(&input, None).reshape([5, 16])))
             };

@@ -13,8 +13,10 @@ use half::{bf16, f16};
 use serde_json::{Map, Value, json};
 
 use self::shard::{Group, PartType, Shard};
+use crate::arch::ArchConfig;
 use crate::checkpoint::{Checkpoint, CheckpointError, SIDE_FILES, SourceDtype, TensorSource};
 use crate::config::ConfigError;
+use crate::heads::HeadConfig;
 
 mod gguf;
 
@@ -106,6 +108,8 @@ pub struct SaveOptions {
     pub shard_bytes: u64,
     /// Further files, by name, which the directory is never seen without.
     pub extra: Vec<(String, Vec<u8>)>,
+    /// The model's `config.json` where it is not the source's: of a model with another head.
+    pub config: Option<Value>,
 }
 
 impl SaveOptions {
@@ -116,7 +120,14 @@ impl SaveOptions {
             overwrite: false,
             shard_bytes: 5_000_000_000,
             extra: Vec::new(),
+            config: None,
         }
+    }
+
+    /// The same for a model of this configuration, which may have another head than the source.
+    pub fn for_model(mut self, config: &ArchConfig) -> Self {
+        self.config = (config.head != HeadConfig::CausalLm).then(|| config.to_json());
+        self
     }
 }
 
@@ -218,7 +229,8 @@ pub fn write_hf(
         .iter()
         .map(|(name, shape)| Group::dense(name, shape, options.dtype.part()))
         .collect();
-    let config = saved_config(source.config_json(), tensors, options.dtype);
+    let config = options.config.as_ref().unwrap_or(source.config_json());
+    let config = saved_config(config, tensors, options.dtype);
     let mut fill = |group: &Group, shard: &mut Shard| {
         let values = read(&group.name).map_err(|source| SaveError::Read {
             name: group.name.clone(),

@@ -7,7 +7,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::{Adaptable, SlotRef};
 use serde_json::{Value, json};
 
-use crate::CausalLm;
+use crate::Model;
 use crate::arch::llama::Llama;
 use crate::arch::{AnyBackbone, ArchConfig};
 use crate::checkpoint::{CheckpointError, SourceDtype, TensorInfo, TensorSource};
@@ -60,7 +60,7 @@ pub struct MemorySource {
 
 impl MemorySource {
     /// All parameters of a model.
-    pub fn of(model: &CausalLm) -> Self {
+    pub fn of(model: &Model) -> Self {
         let mut source = Self::default();
         model.for_each_slot_ref(&mut |name, slot| {
             let (weight, shape, bias) = match slot {
@@ -118,7 +118,7 @@ impl TensorSource for MemorySource {
 }
 
 /// The blocks of a model of Llama's architecture.
-pub fn llama(model: &CausalLm) -> &Llama {
+pub fn llama(model: &Model) -> &Llama {
     match &model.backbone {
         AnyBackbone::Llama(llama) => llama,
         other => panic!("{other:?}"),

@@ -3,6 +3,7 @@
 //! [`run::train`] is the way in: it reads from top to bottom what happens. This is the only crate
 //! that knows burn-train.
 
+pub mod base;
 pub mod commands;
 pub mod device;
 mod error;
@@ -14,6 +15,7 @@ pub mod recipe;
 pub mod run;
 pub mod run_dir;
 pub mod signals;
+pub mod task;
 mod text;
 pub mod training;
 

@@ -10,10 +10,12 @@ use burn::tensor::Device;
 use burn::train::TrainStep;
 use enamel_data::Batch;
 use enamel_kernels::AdamW;
-use enamel_model::{ArchConfig, CausalLm, Quantization};
-use enamel_train::memory::{Kind, Model, Settings, Weights, estimate};
+use enamel_model::{ArchConfig, Model, Quantization};
+use enamel_train::memory::{Kind, ModelSizes, Settings, Weights, estimate};
 use enamel_train::optimizer::{Optim, Optimizer};
 use enamel_train::recipe::Recipe;
+use enamel_train::task::CausalLm;
+use enamel_train::training::grad_clipping::Clipping;
 use enamel_train::training::train_step::{StepItem, TrainModel};
 
 struct Counting;
@@ -76,11 +78,12 @@ fn measure(
 ) -> (usize, usize) {
     let device = Device::flex();
     let before = LIVE.load(Ordering::Relaxed);
-    let mut model = CausalLm::random(config, 1, &device).unwrap();
+    let mut model = Model::random(config, 1, &device).unwrap();
     let adapter = Recipe::for_model("none", set).unwrap().adapter.config(1000);
     let plan = enamel_adapter::attach(&mut model, &adapter, 42).unwrap();
     model.set_recompute(NonZeroUsize::new(every));
-    let mut trainee = TrainModel { model }
+    let task = CausalLm { pad_id: 0 };
+    let mut trainee = TrainModel { model, task }
         .fork(&device.clone().autodiff())
         .train();
     let mut optimizer = Optimizer::new(AdamW {
@@ -96,14 +99,16 @@ fn measure(
             step,
             seed: 42,
             micro: vec![batch(shape.0, shape.1, config.vocab_size)],
+            rank: 0,
+            count: shape.0 * (shape.1 - 1),
             label_smoothing: 0.0,
-            max_grad_norm: 1.0,
         };
         let output = TrainStep::step(&trainee, item);
-        optimizer.step(&mut trainee, output.grads, 1.0, &1e-4.into());
+        let factor = Clipping::of(&trainee, &output.grads, 1.0).factor;
+        optimizer.step(&mut trainee, output.grads, factor, &1e-4.into());
         peak = PEAK.load(Ordering::Relaxed) - before;
     }
-    let model = Model::new(config, &adapter, &plan);
+    let model = ModelSizes::new(config, &adapter, &plan);
     let settings = Settings {
         batch: shape.0,
         accumulation: 1,

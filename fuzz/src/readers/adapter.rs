@@ -9,7 +9,7 @@ use enamel_adapter::{
     AdapterConfig, AdapterFile, MethodConfig, SaveMeta, attach, load_pretrained, merge,
     save_pretrained, shapes, unmerge,
 };
-use enamel_model::{ArchConfig, CausalLm};
+use enamel_model::{ArchConfig, Model};
 use serde_json::{Value, json};
 
 use super::Reader;
@@ -125,7 +125,7 @@ const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
 struct Adapters {
-    model: CausalLm,
+    model: Model,
     seeds: Vec<(Value, Vec<Tensor>)>,
 }
 
@@ -164,7 +164,7 @@ fn configs() -> Vec<Value> {
 
 pub fn make(_: &mut Folder) -> Result<Box<dyn Reader>> {
     let config = ArchConfig::from_json(&llama::config(8))?;
-    let model = CausalLm::random(&config, 1, &Device::flex())?;
+    let model = Model::random(&config, 1, &Device::flex())?;
     let mut seeds = Vec::new();
     for config in configs() {
         let dir = tempfile::tempdir()?;

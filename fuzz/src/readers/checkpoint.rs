@@ -5,7 +5,7 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
 use enamel_adapter::{AdapterConfig, RankAllocator, attach};
 use enamel_kernels::AdamW;
-use enamel_model::{ArchConfig, CausalLm, ModelInput};
+use enamel_model::{ArchConfig, Model, ModelInput};
 use enamel_train::optimizer::{Optim, Optimizer};
 use enamel_train::run_dir::checkpoints;
 use enamel_train::run_dir::checkpoints::{Checkpoints, RunState};
@@ -79,7 +79,7 @@ const OPTIMIZER: &str = "optimizer.bpk";
 const BUDGET: &str = "budget.safetensors";
 
 struct Reading {
-    model: CausalLm,
+    model: Model,
     allocator: RankAllocator,
     state: Value,
     optimizer: Vec<u8>,
@@ -90,7 +90,7 @@ struct Reading {
 pub fn make(_: &mut Folder) -> Result<Box<dyn Reader>> {
     let device = Device::flex().autodiff();
     let config = ArchConfig::from_json(&llama::config(8))?;
-    let mut model = CausalLm::random(&config, 1, &device)?;
+    let mut model = Model::random(&config, 1, &device)?;
     let method = json!({"peft_type": "ADALORA", "init_r": 2, "target_r": 1, "target_modules": ["q_proj"],
         "total_step": 10, "tinit": 1, "tfinal": 2});
     let method = AdapterConfig::from_json(&method, "a seed")?;

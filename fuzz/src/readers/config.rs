@@ -3,7 +3,7 @@
 use anyhow::Result;
 use burn::tensor::Device;
 use enamel_model::arch::vit_modules;
-use enamel_model::{ArchConfig, CausalLm};
+use enamel_model::{ArchConfig, Model};
 use serde_json::{Value, json};
 
 use super::Reader;
@@ -93,7 +93,7 @@ impl Reader for Config {
             assert!(!modules.is_empty());
         }
         if sizes.iter().all(|size| *size <= 64) && config.max_position_embeddings <= 1 << 12 {
-            let _ = CausalLm::random(&config, 1, &Device::flex());
+            let _ = Model::random(&config, 1, &Device::flex());
         }
         Ok(true)
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use enamel_model::Loading;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_train::inputs::base_model::OpenBase;
+use enamel_train::base::OpenBase;
 
 use super::Reader;
 use super::safetensors::load;

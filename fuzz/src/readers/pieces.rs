@@ -1,7 +1,7 @@
 //! A `tokenizer.model` without a `tokenizer.json`: converted, then used as any tokenizer.
 
 use anyhow::Result;
-use enamel_train::inputs::base_model::OpenBase;
+use enamel_train::base::OpenBase;
 use serde_json::{Value, json};
 
 use super::Reader;

@@ -254,7 +254,7 @@ impl Reader for Rows {
                     let _ = spans(row, tokenizer);
                 }
                 let _ = examples.skipped.iter().map(ToString::to_string).count();
-                let _ = (examples.tokens(), examples.trained_tokens());
+                let _ = (examples.tokens(), examples.trained());
                 Ok(!examples.rows.is_empty())
             }
             Err(error) => {

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use burn::tensor::{Device, Int, Tensor as BurnTensor};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::{ArchConfig, CausalLm, Loading, ModelInput};
+use enamel_model::{ArchConfig, Loading, Model, ModelInput};
 use serde_json::Value;
 
 use super::Reader;
@@ -74,7 +74,7 @@ pub fn load(checkpoint: &Checkpoint, loading: &Loading) -> bool {
         let _ = checkpoint.read_packed(&info.name);
     }
     let device = Device::flex();
-    let Ok(model) = CausalLm::load_for(&config, checkpoint, &device, loading) else {
+    let Ok(model) = Model::load_for(&config, checkpoint, &device, loading) else {
         return false;
     };
     // Three tokens, where the shape makes that little work.

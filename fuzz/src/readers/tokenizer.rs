@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use enamel_data::{Message, TokenStream, Tokenizer};
-use enamel_train::inputs::base_model::OpenBase;
+use enamel_train::base::OpenBase;
 use serde_json::{Value, json};
 
 use super::Reader;

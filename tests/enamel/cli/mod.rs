@@ -3,6 +3,7 @@
 pub(crate) mod adapter;
 pub(crate) mod adapter_refusals;
 pub(crate) mod adapters_in_use;
+pub(crate) mod classification;
 pub(crate) mod export;
 pub(crate) mod families;
 pub(crate) mod merge;

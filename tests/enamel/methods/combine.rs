@@ -92,7 +92,7 @@ fn as_file(r: usize, modules: &BTreeMap<String, LoraFactors>) -> AdapterFile {
     AdapterFile {
         tensors: tensors.collect(),
         config: config.into(),
-        base: None,
+        made: Default::default(),
     }
 }
 

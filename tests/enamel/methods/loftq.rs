@@ -9,7 +9,7 @@ use enamel_adapter::{InitLora, LoraConfig, Targets, attach_given, export_trainab
 use enamel_kernels::quantized::formats::{FloatKind, FourBit};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use enamel_model::{ArchConfig, Format, Loading, Quantization};
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::{Model, ModelInput};
 
 use crate::cli::adapter::path;
 use crate::on_every_device;
@@ -42,7 +42,7 @@ fn factors_errors_and_logits_are_those_of_peft(device: &Device) {
             quantization,
             ..Loading::default()
         };
-        CausalLm::load_for(&config, &files, device, &loading).expect("a model")
+        Model::load_for(&config, &files, device, &loading).expect("a model")
     };
     assert_close("dense", &logits(&loaded(None), &input), &dense, 1e-5);
     for (case, kind, double) in [("nf4", FourBit::Nf4, true), ("fp4", FourBit::Fp4, false)] {

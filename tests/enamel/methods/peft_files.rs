@@ -8,7 +8,7 @@ use enamel_adapter::{
     AdapterConfig, LoadedAdapter, SaveMeta, attach, detach, export_trainable, load_config,
     load_pretrained, plan, save_pretrained,
 };
-use enamel_model::causal_lm::CausalLm;
+use enamel_model::Model;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -19,7 +19,7 @@ use crate::support::adapted::{folder, load_adapted, meta};
 use crate::support::devices::device;
 use crate::support::goldens::{Generation, LORAS, METHODS, Tensors, copy, json as read};
 
-fn base(case: &str) -> CausalLm {
+fn base(case: &str) -> Model {
     adapted::base(case, &device("flex"))
 }
 
@@ -56,7 +56,7 @@ fn a_peft_adapter_survives_a_round_trip_to_the_bit() {
 }
 
 /// Saves what was loaded from `theirs` and compares every tensor and every key of the configuration.
-pub fn check_round_trip(case: &str, theirs: &Path, model: &CausalLm, loaded: &LoadedAdapter) {
+pub fn check_round_trip(case: &str, theirs: &Path, model: &Model, loaded: &LoadedAdapter) {
     let out = TempDir::new().expect("a temporary directory");
     save_pretrained(model, &loaded.config, &save_meta(), out.path())
         .unwrap_or_else(|e| panic!("{case}: {e}"));

@@ -8,8 +8,8 @@ use burn::module::Module;
 use burn::tensor::Device;
 use enamel_adapter::{LoadedAdapter, export_gradients, load_pretrained, save_pretrained};
 use enamel_model::Loading;
-use enamel_model::causal_lm::CausalLm;
-use enamel_train::inputs::base_model::OpenBase;
+use enamel_model::Model;
+use enamel_train::base::OpenBase;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -45,7 +45,7 @@ fn golden(case: &str) -> Tensors {
 }
 
 /// The tied model with the case's adapter, as every verb puts them together.
-fn adapted(case: &str, trainable: bool, device: &Device) -> (CausalLm, LoadedAdapter) {
+fn adapted(case: &str, trainable: bool, device: &Device) -> (Model, LoadedAdapter) {
     let dir = TempDir::new().expect("a temporary directory");
     stage_into("tied", Generation::Five, dir.path());
     let mut base =

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use enamel_model::ArchConfig;
-use enamel_model::causal_lm::CausalLm;
+use enamel_model::Model;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -21,7 +21,7 @@ fn read_all(path: &Path) -> Result<(), String> {
         checkpoint.read_f32(&info.name).map_err(|e| e.to_string())?;
     }
     let config = ArchConfig::from_json(checkpoint.config_json()).map_err(|e| e.to_string())?;
-    CausalLm::load(&config, &checkpoint, &device("flex")).map_err(|e| e.to_string())?;
+    Model::load(&config, &checkpoint, &device("flex")).map_err(|e| e.to_string())?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use enamel_data::{Tokenizer, TokenizerFiles};
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::{ArchConfig, CausalLm};
+use enamel_model::{ArchConfig, Model};
 use serde_json::{Value, json};
 
 use crate::support::devices::device;
@@ -129,7 +129,7 @@ fn a_model_saved_without_its_head_or_in_a_wrapper_is_read_with_a_note() {
     let load = || {
         let checkpoint = Checkpoint::open(staged.path()).unwrap_or_else(|e| panic!("{e}"));
         let config = ArchConfig::from_json(checkpoint.config_json()).expect("a config");
-        CausalLm::load(&config, &checkpoint, &device("flex")).unwrap_or_else(|e| panic!("{e}"));
+        Model::load(&config, &checkpoint, &device("flex")).unwrap_or_else(|e| panic!("{e}"));
         let values = checkpoint.read_f32("model.norm.weight").expect("the norm");
         (values, checkpoint.notes().collect::<Vec<_>>().join("\n"))
     };

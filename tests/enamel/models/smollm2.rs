@@ -7,7 +7,7 @@ use enamel_data::{Message, Tokenizer};
 use enamel_kernels::KeyMask;
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::source::{ModelRef, PullOptions, locate};
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::{Model, ModelInput};
 
 use crate::on_every_device;
 use crate::parity::llama::{floats, ids, load};
@@ -29,7 +29,7 @@ fn cached(test: &str) -> Option<std::path::PathBuf> {
 }
 
 /// The model the goldens were made of; another source of the same model holds other roundings.
-fn golden_model(test: &str, device: &Device) -> Option<(CausalLm, Tensors)> {
+fn golden_model(test: &str, device: &Device) -> Option<(Model, Tensors)> {
     let path = cached(test)?;
     if path.extension().is_none_or(|e| e != "gguf") {
         eprintln!(

@@ -5,7 +5,7 @@ use std::fs;
 use burn::tensor::{DType, Device};
 use enamel_kernels::{Compute, CpuPath, HostValues};
 use enamel_model::ArchConfig;
-use enamel_model::CausalLm;
+use enamel_model::Model;
 use enamel_model::ModelInput;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
 
@@ -53,12 +53,12 @@ fn a_gguf_file_is_rounded_as_it_is_loaded() {
     let golden = Tensors::open(fixtures().join("gguf/bias.safetensors"));
     let input = ModelInput::new(ids(&golden.rows("input_ids"), &device));
     for compute in [Compute::F32, Compute::Bf16] {
-        let model = CausalLm::load_for(&config, &checkpoint, &device, &compute.into())
+        let model = Model::load_for(&config, &checkpoint, &device, &compute.into())
             .unwrap_or_else(|e| panic!("{e}"));
         let held = model.head_weight().values().dtype();
         let kernels = CpuPath::chosen() != CpuPath::Reference;
         assert_eq!(held == DType::BF16, compute == Compute::Bf16 && kernels);
-        let name = match &model.lm_head {
+        let name = match model.head.linear() {
             Some(_) => "lm_head.weight",
             None => "model.embed_tokens.weight",
         };

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use enamel_model::causal_lm::CausalLm;
+use enamel_model::Model;
 use enamel_model::generation::{Sampling, generate};
 
 use crate::parity::llama::load_case;
@@ -10,7 +10,7 @@ use crate::support::devices::device;
 use crate::support::goldens::{Generation, Tensors, fixtures};
 
 /// At most `tokens` ids, the likeliest each time.
-pub fn greedy(model: &CausalLm, prompt: &[u32], stop: &[u32], tokens: usize) -> Vec<u32> {
+pub fn greedy(model: &Model, prompt: &[u32], stop: &[u32], tokens: usize) -> Vec<u32> {
     let sampling = Sampling::greedy(tokens);
     generate(model, prompt, stop, &sampling, &mut |_| {
         ControlFlow::Continue(())
@@ -18,7 +18,7 @@ pub fn greedy(model: &CausalLm, prompt: &[u32], stop: &[u32], tokens: usize) -> 
     .unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn case() -> (CausalLm, Vec<u32>, Vec<u32>) {
+fn case() -> (Model, Vec<u32>, Vec<u32>) {
     let golden = Tensors::open(fixtures().join("llama/untied/case.safetensors"));
     let model = load_case("untied", Generation::Five, &device("flex"));
     (model, golden.ids("greedy.prompt"), golden.ids("greedy.ids"))

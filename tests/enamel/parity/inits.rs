@@ -8,7 +8,7 @@ use enamel_adapter::{
     AdapterConfig, AdapterFile, HostTensor, LoraConfig, SaveForm, attach, detach, export_trainable,
     load_pretrained, save_pretrained_as,
 };
-use enamel_model::causal_lm::CausalLm;
+use enamel_model::Model;
 use tempfile::TempDir;
 
 use crate::methods::peft_files::save_meta;
@@ -38,7 +38,7 @@ fn golden(case: &str) -> Tensors {
     Tensors::open(folder(case).join("case.safetensors"))
 }
 
-fn answers(model: &CausalLm, golden: &Tensors, device: &Device) -> Vec<f32> {
+fn answers(model: &Model, golden: &Tensors, device: &Device) -> Vec<f32> {
     logits(model, &input(golden, "none.", device).0)
 }
 
@@ -204,7 +204,7 @@ fn with_start(case: &str) -> TempDir {
     dir
 }
 
-fn saved(model: &CausalLm, config: &AdapterConfig, form: SaveForm) -> TempDir {
+fn saved(model: &Model, config: &AdapterConfig, form: SaveForm) -> TempDir {
     let out = TempDir::new().expect("a temporary directory");
     save_pretrained_as(model, "default", config, &save_meta(), out.path(), form)
         .unwrap_or_else(|e| panic!("{e}"));

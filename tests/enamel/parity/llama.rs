@@ -7,7 +7,7 @@ use enamel_kernels::{KeyMask, linear_cross_entropy};
 use enamel_model::ArchConfig;
 use enamel_model::Cache;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::{Model, ModelInput};
 
 use crate::on_every_device;
 use crate::support::goldens::{Generation, LLAMAS, Tensors, assert_close, fixtures, json, stage};
@@ -21,14 +21,13 @@ on_every_device!(
 );
 
 /// The model in a directory or `.gguf` file.
-pub fn load(path: &std::path::Path, device: &Device) -> CausalLm {
+pub fn load(path: &std::path::Path, device: &Device) -> Model {
     let checkpoint = Checkpoint::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let config = ArchConfig::from_json(checkpoint.config_json()).unwrap_or_else(|e| panic!("{e}"));
-    CausalLm::load(&config, &checkpoint, device)
-        .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    Model::load(&config, &checkpoint, device).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-pub fn load_case(case: &str, generation: Generation, device: &Device) -> CausalLm {
+pub fn load_case(case: &str, generation: Generation, device: &Device) -> Model {
     load(stage(case, generation).path(), device)
 }
 
@@ -47,7 +46,7 @@ pub fn mask(rows: &[Vec<i64>]) -> KeyMask {
 }
 
 /// Logits `[batch · tokens, vocabulary]`, row-major.
-pub fn logits(model: &CausalLm, input: &ModelInput) -> Vec<f32> {
+pub fn logits(model: &Model, input: &ModelInput) -> Vec<f32> {
     let hidden = model.forward_hidden(input, None);
     let [b, t, h] = hidden.dims();
     floats(model.logits(hidden.reshape([b * t, h])))

@@ -2,6 +2,7 @@
 
 pub(crate) mod bf16;
 pub(crate) mod bitsandbytes;
+pub(crate) mod classification;
 pub(crate) mod counts;
 pub(crate) mod families;
 pub(crate) mod generate;

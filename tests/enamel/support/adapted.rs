@@ -11,7 +11,7 @@ use enamel_adapter::{
     merge, merge_adapters, set_enabled, unmerge,
 };
 use enamel_kernels::linear_cross_entropy;
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::{Model, ModelInput};
 use serde_json::Value;
 
 use crate::parity::llama::{assert_logits, floats, ids, load, load_case, logits, mask, shifted};
@@ -37,7 +37,7 @@ pub fn meta(case: &str) -> Value {
 }
 
 /// The model that the case's adapter is for.
-pub fn base(case: &str, device: &Device) -> CausalLm {
+pub fn base(case: &str, device: &Device) -> Model {
     let meta = meta(case);
     let base = meta["base"].as_str().expect("meta.json names the base");
     match FAMILIES.contains(&base) {
@@ -47,7 +47,7 @@ pub fn base(case: &str, device: &Device) -> CausalLm {
 }
 
 /// The case's base with PEFT's adapter on it.
-pub fn load_adapted(case: &str, trainable: bool, device: &Device) -> (CausalLm, LoadedAdapter) {
+pub fn load_adapted(case: &str, trainable: bool, device: &Device) -> (Model, LoadedAdapter) {
     let mut model = base(case, device);
     let loaded = load_pretrained(&mut model, &folder(case).join("adapter"), trainable)
         .unwrap_or_else(|e| panic!("{case}: {e}"));
@@ -92,7 +92,7 @@ pub fn check_logits(case: &str, device: &Device) {
 }
 
 /// Mean loss of the case's labels, without what a method adds to it.
-pub fn task_loss(model: &CausalLm, input: &ModelInput, labels: &[Vec<i64>]) -> Tensor<1> {
+pub fn task_loss(model: &Model, input: &ModelInput, labels: &[Vec<i64>]) -> Tensor<1> {
     let hidden = model.forward_hidden(input, None);
     let [b, t, h] = hidden.dims();
     let labels = shifted(labels);
@@ -106,7 +106,7 @@ pub fn task_loss(model: &CausalLm, input: &ModelInput, labels: &[Vec<i64>]) -> T
 }
 
 /// What the method adds to the loss in training.
-pub fn added_loss(model: &CausalLm, config: &AdapterConfig) -> Option<Tensor<1>> {
+pub fn added_loss(model: &Model, config: &AdapterConfig) -> Option<Tensor<1>> {
     match config {
         AdapterConfig::AdaLora(config) => orthogonality(model, config.orth_reg_weight),
         _ => None,
@@ -129,7 +129,7 @@ pub fn check_gradients(case: &str, device: &Device) {
     }
 }
 
-fn compare_gradients(case: &str, kind: &str, loss: Tensor<1>, model: &CausalLm, golden: &Tensors) {
+fn compare_gradients(case: &str, kind: &str, loss: Tensor<1>, model: &Model, golden: &Tensors) {
     let wanted = meta(case)[format!("loss{kind}")].as_f64().expect("a loss") as f32;
     let what = format!("{case}: loss{kind}");
     assert_close(&what, &floats(loss.clone().inner()), &[wanted], 1e-5);
@@ -157,7 +157,7 @@ fn compare_gradients(case: &str, kind: &str, loss: Tensor<1>, model: &CausalLm, 
 }
 
 /// Every weight and bias of the base, by its name in a checkpoint.
-pub fn base_values(model: &CausalLm) -> BTreeMap<String, Vec<f32>> {
+pub fn base_values(model: &Model) -> BTreeMap<String, Vec<f32>> {
     let mut all = BTreeMap::new();
     model.for_each_slot_ref(&mut |name, slot| {
         let weight = match slot {
@@ -199,7 +199,7 @@ pub fn check_merge(case: &str, device: &Device) {
     } else {
         batch.golden.floats("right.logits").values
     };
-    let check = |model: &CausalLm, how: &str| {
+    let check = |model: &Model, how: &str| {
         // The merged weight is rounded once more than the sum of two products.
         let what = format!("{case}, {how}");
         let ours = logits(model, &batch.input);

@@ -5,7 +5,7 @@ use std::fs;
 use burn::optim::GradientsParams;
 use enamel_adapter::{AdapterError, HostTensor};
 use enamel_kernels::AdamW;
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::{Model, ModelInput};
 use enamel_train::optimizer::Optimizer;
 use enamel_train::training::grad_clipping::Clipping;
 use serde_json::Value;
@@ -98,7 +98,7 @@ impl Curve {
     }
 
     /// Trains the model and compares loss and gradient norm of every step.
-    pub fn follow(&self, mut model: CausalLm) -> CausalLm {
+    pub fn follow(&self, mut model: Model) -> Model {
         let mut optimizer = self.optimizer();
         let device = model.device();
         for step in 0..self.steps() {

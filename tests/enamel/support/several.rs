@@ -4,7 +4,7 @@ use burn::tensor::Device;
 use enamel_adapter::{
     adapters, delete, load_pretrained_as, merge_adapters, set_active, set_rows, unmerge,
 };
-use enamel_model::causal_lm::CausalLm;
+use enamel_model::Model;
 
 use crate::on_every_device;
 use crate::parity::llama::logits;
@@ -17,7 +17,7 @@ on_every_device!(
     two_are_merged_and_taken_out_again,
 );
 
-fn loaded(device: &Device) -> CausalLm {
+fn loaded(device: &Device) -> Model {
     let mut model = base("several", device);
     for name in ["a", "b", "c"] {
         load_pretrained_as(&mut model, name, &folder("combine").join(name), false)
@@ -32,7 +32,7 @@ fn golden() -> Tensors {
 }
 
 /// Logits of order one: 1e-5, as with one adapter.
-fn compare(model: &CausalLm, golden: &Tensors, name: &str, device: &Device) {
+fn compare(model: &Model, golden: &Tensors, name: &str, device: &Device) {
     let (input, _) = input(golden, "", device);
     assert_close(
         name,

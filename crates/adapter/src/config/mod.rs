@@ -33,12 +33,21 @@ pub struct SaveMeta {
     pub base_model_name_or_path: Option<String>,
     /// The base model's revision.
     pub revision: Option<String>,
-    /// What identifies the base's weights, to be written into the adapter's file.
-    pub base_identity: Option<String>,
+    /// What is to be written into the adapter's file.
+    pub made: Made,
     /// `CAUSAL_LM` for a language model.
     pub task_type: Option<String>,
     /// Markdown to put at the end of the model card.
     pub extra_readme: Option<String>,
+}
+
+/// What the weights' metadata say of an adapter.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Made {
+    /// What identifies the weights of the base that it was trained on, where that is known.
+    pub base: Option<String>,
+    /// The names of a classifier's classes, in the order of their numbers.
+    pub labels: Vec<String>,
 }
 
 /// The version whose key set a new file is written in. Later ones fill in what is missing, so that

@@ -20,7 +20,7 @@ use std::path::Path;
 use crate::base::module_shape::ModuleShape;
 use crate::base::routing::DEFAULT;
 use crate::base::routing::check_name;
-use crate::config::{SaveMeta, Targets};
+use crate::config::{Made, SaveMeta, Targets};
 use crate::error::{AdapterError, Result};
 use crate::files::foreign::moved;
 use crate::files::model_card::model_card;
@@ -94,7 +94,7 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
     let mut file = AdapterFile {
         config,
         tensors,
-        base: meta.base_identity.clone(),
+        made: meta.made.clone(),
     };
     match (origin, form) {
         (None, _) => {}
@@ -107,7 +107,7 @@ pub fn save_pretrained_as<M: Adaptable, C: Clone + Into<AdapterConfig>>(
             let start = AdapterFile {
                 config: file.config.clone(),
                 tensors: origin,
-                base: None,
+                made: Made::default(),
             };
             start.write(&dir.join(ORIGIN), None)?;
         }

@@ -20,8 +20,9 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
         line(format!("base_model: {}", quoted(base)));
     }
     line("library_name: peft".into());
-    if config.task_type() == Some("CAUSAL_LM") {
-        line("pipeline_tag: text-generation".into());
+    let task = Use::of(config.task_type(), &meta.made.labels);
+    if let Some(pipeline) = task.pipeline {
+        line(format!("pipeline_tag: {pipeline}"));
     }
     let tag = config.peft_type().to_lowercase();
     line(format!("tags:\n- {tag}\n- enamel\n---\n"));
@@ -64,23 +65,77 @@ pub(crate) fn model_card(config: &AdapterConfig, plan: &AdapterPlan, meta: &Save
     line("## Use\n\nWith Enamel:\n".into());
     let reference = base.unwrap_or("BASE");
     line(format!(
-        "```sh\nenamel chat --model {} --adapter THIS_DIRECTORY\n```\n",
-        for_shell(reference)
+        "```sh\nenamel {} --model {} --adapter THIS_DIRECTORY{}\n```\n",
+        task.verb,
+        for_shell(reference),
+        task.rest
     ));
     line("With PEFT:\n".into());
     let revision = config
         .revision()
         .map_or(String::new(), |r| format!(", revision={}", quoted(r)));
     line(format!(
-        "```python\nfrom transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n\
-         base = AutoModelForCausalLM.from_pretrained({}{revision})\n\
+        "```python\nfrom transformers import {class}\nfrom peft import PeftModel\n\n\
+         base = {class}.from_pretrained({}{revision}{})\n\
          model = PeftModel.from_pretrained(base, \"THIS_DIRECTORY\")\n```",
-        quoted(reference)
+        quoted(reference),
+        task.arguments,
+        class = task.class,
     ));
     if let Some(extra) = &meta.extra_readme {
         let _ = write!(card, "\n{}\n", extra.trim_end());
     }
     card
+}
+
+/// How an adapter is used, which depends on what it is for.
+struct Use {
+    /// The Hub's name of the task.
+    pipeline: Option<&'static str>,
+    /// Enamel's verb, and what follows its options.
+    verb: &'static str,
+    rest: &'static str,
+    /// transformers' class, and what it has to be told besides the base.
+    class: &'static str,
+    arguments: String,
+}
+
+impl Use {
+    fn of(task_type: Option<&str>, labels: &[String]) -> Self {
+        let generates = Self {
+            pipeline: None,
+            verb: "chat",
+            rest: "",
+            class: "AutoModelForCausalLM",
+            arguments: String::new(),
+        };
+        match task_type {
+            Some("CAUSAL_LM") => Self {
+                pipeline: Some("text-generation"),
+                ..generates
+            },
+            Some("SEQ_CLS") => Self {
+                pipeline: Some("text-classification"),
+                verb: "predict",
+                rest: " ROWS.jsonl",
+                class: "AutoModelForSequenceClassification",
+                arguments: id2label(labels),
+            },
+            _ => generates,
+        }
+    }
+}
+
+/// The classes as an argument of `from_pretrained`; it makes as many outputs of them.
+fn id2label(labels: &[String]) -> String {
+    if labels.is_empty() {
+        return String::new();
+    }
+    let named = labels.iter().enumerate();
+    let named: Vec<String> = named
+        .map(|(class, name)| format!("{class}: {}", quoted(name)))
+        .collect();
+    format!(", id2label={{{}}}", named.join(", "))
 }
 
 /// A name at the start of a heading.

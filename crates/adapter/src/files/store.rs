@@ -15,6 +15,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Map, Value, json};
 
 use crate::base::module_shape::ModuleShape;
+use crate::config::Made;
 use crate::error::shown;
 use crate::error::{AdapterError, Result};
 use crate::exact_json;
@@ -30,6 +31,9 @@ const PICKLE: &str = "adapter_model.bin";
 /// The key in the weights' metadata under which an adapter says which base it was trained on. PEFT reads
 /// the tensors alone and is silent about it; of a key in `adapter_config.json` it would warn.
 const BASE: &str = "enamel_base";
+/// The key under which a classifier's adapter says what its classes are called, as a JSON list; PEFT has no place
+/// for them.
+const LABELS: &str = "enamel_labels";
 /// The longest header that the format allows.
 const MAX_HEADER: u64 = 100_000_000;
 
@@ -40,8 +44,29 @@ pub struct AdapterFile {
     pub config: AdapterConfig,
     /// Its tensors under PEFT's keys, sorted by key.
     pub tensors: Vec<HostTensor>,
-    /// What identifies the weights of the base that it was trained on, where that is known.
-    pub base: Option<String>,
+    /// What its file says besides.
+    pub made: Made,
+}
+
+impl Made {
+    fn read(text_of: impl Fn(&str) -> Option<String>) -> Self {
+        let labels = text_of(LABELS).and_then(|text| serde_json::from_str(&text).ok());
+        Self {
+            base: text_of(BASE),
+            labels: labels.unwrap_or_default(),
+        }
+    }
+
+    fn write(&self) -> Map<String, Value> {
+        let mut metadata = Map::new();
+        if let Some(base) = &self.base {
+            metadata.insert(BASE.to_owned(), json!(base));
+        }
+        if !self.labels.is_empty() {
+            metadata.insert(LABELS.to_owned(), json!(json!(self.labels).to_string()));
+        }
+        metadata
+    }
 }
 
 impl AdapterFile {
@@ -68,7 +93,7 @@ impl AdapterFile {
             return Ok(Self {
                 config,
                 tensors,
-                base: read.base,
+                made: read.made,
             });
         }
         Err(AdapterError::Mismatch {
@@ -93,8 +118,8 @@ impl AdapterFile {
         }
         let format =
             |path: std::path::PathBuf, reason: String| AdapterError::Format { path, reason };
-        let bytes = serialize(&self.tensors, self.base.as_deref())
-            .map_err(|e| format(dir.join(WEIGHTS), e))?;
+        let bytes =
+            serialize(&self.tensors, &self.made).map_err(|e| format(dir.join(WEIGHTS), e))?;
         let mut json = serde_json::to_string_pretty(&self.config.to_json())
             .map_err(|e| format(dir.join(CONFIG), e.to_string()))?;
         json.push('\n');
@@ -187,9 +212,14 @@ pub fn notes(dir: &Path, modules: Option<&[ModuleShape]>) -> Vec<String> {
     notes
 }
 
+/// What an adapter's file says of itself; nothing where it cannot be read.
+pub fn made(dir: &Path) -> Made {
+    header(&dir.join(WEIGHTS)).map_or_else(|_| Made::default(), |(_, made)| made)
+}
+
 /// What identifies the weights that an adapter was trained on, if it says so.
 pub fn base_identity(dir: &Path) -> Option<String> {
-    header(&dir.join(WEIGHTS)).ok()?.1
+    made(dir).base
 }
 
 /// Whether the file's keys are a model's own, and not an adapter's.
@@ -202,7 +232,7 @@ fn whole(config: &AdapterConfig) -> bool {
 /// # Errors
 /// When the disk refuses.
 pub fn write_tensors(path: &Path, tensors: &[HostTensor]) -> Result<()> {
-    let bytes = serialize(tensors, None).map_err(|reason| AdapterError::Format {
+    let bytes = serialize(tensors, &Made::default()).map_err(|reason| AdapterError::Format {
         path: path.to_path_buf(),
         reason,
     })?;
@@ -288,10 +318,10 @@ pub(crate) fn not_finite(key: &str) -> String {
     format!("{} holds a value that is not finite", shown(key))
 }
 
-/// The tensors of a directory under PEFT's keys, and what its file says of the base.
+/// The tensors of a directory under PEFT's keys, and what its file says besides.
 pub(crate) struct ReadTensors {
     pub tensors: BTreeMap<String, Stored>,
-    pub base: Option<String>,
+    pub made: Made,
 }
 
 /// Every tensor of a directory's `adapter_model.safetensors` (or mlx-lm's file), by PEFT's key.
@@ -299,32 +329,32 @@ pub(crate) fn read_tensors(dir: &Path, config: &AdapterConfig) -> Result<ReadTen
     let path = dir.join(WEIGHTS);
     let mlx = dir.join(MLX_WEIGHTS);
     if !path.exists() && mlx.exists() {
-        let (tensors, base) = read_file(&mlx)?;
+        let (tensors, made) = read_file(&mlx)?;
         let tensors = foreign::mlx_tensors(tensors).map_err(|problems| AdapterError::Mismatch {
             path: mlx,
             problems,
             note: "This is an mlx-lm adapter; mlx_lm.fuse makes a model of it.".into(),
         })?;
-        return Ok(ReadTensors { tensors, base });
+        return Ok(ReadTensors { tensors, made });
     }
     if !path.exists() && dir.join(PICKLE).exists() {
         return Err(AdapterError::Pickle(dir.to_path_buf()));
     }
-    let (tensors, base) = read_file(&path)?;
+    let (tensors, made) = read_file(&path)?;
     if whole(config) {
-        return Ok(ReadTensors { tensors, base });
+        return Ok(ReadTensors { tensors, made });
     }
     let (tensors, _) = foreign::canonical(tensors).map_err(|problems| AdapterError::Mismatch {
         path,
         problems,
         note: "Nothing was read of it.".into(),
     })?;
-    Ok(ReadTensors { tensors, base })
+    Ok(ReadTensors { tensors, made })
 }
 
-/// Every tensor of a file and what its metadata say of the base. The file is read as a whole: were it
+/// Every tensor of a file and what its metadata say. The file is read as a whole: were it
 /// mapped, another process that cuts it short could end this one.
-fn read_file(path: &Path) -> Result<(BTreeMap<String, Stored>, Option<String>)> {
+fn read_file(path: &Path) -> Result<(BTreeMap<String, Stored>, Made)> {
     let format = |reason: String| AdapterError::Format {
         path: path.to_path_buf(),
         reason,
@@ -350,12 +380,13 @@ fn read_file(path: &Path) -> Result<(BTreeMap<String, Stored>, Option<String>)> 
         };
         (key.to_string(), stored)
     });
-    let base = metadata.metadata().as_ref().and_then(|all| all.get(BASE));
-    Ok((all.collect(), base.cloned()))
+    let metadata = metadata.metadata().as_ref();
+    let made = Made::read(|key| metadata.and_then(|all| all.get(key)).cloned());
+    Ok((all.collect(), made))
 }
 
-/// The keys of a safetensors file and what its metadata say of the base, without its values.
-fn header(path: &Path) -> Result<(BTreeSet<String>, Option<String>)> {
+/// The keys of a safetensors file and what its metadata say, without its values.
+fn header(path: &Path) -> Result<(BTreeSet<String>, Made)> {
     let format = |reason: String| AdapterError::Format {
         path: path.to_path_buf(),
         reason,
@@ -380,12 +411,12 @@ fn header(path: &Path) -> Result<(BTreeSet<String>, Option<String>)> {
     let all: Map<String, Value> = serde_json::from_slice(&text)
         .map_err(|e| format(format!("its header is not JSON: {e}")))?;
     let metadata = all.get("__metadata__");
-    let base = metadata
-        .and_then(|all| all.get(BASE))
-        .and_then(Value::as_str);
-    let base = base.map(str::to_owned);
+    let made = Made::read(|key| {
+        let text = metadata.and_then(|all| all.get(key))?.as_str();
+        text.map(str::to_owned)
+    });
     let keys = all.into_iter().map(|(key, _)| key);
-    Ok((keys.filter(|key| key != "__metadata__").collect(), base))
+    Ok((keys.filter(|key| key != "__metadata__").collect(), made))
 }
 
 /// A file that an adapter directory must have.
@@ -407,14 +438,11 @@ fn unreadable(path: &Path, source: std::io::Error) -> AdapterError {
 
 /// A safetensors file of f32 tensors, sorted by name. Written here and not by the format's own crate, which
 /// puts several metadata in another order each time.
-fn serialize(tensors: &[HostTensor], base: Option<&str>) -> std::result::Result<Vec<u8>, String> {
+fn serialize(tensors: &[HostTensor], made: &Made) -> std::result::Result<Vec<u8>, String> {
     let mut sorted: Vec<&HostTensor> = tensors.iter().collect();
     sorted.sort_by(|a, b| a.0.cmp(&b.0));
     // Transformers wants to know who wrote the file.
-    let mut metadata = Map::new();
-    if let Some(base) = base {
-        metadata.insert(BASE.to_owned(), json!(base));
-    }
+    let mut metadata = made.write();
     metadata.insert("format".to_owned(), json!("pt"));
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), Value::Object(metadata));

@@ -35,7 +35,10 @@ fn meta() -> SaveMeta {
         base_model_name_or_path: Some("org/tiny \"quoted\"".into()),
         revision: None,
         task_type: Some("CAUSAL_LM".into()),
-        base_identity: Some("sha256:0123".into()),
+        made: Made {
+            base: Some("sha256:0123".into()),
+            ..Made::default()
+        },
         extra_readme: Some("## Training".into()),
     }
 }

@@ -76,7 +76,7 @@ macro_rules! methods {
 /// Makes one enum of the configurations and passes every call on.
 macro_rules! configs {
     // `$dollar` is a `$`, for the macro that this one writes.
-    ($dollar:tt $($variant:ident($config:ty) $($untargeted:ident)?),+ $(,)?) => {
+    ($dollar:tt $($variant:ident($config:ty) $($without:ident)?),+ $(,)?) => {
         /// The configuration of any method.
         #[derive(Clone, Debug, PartialEq)]
         #[allow(clippy::large_enum_variant)]
@@ -200,9 +200,18 @@ macro_rules! configs {
                 })+ }
             }
 
+            /// Says what the model is for, and that its head is trained whole and saved along, as PEFT does where the
+            /// task brings a head of its own. A method without `modules_to_save` has it trained by other means, or not.
+            pub fn set_task(&mut self, task_type: &str, head: &str) {
+                match self { $(Self::$variant(c) => {
+                    c.task_type = Some(task_type.to_owned());
+                    configs!(@head c head $($without)?);
+                })+ }
+            }
+
             /// Replaces `target_modules`, where the method has that.
             pub fn set_targets(&mut self, targets: Targets) {
-                match self { $(Self::$variant(c) => configs!(@targets c targets $($untargeted)?),)+ }
+                match self { $(Self::$variant(c) => configs!(@targets c targets $($without)?),)+ }
             }
         }
 
@@ -213,7 +222,17 @@ macro_rules! configs {
             };
         }
     };
+    (@head $config:ident $head:ident) => {{
+        let saved = $config.modules_to_save.get_or_insert_default();
+        if !saved.iter().any(|name| name == $head) {
+            saved.push($head.to_owned());
+        }
+    }};
+    (@head $config:ident $head:ident $without:ident) => {{
+        let _ = $head;
+    }};
     (@targets $config:ident $targets:ident) => { $config.target_modules = Some($targets) };
+    (@targets $config:ident $targets:ident whole) => { $config.target_modules = Some($targets) };
     (@targets $config:ident $targets:ident untargeted) => {{
         let _ = ($config, $targets);
     }};

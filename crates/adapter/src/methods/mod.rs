@@ -57,7 +57,7 @@ configs! { $
     AdaLora(adalora::AdaLoraConfig),
     Vera(vera::VeraConfig),
     Ia3(ia3::Ia3Config),
-    Full(full::FullConfig),
+    Full(full::FullConfig) whole,
     XLora(xlora::XLoraConfig) untargeted,
 }
 

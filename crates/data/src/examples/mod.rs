@@ -1,20 +1,23 @@
 //! From data files to examples: reading, encoding, truncating, and saying what became of every row.
 
+mod classification;
+mod language_model;
+mod load;
 mod note;
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::error::{BAD_ROWS_SHOWN, BadReason, BadRow, DataError, RowRef};
-use crate::files::{RawRow, expand_paths, foreign_kind, parse_row, sha256_hex, split_rows_of};
+use crate::error::{BAD_ROWS_SHOWN, BadRow, DataError, RowRef};
 use crate::masks::{IGNORED, TrainOn};
-use crate::records::{EncodedRow, RecordContext, RecordFormat, Remark, check_arguments};
-use crate::tokenizer::Tokenizer;
+use crate::records::RecordFormat;
 
+pub use classification::{
+    ClassLabel, ClassSpec, Classes, ClassifiedText, LabelledText, load_labelled,
+};
+pub use language_model::load_examples;
 pub use note::Note;
 
 /// Which data, and what to do with rows that do not fit.
@@ -94,16 +97,54 @@ pub struct DataFile {
     /// SHA-256 of its bytes, in hexadecimal.
     pub sha256: String,
     /// The format its rows were read in.
-    pub format: RecordFormat,
+    pub format: &'static str,
     /// How many rows it has, good and bad.
     pub rows: usize,
 }
 
+/// What training needs to know of a row, whatever is in it.
+pub trait Row: Clone + std::fmt::Debug + Send + Sync + 'static {
+    /// Where it came from.
+    fn source(&self) -> &RowRef;
+    /// How long it is, in tokens.
+    fn tokens(&self) -> usize;
+    /// How many labels the loss counts.
+    fn trained(&self) -> usize;
+    /// Its tokens.
+    fn input_ids(&self) -> &[u32];
+    /// The label of each token ([`IGNORED`] for none), where tokens have labels.
+    fn token_labels(&self) -> Option<&[i64]> {
+        None
+    }
+}
+
+impl Row for Example {
+    fn source(&self) -> &RowRef {
+        &self.source
+    }
+
+    fn tokens(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    fn trained(&self) -> usize {
+        self.trained_tokens()
+    }
+
+    fn input_ids(&self) -> &[u32] {
+        &self.input_ids
+    }
+
+    fn token_labels(&self) -> Option<&[i64]> {
+        Some(&self.labels)
+    }
+}
+
 /// Everything that came out of the data files.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Examples {
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rows<R> {
     /// The rows to train on, in file order.
-    pub rows: Vec<Example>,
+    pub rows: Vec<R>,
     /// Bad rows that were left out (`on_bad_row = "skip"`).
     pub skipped: Vec<BadRow>,
     /// How many of `rows` were shortened.
@@ -116,15 +157,62 @@ pub struct Examples {
     pub files: Vec<DataFile>,
 }
 
-impl Examples {
+/// The rows of a language model.
+pub type Examples = Rows<Example>;
+
+impl<R> Default for Rows<R> {
+    fn default() -> Self {
+        Self {
+            rows: Vec::new(),
+            skipped: Vec::new(),
+            truncated: 0,
+            dropped: 0,
+            notes: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+}
+
+impl<R> Rows<R> {
+    /// The same with other rows: each of them made into another, or all reasons why one cannot be.
+    ///
+    /// # Errors
+    /// [`DataError::BadRows`] with the rows that `change` refuses.
+    pub fn try_map<S>(
+        self,
+        mut change: impl FnMut(R) -> Result<S, BadRow>,
+    ) -> Result<Rows<S>, DataError> {
+        let mut rows = Vec::with_capacity(self.rows.len());
+        let mut bad = Vec::new();
+        for row in self.rows {
+            match change(row) {
+                Ok(row) => rows.push(row),
+                Err(row) => bad.push(row),
+            }
+        }
+        if !bad.is_empty() {
+            return Err(bad_rows(bad));
+        }
+        Ok(Rows {
+            rows,
+            skipped: self.skipped,
+            truncated: self.truncated,
+            dropped: self.dropped,
+            notes: self.notes,
+            files: self.files,
+        })
+    }
+}
+
+impl<R: Row> Rows<R> {
     /// All tokens of all rows.
     pub fn tokens(&self) -> usize {
-        self.rows.iter().map(|row| row.input_ids.len()).sum()
+        self.rows.iter().map(R::tokens).sum()
     }
 
-    /// The tokens that are predicted and trained.
-    pub fn trained_tokens(&self) -> usize {
-        self.rows.iter().map(Example::trained_tokens).sum()
+    /// The labels that the loss counts.
+    pub fn trained(&self) -> usize {
+        self.rows.iter().map(R::trained).sum()
     }
 
     /// Adds a note where rows have more tokens than a model of `positions` positions was made for.
@@ -132,8 +220,8 @@ impl Examples {
         let mut past = RowCount::default();
         let mut longest = 0;
         for row in &self.rows {
-            past.count(row.input_ids.len() > positions, &row.source);
-            longest = longest.max(row.input_ids.len());
+            past.count(row.tokens() > positions, row.source());
+            longest = longest.max(row.tokens());
         }
         if let Some((rows, first)) = past.found() {
             self.notes.push(Note::PastPositions {
@@ -146,128 +234,10 @@ impl Examples {
     }
 }
 
-/// Reads, encodes and checks all rows of `spec`. The result does not depend on the number of threads.
-///
-/// # Errors
-/// [`DataError::BadRows`] names all bad rows at once (the first [`BAD_ROWS_SHOWN`] in words);
-/// [`DataError::NoRows`] where nothing is left.
-pub fn load_examples(spec: &DataSpec, tokenizer: &Tokenizer) -> Result<Examples, DataError> {
-    if let Some(max_length @ 0..2) = spec.max_length {
-        return Err(DataError::Spec {
-            field: "max_length",
-            detail: format!("must be at least 2, is {max_length}"),
-        });
-    }
-    check_arguments(&spec.template_arguments).map_err(|detail| DataError::Spec {
-        field: "chat_template_kwargs",
-        detail,
-    })?;
-    let context = RecordContext {
-        tokenizer,
-        train_on: spec.train_on,
-        template_arguments: &spec.template_arguments,
-    };
-    let mut examples = Examples::default();
-    let mut bad = Vec::new();
-    let mut unclosed = RowCount::default();
-    let mut straddling = RowCount::default();
-    let mut remarks: BTreeMap<Remark, RowCount> = BTreeMap::new();
-    let found = expand_paths(&spec.paths)?;
-    for path in found.files {
-        let bytes = std::fs::read(&path).map_err(|source| DataError::Read {
-            path: path.clone(),
-            source,
-        })?;
-        if let Some((kind, advice)) = foreign_kind(&path, &bytes) {
-            return Err(DataError::ForeignFile { path, kind, advice });
-        }
-        let rows = split_rows_of(&path, &bytes);
-        let format = match spec.format {
-            RecordFormat::Auto => detect_format(&rows, &bytes, spec),
-            format => format,
-        };
-        examples.files.push(DataFile {
-            path: path.clone(),
-            sha256: sha256_hex(&bytes),
-            format,
-            rows: rows.len(),
-        });
-        let file: Arc<Path> = Arc::from(path.as_path());
-        let (outcomes, unused) = encode_rows(&rows, &bytes, format, spec, &context);
-        if !unused.is_empty() {
-            examples
-                .notes
-                .push(Note::unused_columns(&path, format, unused));
-        }
-        for (row, outcome) in rows.iter().zip(outcomes) {
-            let source = RowRef {
-                file: Arc::clone(&file),
-                line: row.line,
-            };
-            match outcome {
-                Ok(Fitted::Dropped) => examples.dropped = examples.dropped.saturating_add(1),
-                Ok(Fitted::Kept { row, truncated }) => {
-                    let truncated = usize::from(truncated);
-                    examples.truncated = examples.truncated.saturating_add(truncated);
-                    unclosed.count(!row.closed, &source);
-                    straddling.count(row.straddling > 0, &source);
-                    for remark in row.remarks {
-                        remarks.entry(remark).or_default().count(true, &source);
-                    }
-                    examples.rows.push(Example {
-                        input_ids: row.ids,
-                        labels: row.labels,
-                        source,
-                        index: examples.rows.len(),
-                    });
-                }
-                Err(BadReason::NoChatTemplate) => {
-                    return Err(DataError::NoChatTemplate { row: source });
-                }
-                Err(BadReason::NoTokenizer { reason }) => {
-                    let row = Some(source);
-                    return Err(DataError::NoTokenizer { row, reason });
-                }
-                Err(reason) => bad.push(BadRow { source, reason }),
-            }
-        }
-    }
-    if !bad.is_empty() && spec.on_bad_row == OnBadRow::Error {
-        let total = bad.len();
-        bad.truncate(BAD_ROWS_SHOWN);
-        return Err(DataError::BadRows { rows: bad, total });
-    }
-    examples.skipped = bad;
-    if examples.rows.is_empty() {
-        return Err(no_rows(&examples));
-    }
-    if let Some((rows, first)) = unclosed.found() {
-        examples.notes.push(Note::NoEndOfTurn { rows, first });
-    }
-    if let Some((rows, first)) = straddling.found() {
-        examples.notes.push(Note::StraddlingToken { rows, first });
-    }
-    for (remark, count) in remarks {
-        if let Some((rows, first)) = count.found() {
-            examples.notes.push(Note::Remark {
-                remark,
-                rows,
-                first,
-            });
-        }
-    }
-    if !found.left_out.is_empty() {
-        examples.notes.push(Note::FilesLeftOut {
-            files: found.left_out,
-        });
-    }
-    Ok(examples)
-}
-
-/// A row after truncation.
-enum Fitted {
-    Kept { row: EncodedRow, truncated: bool },
-    Dropped,
+fn bad_rows(mut rows: Vec<BadRow>) -> DataError {
+    let total = rows.len();
+    rows.truncate(BAD_ROWS_SHOWN);
+    DataError::BadRows { rows, total }
 }
 
 #[derive(Default)]
@@ -291,148 +261,4 @@ impl RowCount {
 
 fn trained_tokens(labels: &[i64]) -> usize {
     labels.iter().skip(1).filter(|&&l| l != IGNORED).count()
-}
-
-/// A row's object without the columns that are to be ignored.
-fn read_row(row: &RawRow, bytes: &[u8], spec: &DataSpec) -> Result<Map<String, Value>, BadReason> {
-    let bytes = bytes.get(row.bytes.clone()).unwrap_or_default();
-    let mut object = parse_row(bytes)?;
-    if !spec.ignore_columns.is_empty() {
-        object.retain(|name, _| !spec.ignore_columns.contains(name));
-    }
-    Ok(object)
-}
-
-/// The format of the first row that is readable and has a format's keys.
-fn detect_format(rows: &[RawRow], bytes: &[u8], spec: &DataSpec) -> RecordFormat {
-    rows.iter()
-        .filter_map(|row| read_row(row, bytes, spec).ok())
-        .find_map(|row| RecordFormat::detect(&row))
-        .unwrap_or(RecordFormat::Auto)
-}
-
-/// Columns that no row's format reads, with the number of rows that have them.
-type Unused = BTreeMap<String, usize>;
-
-/// Encodes rows on all cores; results are in row order.
-fn encode_rows(
-    rows: &[RawRow],
-    bytes: &[u8],
-    format: RecordFormat,
-    spec: &DataSpec,
-    context: &RecordContext<'_>,
-) -> (Vec<Result<Fitted, BadReason>>, Unused) {
-    // Rows may each have columns of their own.
-    const MOST_COLUMNS: usize = 1000;
-    let encode = |row: &RawRow, unused: &mut Unused| -> Result<Fitted, BadReason> {
-        let object = read_row(row, bytes, spec)?;
-        for name in format.unused(&object)? {
-            if let Some(count) = unused.get_mut(name) {
-                *count = count.saturating_add(1);
-            } else if unused.len() < MOST_COLUMNS {
-                unused.insert(name.to_owned(), 1);
-            }
-        }
-        fit(format.encode(&object, context)?, spec)
-    };
-    let encode_all = |rows: &[RawRow]| {
-        let mut unused = Unused::new();
-        let outcomes = rows.iter().map(|row| encode(row, &mut unused));
-        (outcomes.collect::<Vec<_>>(), unused)
-    };
-    // Below this many rows a thread costs more than it saves.
-    const ROWS_PER_THREAD: usize = 64;
-    let threads = std::thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(rows.len() / ROWS_PER_THREAD);
-    if threads < 2 {
-        return encode_all(rows);
-    }
-    let encode_all = &encode_all;
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = rows
-            .chunks(rows.len().div_ceil(threads))
-            .map(|chunk| scope.spawn(move || encode_all(chunk)))
-            .collect();
-        let mut outcomes = Vec::with_capacity(rows.len());
-        let mut unused = Unused::new();
-        for worker in workers {
-            match worker.join() {
-                Ok((some, columns)) => {
-                    outcomes.extend(some);
-                    for (name, count) in columns {
-                        let sum = unused.entry(name).or_default();
-                        *sum = usize::saturating_add(*sum, count);
-                    }
-                }
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        (outcomes, unused)
-    })
-}
-
-/// Truncates a row as `spec` says and refuses one in which nothing is trained.
-fn fit(mut row: EncodedRow, spec: &DataSpec) -> Result<Fitted, BadReason> {
-    if trained_tokens(&row.labels) == 0 {
-        return Err(BadReason::NothingTrained {
-            detail: "every label is ignored".to_owned(),
-        });
-    }
-    let tokens = row.ids.len();
-    let Some(max_length) = spec.max_length.filter(|&max| tokens > max) else {
-        return Ok(Fitted::Kept {
-            row,
-            truncated: false,
-        });
-    };
-    let side = match spec.truncation {
-        Truncation::Error => return Err(BadReason::TooLong { tokens, max_length }),
-        Truncation::Drop => return Ok(Fitted::Dropped),
-        Truncation::KeepStart => {
-            row.ids.truncate(max_length);
-            row.labels.truncate(max_length);
-            "first"
-        }
-        Truncation::KeepEnd => {
-            // As many labels as ids.
-            let first = tokens.saturating_sub(max_length);
-            row.ids.drain(..first);
-            row.labels.drain(..first);
-            "last"
-        }
-    };
-    if trained_tokens(&row.labels) == 0 {
-        return Err(BadReason::NothingTrained {
-            detail: format!(
-                "the {side} {max_length} of {tokens} tokens hold none; raise max_length"
-            ),
-        });
-    }
-    Ok(Fitted::Kept {
-        row,
-        truncated: true,
-    })
-}
-
-fn no_rows(examples: &Examples) -> DataError {
-    let files: Vec<String> = examples
-        .files
-        .iter()
-        .map(|file| file.path.display().to_string())
-        .collect();
-    let mut detail = Vec::new();
-    if examples.dropped > 0 {
-        detail.push(format!("{} dropped as too long", examples.dropped));
-    }
-    if let Some(first) = examples.skipped.first() {
-        detail.push(format!("{} skipped, first {first}", examples.skipped.len()));
-    }
-    DataError::NoRows {
-        files: files.join(", "),
-        detail: match detail.is_empty() {
-            true => ": there are no rows".to_owned(),
-            false => format!(": {}", detail.join("; ")),
-        },
-    }
 }

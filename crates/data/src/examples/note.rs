@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{RowRef, shown};
-use crate::records::{RecordFormat, Remark};
+use crate::records::Remark;
 
 /// Something about the examples that is no error but worth saying.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,14 +65,14 @@ pub enum Note {
 impl Note {
     pub(crate) fn unused_columns(
         file: &Path,
-        format: RecordFormat,
+        format: &'static str,
         columns: BTreeMap<String, usize>,
     ) -> Self {
         let mut columns: Vec<(String, usize)> = columns.into_iter().collect();
         columns.sort_by_key(|(_, rows)| std::cmp::Reverse(*rows));
         Self::UnusedColumns {
             file: file.to_owned(),
-            format: format.name(),
+            format,
             columns,
         }
     }

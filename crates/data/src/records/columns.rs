@@ -150,7 +150,7 @@ pub(super) fn check_media(fields: &Map<String, Value>, path: &str) -> Result<(),
 ///
 /// # Errors
 /// [`BadReason::ForeignColumns`] with all columns that would change the training elsewhere.
-pub(super) fn unused(
+pub(crate) fn unused(
     row: &Map<String, Value>,
     own: impl Fn(&str) -> bool,
     format_is_chat: bool,

@@ -3,13 +3,13 @@
 //! A new format is one file here and one line in the list below.
 
 mod chat_columns;
-mod columns;
+pub(crate) mod columns;
 mod instruction;
 mod messages;
 mod prompt_completion;
 mod sharegpt;
 mod text;
-mod tokens;
+pub(crate) mod tokens;
 mod weights;
 
 pub use chat_columns::check_arguments;
@@ -87,9 +87,10 @@ pub(crate) struct RecordContext<'a> {
 
 /// A row as ids and labels, before truncation.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct EncodedRow {
+pub(crate) struct EncodedRow<L = Vec<i64>> {
     pub(crate) ids: Vec<u32>,
-    pub(crate) labels: Vec<i64>,
+    /// What is trained of it: for a language model, a label for each token.
+    pub(crate) labels: L,
     /// Whether the trained text ends with an end-of-turn or EOS token.
     pub(crate) closed: bool,
     /// Tokens that lie on both sides of a span's start.
@@ -113,8 +114,8 @@ pub enum Remark {
     RolesRenamed,
 }
 
-impl EncodedRow {
-    pub(crate) fn new(ids: Vec<u32>, labels: Vec<i64>, closed: bool) -> Self {
+impl<L> EncodedRow<L> {
+    pub(crate) fn new(ids: Vec<u32>, labels: L, closed: bool) -> Self {
         Self {
             ids,
             labels,
@@ -245,7 +246,7 @@ pub(crate) fn type_name(value: &Value) -> &'static str {
     }
 }
 
-fn keys_of(row: &Map<String, Value>) -> String {
+pub(crate) fn keys_of(row: &Map<String, Value>) -> String {
     if row.is_empty() {
         return "none".to_owned();
     }

@@ -40,24 +40,8 @@ impl Record for Tokens {
         context: &RecordContext<'_>,
     ) -> Result<EncodedRow, BadReason> {
         let vocab_size = context.tokenizer.vocab_size();
-        let input_ids = integers(row, "input_ids")?;
-        if input_ids.is_empty() {
-            return Err(BadReason::Empty {
-                field: "input_ids".to_owned(),
-            });
-        }
-        let mut ids = input_ids
-            .iter()
-            .enumerate()
-            .map(|(index, &id)| {
-                in_vocabulary(id, vocab_size).ok_or(BadReason::OutOfVocabulary {
-                    field: "input_ids",
-                    index,
-                    id,
-                    vocab_size,
-                })
-            })
-            .collect::<Result<Vec<u32>, _>>()?;
+        let mut ids = all_ids(row, vocab_size)?;
+        let input_ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
         let mut labels = labels(row, &input_ids, context)?;
         for (index, &id) in labels.iter().enumerate() {
             if id != IGNORED && in_vocabulary(id, vocab_size).is_none() {
@@ -71,8 +55,7 @@ impl Record for Tokens {
         }
         let (start, end) = real_tokens(row, ids.len())?;
         check_positions(row, start, end)?;
-        ids.truncate(end);
-        ids.drain(..start);
+        keep(&mut ids, start, end);
         labels.truncate(end);
         labels.drain(..start);
         let closed = labels
@@ -83,6 +66,42 @@ impl Record for Tokens {
             .is_some_and(|label| context.tokenizer.is_special(label));
         Ok(EncodedRow::new(ids, labels, closed))
     }
+}
+
+/// The columns beside `input_ids` that say which of them are real, and where they stand.
+pub(crate) const BESIDE_IDS: [&str; 2] = ["attention_mask", "position_ids"];
+
+/// The real tokens of a row, all of which the vocabulary has.
+pub(crate) fn real_ids(row: &Map<String, Value>, vocab_size: usize) -> Result<Vec<u32>, BadReason> {
+    let mut ids = all_ids(row, vocab_size)?;
+    let (start, end) = real_tokens(row, ids.len())?;
+    check_positions(row, start, end)?;
+    keep(&mut ids, start, end);
+    Ok(ids)
+}
+
+/// The same with the padding, at least one.
+fn all_ids(row: &Map<String, Value>, vocab_size: usize) -> Result<Vec<u32>, BadReason> {
+    let ids = integers(row, "input_ids")?;
+    if ids.is_empty() {
+        return Err(BadReason::Empty {
+            field: "input_ids".to_owned(),
+        });
+    }
+    let of_vocabulary = ids.iter().enumerate().map(|(index, &id)| {
+        in_vocabulary(id, vocab_size).ok_or(BadReason::OutOfVocabulary {
+            field: "input_ids",
+            index,
+            id,
+            vocab_size,
+        })
+    });
+    of_vocabulary.collect()
+}
+
+fn keep(ids: &mut Vec<u32>, start: usize, end: usize) {
+    ids.truncate(end);
+    ids.drain(..start);
 }
 
 /// A label for each token, before padding is dropped.

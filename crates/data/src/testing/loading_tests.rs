@@ -169,7 +169,7 @@ fn token_rows_keep_their_labels() {
     assert_eq!(examples.rows[0].labels, [1, 2, 3]);
     assert_eq!(examples.rows[1].labels, [IGNORED, IGNORED, 9]);
     assert_eq!(examples.rows[1].trained_tokens(), 1);
-    assert_eq!((examples.tokens(), examples.trained_tokens()), (6, 3));
+    assert_eq!((examples.tokens(), examples.trained()), (6, 3));
     assert!(matches!(
         examples.notes[..],
         [Note::NoEndOfTurn { rows: 2, .. }]
@@ -375,7 +375,7 @@ fn formats_are_found_per_file_and_arrays_are_read() {
         ..DataSpec::default()
     };
     let examples = load_examples(&spec, &t).unwrap();
-    let formats: Vec<&str> = examples.files.iter().map(|f| f.format.name()).collect();
+    let formats: Vec<&str> = examples.files.iter().map(|f| f.format).collect();
     assert_eq!(formats, ["text", "tokens"]);
     assert_eq!(examples.skipped[0].source.line, 3);
     assert_eq!(examples.rows[1].index, 1);

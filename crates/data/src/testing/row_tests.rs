@@ -455,7 +455,7 @@ fn sharegpt_rows_are_conversations() {
         assert_eq!(one(row, &t), plain);
     }
     let examples = load(&with_system.to_string(), &t, DataSpec::default()).unwrap();
-    assert_eq!(examples.files[0].format, RecordFormat::Sharegpt);
+    assert_eq!(examples.files[0].format, RecordFormat::Sharegpt.name());
     assert!(examples.notes.is_empty(), "{:?}", examples.notes);
     let under_messages = json!({"messages": turns});
     let examples = load(&under_messages.to_string(), &t, DataSpec::default()).unwrap();

@@ -23,6 +23,7 @@ pub use vit::vit_modules;
 
 use crate::config::{Common, DecoderConfig, Reader};
 use crate::error::LoadError;
+use crate::heads::{CLASSIFIER, HEAD, Head, HeadConfig};
 use crate::nn::input::ModelInput;
 use crate::nn::kv_cache::KvCache;
 use crate::nn::weights::Weights;
@@ -105,9 +106,6 @@ pub trait Backbone: Module + Slots {
     /// In training: keeps only the input of so many blocks at a time.
     fn set_recompute(&mut self, blocks: Option<NonZeroUsize>);
 }
-
-/// The name of the head in every architecture that yields logits over the vocabulary.
-pub const HEAD: &str = "lm_head";
 
 /// The `model_type` of a configuration.
 pub(crate) fn model_type(json: &Value) -> Option<&str> {
@@ -290,15 +288,58 @@ impl ArchConfig {
         })
     }
 
-    /// The head, where it has a matrix of its own.
-    pub(crate) fn build_head(
-        &self,
-        weights: &mut Weights<'_, '_>,
-    ) -> Result<Option<enamel_adapter::Linear>, LoadError> {
-        let common = self.common();
-        let shape = [common.vocab_size, common.hidden_size];
-        let own = !common.tie_word_embeddings;
-        own.then(|| weights.head(HEAD, shape, false)).transpose()
+    /// The same model with another head; `padding` is the padding token for a file that names none.
+    pub fn with_head(&self, head: HeadConfig, padding: Option<u32>) -> Self {
+        let mut config = self.clone();
+        config.common_mut().set_head(head, padding);
+        config
+    }
+
+    /// The same model with its head among its tensors.
+    pub fn with_stored_head(&self) -> Self {
+        let mut config = self.clone();
+        if let HeadConfig::SequenceClassification { stored, .. } = &mut config.common_mut().head {
+            *stored = true;
+        }
+        config
+    }
+
+    /// The module that the head is: the embedding where they are tied.
+    pub fn head_module(&self) -> &'static str {
+        match self.common().head {
+            HeadConfig::CausalLm if self.ties_head() => self.embedding(),
+            HeadConfig::CausalLm => HEAD,
+            HeadConfig::SequenceClassification { .. } => CLASSIFIER,
+        }
+    }
+
+    /// How many logits the head yields: tokens, or classes.
+    pub fn outputs(&self) -> usize {
+        match &self.common().head {
+            HeadConfig::CausalLm => self.common().vocab_size,
+            HeadConfig::SequenceClassification { labels, .. } => labels.len(),
+        }
+    }
+
+    /// Whether the head is the embedding.
+    pub fn ties_head(&self) -> bool {
+        self.common().tie_word_embeddings && self.common().head == HeadConfig::CausalLm
+    }
+
+    /// The head, from its weights.
+    pub(crate) fn build_head(&self, weights: &mut Weights<'_, '_>) -> Result<Head, LoadError> {
+        let hidden = self.common().hidden_size;
+        match &self.common().head {
+            HeadConfig::CausalLm if self.ties_head() => Ok(Head::Lm(None)),
+            HeadConfig::CausalLm => {
+                let head = weights.head(HEAD, [self.outputs(), hidden], false)?;
+                Ok(Head::Lm(Some(head)))
+            }
+            HeadConfig::SequenceClassification { labels, .. } => {
+                let head = weights.head(CLASSIFIER, [labels.len(), hidden], false)?;
+                Ok(Head::Classifier(head))
+            }
+        }
     }
 }
 

@@ -11,7 +11,7 @@ mod safetensors;
 mod sentencepiece;
 mod widen;
 
-use crate::arch::HEAD;
+use crate::heads::HEAD;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::{LARGEST_LAYERS, Reader};
+use crate::heads::{self, HeadConfig};
 
 /// Settings that mean the same in every architecture, under the names that most of them give these.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +30,8 @@ pub struct Common {
     pub initializer_range: f64,
     /// `dtype` or `torch_dtype`, as spelled in the file.
     pub dtype: Option<String>,
+    /// What it makes of its last hidden states.
+    pub head: HeadConfig,
     raw: Map<String, Value>,
 }
 
@@ -76,6 +79,7 @@ impl Common {
                 .iter()
                 .find_map(|key| read.map.get(*key).and_then(Value::as_str))
                 .map(str::to_owned),
+            head: HeadConfig::default(),
             raw: read.map.clone(),
         };
         if common.num_hidden_layers as u64 > LARGEST_LAYERS {
@@ -88,10 +92,29 @@ impl Common {
 
     /// The settings as they were read, unknown keys included.
     pub fn to_json(&self) -> Value {
-        Value::Object(self.raw.clone())
+        let mut json = self.raw.clone();
+        if self.head != HeadConfig::CausalLm {
+            self.head.write(&mut json);
+            json.insert("pad_token_id".to_owned(), self.pad_token_id.into());
+        }
+        Value::Object(json)
     }
 
     /// Gives the head a matrix of its own (`tie_word_embeddings: false`).
+    /// The names of the classes that the file gives (`id2label`), in the order of their numbers.
+    pub fn labels(&self) -> Option<Vec<String>> {
+        heads::labels(&self.raw)
+    }
+
+    /// Gives the model another head. A file that names no padding token names `padding` from then on: by it,
+    /// transformers finds a text's last token.
+    pub(crate) fn set_head(&mut self, head: HeadConfig, padding: Option<u32>) {
+        if self.pad_token_id.is_none() && head != HeadConfig::CausalLm {
+            self.pad_token_id = padding;
+        }
+        self.head = head;
+    }
+
     pub(crate) fn untie(&mut self) {
         self.tie_word_embeddings = false;
         self.raw

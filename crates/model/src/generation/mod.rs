@@ -8,7 +8,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::cache::Cache;
-use crate::causal_lm::CausalLm;
+use crate::heads::Head;
+use crate::model::Model;
 use crate::nn::input::ModelInput;
 
 /// How the next token is chosen, and how many at most.
@@ -42,6 +43,9 @@ impl Sampling {
 /// Why no text could be generated.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum GenerateError {
+    /// The head has classes, not tokens.
+    #[error("the model classifies texts, it generates none: ask for classes with `enamel predict`")]
+    NoLanguageHead,
     /// Nothing to continue.
     #[error("the prompt has no tokens; give at least the beginning-of-text token")]
     EmptyPrompt,
@@ -95,7 +99,7 @@ pub enum GenerateError {
 /// ([`context_length`](crate::config::RopeConfig::context_length)). The model is used as it stands, adapters
 /// included; evaluate a training model through [`burn::module::Module::valid`].
 pub fn generate(
-    model: &CausalLm,
+    model: &Model,
     prompt: &[u32],
     stop: &[u32],
     sampling: &Sampling,
@@ -139,7 +143,10 @@ pub fn generate(
     Ok(produced)
 }
 
-fn check(model: &CausalLm, prompt: &[u32], sampling: &Sampling) -> Result<(), GenerateError> {
+fn check(model: &Model, prompt: &[u32], sampling: &Sampling) -> Result<(), GenerateError> {
+    if matches!(model.head, Head::Classifier(_)) {
+        return Err(GenerateError::NoLanguageHead);
+    }
     if prompt.is_empty() {
         return Err(GenerateError::EmptyPrompt);
     }
@@ -230,11 +237,11 @@ mod tests {
     use burn::tensor::Device;
     use serde_json::json;
 
-    fn model(device: &Device) -> CausalLm {
-        CausalLm::random(&tiny_config(json!({})), 11, device).unwrap()
+    fn model(device: &Device) -> Model {
+        Model::random(&tiny_config(json!({})), 11, device).unwrap()
     }
 
-    fn run(model: &CausalLm, stop: &[u32], sampling: &Sampling) -> Vec<u32> {
+    fn run(model: &Model, stop: &[u32], sampling: &Sampling) -> Vec<u32> {
         let mut streamed = Vec::new();
         let produced = generate(model, &[1, 2, 3], stop, sampling, &mut |id| {
             streamed.push(id);

@@ -104,7 +104,7 @@ mod tests {
 
     use super::*;
     use crate::testing::{devices, distance, ids, tiny_config, values};
-    use crate::{Cache, CausalLm, ModelInput};
+    use crate::{Cache, Model, ModelInput};
     use enamel_kernels::KeyMask;
     use serde_json::json;
 
@@ -120,7 +120,7 @@ mod tests {
             json!({"rope_scaling": {"type": "yarn", "factor": 4.0}}),
         ] {
             for device in devices() {
-                let model = CausalLm::random(&tiny_config(changes.clone()), 5, &device).unwrap();
+                let model = Model::random(&tiny_config(changes.clone()), 5, &device).unwrap();
                 // The second row begins with two tokens of padding.
                 let mask = |keys: usize| {
                     let valid = [vec![true; keys], (0..keys).map(|i| i >= 2).collect()].concat();

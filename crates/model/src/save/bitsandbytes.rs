@@ -15,8 +15,8 @@ use super::{
     SaveDtype, SaveError, SaveOptions, SavedModel, saved_config, write_directory, write_values,
 };
 use crate::arch::ArchConfig;
-use crate::causal_lm::{CausalLm, StoredNames};
 use crate::checkpoint::{Checkpoint, TensorSource};
+use crate::model::{Model, StoredNames};
 use crate::quantization::{Format, Quantization};
 
 /// What was quantised.
@@ -55,7 +55,7 @@ pub fn write_bitsandbytes(
     skip_modules: &[String],
     options: &SaveOptions,
 ) -> Result<QuantisedModel, SaveError> {
-    let (config, stored) = CausalLm::fit(config, source)?;
+    let (config, stored) = Model::fit(config, source)?;
     let writing = Writing {
         source,
         stored,

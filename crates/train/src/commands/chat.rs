@@ -6,8 +6,8 @@ use std::time::Instant;
 use enamel_data::{Message, TokenStream};
 use enamel_model::{Sampling, generate};
 
+use crate::base::LoadedBase;
 use crate::error::TrainError;
-use crate::inputs::base_model::LoadedBase;
 
 /// What was written, and how fast.
 #[derive(Clone, Debug)]

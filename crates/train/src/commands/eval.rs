@@ -1,4 +1,4 @@
-//! `enamel eval`: loss and perplexity of a model on a recipe's validation rows.
+//! `enamel eval`: a task's metrics of a model on a recipe's validation rows.
 
 use std::path::Path;
 
@@ -6,12 +6,15 @@ use burn::train::InferenceStep;
 use enamel_data::Note;
 use enamel_model::source::PullProgress;
 use serde::Serialize;
+use serde_json::{Map, Value};
 
+use crate::base::provenance;
 use crate::error::TrainError;
 use crate::inputs::Inputs;
 use crate::inputs::loftq;
-use crate::inputs::provenance;
 use crate::recipe::Recipe;
+use crate::task::measured::{ClassScores, values};
+use crate::task::{Measured, Task, for_task};
 use crate::training::data_loader::EvalLoader;
 use crate::training::train_step::TrainModel;
 
@@ -20,12 +23,12 @@ use crate::training::train_step::TrainModel;
 pub struct EvalReport {
     /// Rows read.
     pub rows: usize,
-    /// Tokens with a label.
-    pub trained_tokens: usize,
-    /// Mean negative log-likelihood, in nats.
-    pub loss: f64,
-    /// `exp(loss)`.
-    pub perplexity: f64,
+    /// How many labels the loss counts, and the task's metrics: `loss`, and `perplexity` of a language model.
+    #[serde(flatten)]
+    pub metrics: Map<String, Value>,
+    /// How good a classifier is on each of its classes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<ClassScores>,
     /// Wall time in seconds, loading left out.
     pub seconds: f64,
     /// Where it ran.
@@ -49,7 +52,25 @@ pub fn evaluate(
     adapter: Option<&Path>,
     progress: &mut dyn PullProgress,
 ) -> Result<EvalReport, TrainError> {
-    let mut inputs = Inputs::open(recipe, None, progress)?;
+    for_task!(recipe.task, T => evaluate_task::<T>(recipe, adapter, progress))
+}
+
+fn evaluate_task<T: Task>(
+    recipe: &Recipe,
+    adapter: Option<&Path>,
+    progress: &mut dyn PullProgress,
+) -> Result<EvalReport, TrainError> {
+    let mut recipe = recipe.clone();
+    if let Some(dir) = adapter {
+        for_task_type(dir, T::TASK_TYPE)?;
+        // Its outputs are what it was trained for, whatever classes the rows name.
+        let labels = enamel_adapter::made(dir).labels;
+        if recipe.data.labels.is_empty() {
+            recipe.data.labels = labels;
+        }
+    }
+    let recipe = &recipe;
+    let mut inputs = Inputs::<T>::open(recipe, None, progress)?;
     if inputs.valid.is_empty() {
         return Err(TrainError::Mismatch(
             "the recipe has no validation rows\n  help: set data.valid or data.valid_fraction"
@@ -66,26 +87,44 @@ pub fn evaluate(
         notes = provenance::notes(dir, Some(&inputs.base));
         notes.extend(loftq::beside_dense(&loaded.config, &model).map(str::to_owned));
     }
-    let trainee = TrainModel { model };
-    let pad = inputs.base.tokenizer.padding_id();
+    let trainee = TrainModel {
+        model,
+        task: inputs.task.clone(),
+    };
     let started = std::time::Instant::now();
-    let loader = EvalLoader::new(&inputs.valid, recipe.train.batch_size, pad);
-    let (mut sum, mut count) = (0.0, 0);
+    let loader = EvalLoader::new(&inputs.task, &inputs.valid, recipe.train.batch_size);
+    let mut measured = Measured::default();
     for batch in loader.batches() {
-        let out = InferenceStep::step(&trainee, batch.clone());
-        sum += out.loss_sum;
-        count += out.trained_tokens;
+        measured.add(&InferenceStep::step(&trainee, batch.clone()));
     }
-    let loss = sum / count.max(1) as f64;
+    let mut metrics = Map::new();
+    if T::COUNTED != "rows" {
+        metrics.insert(T::COUNTED.to_owned(), measured.count.into());
+    }
+    metrics.extend(values(T::METRICS.iter(), &measured));
     Ok(EvalReport {
         rows: inputs.valid.len(),
-        trained_tokens: count,
-        loss,
-        perplexity: loss.exp(),
+        metrics,
+        classes: inputs.task.class_scores(&measured.tally),
         seconds: started.elapsed().as_secs_f64(),
         device: inputs.device_name,
         compute_dtype: inputs.compute.name(),
         notes: inputs.train.notes,
         adapter_notes: notes,
     })
+}
+
+/// Refuses an adapter that is for another task.
+///
+/// # Errors
+/// That; a configuration that cannot be read.
+pub(crate) fn for_task_type(adapter: &Path, wanted: &str) -> Result<(), TrainError> {
+    match enamel_adapter::load_config(adapter)?.task_type() {
+        Some(other) if other != wanted => Err(TrainError::Mismatch(format!(
+            "{} is for task_type = {other}, and {wanted} is asked for\n  \
+             help: set `task` in the recipe to the task that the adapter was trained for",
+            adapter.display()
+        ))),
+        _ => Ok(()),
+    }
 }

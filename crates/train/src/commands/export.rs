@@ -10,14 +10,16 @@ use enamel_model::save::{
     GgufLora, GgufOptions, GgufTokens, OutType, SaveDtype, SavedGguf, write_gguf, write_gguf_lora,
 };
 use enamel_model::source::{PullProgress, expand_home};
-use enamel_model::{ArchConfig, CausalLm};
+use enamel_model::{ArchConfig, Model};
 
+use crate::base::provenance;
+use crate::base::{OpenBase, base_of};
 use crate::commands::merge::{MergeBase, Merging, for_export, plainly, trained_quantised};
 use crate::commands::outputs::Output;
 use crate::error::TrainError;
-use crate::inputs::base_model::{OpenBase, base_of};
 use crate::inputs::loftq;
-use crate::inputs::provenance;
+use crate::recipe::TaskName;
+use crate::task;
 
 /// What to export, and where to.
 #[derive(Clone, Debug)]
@@ -136,6 +138,15 @@ pub fn export(
         }
     };
     place.apart_from(&adapter)?;
+    if let Some(dir) = &adapter
+        && task::of_adapter(&enamel_adapter::load_config(dir)?) == Some(TaskName::SeqCls)
+    {
+        return Err(TrainError::Run {
+            path: dir.clone(),
+            reason: "it is for task_type = SEQ_CLS, and llama.cpp has no head for the classes of a decoder".to_owned(),
+            help: "write a model for transformers with `enamel merge`".to_owned(),
+        });
+    }
     let mut base = OpenBase::open(&reference, None, progress)?;
     place.apart_from([&base.local.path])?;
     base.for_adapter_dirs(adapter.as_slice())?;
@@ -260,7 +271,7 @@ fn write_lora(
         ));
         return Err(no_lora(dir, &problems));
     }
-    let (config, stored) = CausalLm::fit(&base.config, &base.checkpoint)?;
+    let (config, stored) = Model::fit(&base.config, &base.checkpoint)?;
     let shapes = config.modules();
     let read = |module: &str| {
         let shape = shapes.iter().find(|m| m.name == module)?;
@@ -357,7 +368,7 @@ fn unfit(adapter: &AdapterOnDisk, config: &ArchConfig) -> Vec<String> {
     );
     problems.extend(adapter.needs_base().map(str::to_owned));
     let embedding = plan.targets.iter().any(|target| target.embedding);
-    if embedding && config.tie_word_embeddings {
+    if embedding && config.ties_head() {
         problems.push(
             "it is on the embedding, which is the output head as well, and llama.cpp would put it on both"
                 .to_owned(),

@@ -2,8 +2,8 @@
 
 use enamel_data::{BadRow, Note, RowRef, load_examples, spans};
 
+use crate::base::OpenBase;
 use crate::error::TrainError;
-use crate::inputs::base_model::OpenBase;
 use crate::recipe::Recipe;
 
 /// Rows to look at, and what became of the others.
@@ -71,7 +71,7 @@ pub fn inspect(
         rows: rows.collect::<Result<_, TrainError>>()?,
         usable: examples.rows.len(),
         tokens: examples.tokens(),
-        trained_tokens: examples.trained_tokens(),
+        trained_tokens: examples.trained(),
         longest: examples
             .rows
             .iter()

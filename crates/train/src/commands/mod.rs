@@ -10,5 +10,6 @@ pub mod inspect;
 pub mod merge;
 pub(crate) mod outputs;
 pub mod plan;
+pub mod predict;
 pub mod quantize;
 pub mod score;

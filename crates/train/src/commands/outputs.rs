@@ -2,7 +2,10 @@
 //! or around what it reads.
 
 use std::fs;
+use std::io::{BufWriter, Write};
 use std::path::{Component, Path, PathBuf};
+
+use enamel_adapter::staging::StagedFile;
 
 use crate::error::TrainError;
 
@@ -176,6 +179,41 @@ fn real(path: &Path) -> PathBuf {
         }
     }
     path
+}
+
+/// A file that takes its name when it is complete.
+pub(crate) struct NewFile {
+    path: PathBuf,
+    replace: bool,
+    file: BufWriter<StagedFile>,
+}
+
+impl NewFile {
+    pub fn create(path: &Path, replace: bool) -> Result<Self, TrainError> {
+        let file = StagedFile::beside(path).map_err(TrainError::io(path, "creating it"))?;
+        Ok(Self {
+            path: path.to_owned(),
+            replace,
+            file: BufWriter::new(file),
+        })
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), TrainError> {
+        self.file
+            .write_all(bytes)
+            .map_err(TrainError::io(&self.path, "writing it"))
+    }
+
+    pub fn finish(self) -> Result<(), TrainError> {
+        let file = self
+            .file
+            .into_inner()
+            .map_err(|e| TrainError::io(&self.path, "writing it")(e.into_error()))?;
+        // Somebody may have made a file of the name meanwhile.
+        file.finish(&self.path, self.replace)
+            .map_err(TrainError::io(&self.path, "writing it"))?;
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -5,21 +5,22 @@ use std::fmt;
 use std::path::Path;
 
 use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
-use enamel_data::Note;
+use enamel_data::{Note, Row};
 use enamel_model::ArchConfig;
 use enamel_model::arch::vit_modules;
 use enamel_model::checkpoint::parse_json;
 use enamel_model::source::PullProgress;
 use serde_json::Value;
 
+use crate::base::OpenBase;
+use crate::base::Packed;
 use crate::device;
 use crate::error::TrainError;
 use crate::inputs::Inputs;
-use crate::inputs::base_model::OpenBase;
-use crate::inputs::base_model::Packed;
 use crate::inputs::{for_base, step_counts};
 use crate::memory::Estimate;
-use crate::recipe::{Cadence, GradientCheckpointing, Recipe};
+use crate::recipe::{Cadence, GradientCheckpointing, Recipe, TaskName};
+use crate::task::{Task, for_task, provisional_head};
 
 /// What training a recipe would be.
 #[derive(Clone, Debug)]
@@ -77,7 +78,14 @@ const PLAN_STEPS: usize = usize::MAX;
 
 /// Opens everything that the recipe names and counts. The base is fetched if it is not there.
 pub fn plan(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<PlanReport, TrainError> {
-    let inputs = Inputs::open(recipe, None, progress)?;
+    for_task!(recipe.task, T => plan_task::<T>(recipe, progress))
+}
+
+fn plan_task<T: Task>(
+    recipe: &Recipe,
+    progress: &mut dyn PullProgress,
+) -> Result<PlanReport, TrainError> {
+    let inputs = Inputs::<T>::open(recipe, None, progress)?;
     Ok(PlanReport {
         model: recipe.model.base.clone(),
         source: inputs.base.local.source_note.clone(),
@@ -105,10 +113,17 @@ pub fn plan_model(
         bf16,
         packed,
     } = known(recipe, progress)?;
-    let config = recipe.adapter.config(PLAN_STEPS);
+    let (base, modules) = match base {
+        Some(base) if recipe.task != TaskName::CausalLm => {
+            let base = base.with_head(provisional_head(recipe.task), None);
+            let modules = base.modules();
+            (Some(base), modules)
+        }
+        base => (base, modules),
+    };
     let config = match &base {
-        Some(base) => for_base(config, base),
-        None => config,
+        Some(base) => for_base(recipe, PLAN_STEPS, base),
+        None => recipe.adapter.config(PLAN_STEPS),
     };
     // A tied head that the adapter takes hold of becomes a matrix of its own.
     let untied = base.as_ref().map(ArchConfig::untied);
@@ -216,19 +231,14 @@ fn config_only(path: &Path) -> Result<Option<Value>, TrainError> {
     Ok(Some(json))
 }
 
-fn data_plan(recipe: &Recipe, inputs: &Inputs) -> DataPlan {
+fn data_plan<T: Task>(recipe: &Recipe, inputs: &Inputs<T>) -> DataPlan {
     let train = &inputs.train;
     let (steps_per_epoch, steps) = step_counts(recipe, train.rows.len());
     DataPlan {
         train_rows: train.rows.len(),
         tokens: train.tokens(),
-        trained_tokens: train.trained_tokens(),
-        longest: train
-            .rows
-            .iter()
-            .map(|row| row.input_ids.len())
-            .max()
-            .unwrap_or(0),
+        trained_tokens: train.trained(),
+        longest: train.rows.iter().map(T::Row::tokens).max().unwrap_or(0),
         valid_rows: inputs.valid.len(),
         truncated: train.truncated,
         left_out: train.dropped + train.skipped.len(),

@@ -7,9 +7,9 @@ use enamel_model::save::bitsandbytes::{QuantisedModel, write_bitsandbytes};
 use enamel_model::save::{SaveDtype, SaveOptions, is_only_a_model};
 use enamel_model::source::PullProgress;
 
+use crate::base::OpenBase;
 use crate::commands::outputs::Output;
 use crate::error::TrainError;
-use crate::inputs::base_model::OpenBase;
 
 /// What to quantise, and where to.
 #[derive(Clone, Debug)]

@@ -1,16 +1,14 @@
 //! `enamel score`: loss and log-probability of each token of given rows, and logits on request.
 
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use burn::tensor::{Int, Tensor, TensorData, activation};
-use enamel_adapter::staging::StagedFile;
 use enamel_data::{Example, collate};
 use enamel_kernels::KeyMask;
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::{Model, ModelInput};
 use serde::Serialize;
 
-use crate::commands::outputs::Output;
+use crate::commands::outputs::{NewFile, Output};
 use crate::error::TrainError;
 
 /// Rows of hidden states whose logits exist at once.
@@ -94,7 +92,7 @@ impl ScoreFiles {
 /// # Errors
 /// A file that is there and is not to be replaced; a disk that refuses.
 pub fn score(
-    model: &CausalLm,
+    model: &Model,
     rows: &[Example],
     batch_size: usize,
     pad_id: u32,
@@ -142,7 +140,7 @@ pub fn score(
 }
 
 fn score_batch(
-    model: &CausalLm,
+    model: &Model,
     rows: &[Example],
     pad_id: u32,
     mut logits_file: Option<&mut LogitsFile>,
@@ -227,41 +225,6 @@ fn read(tensor: Tensor<2>) -> Result<Vec<f32>, TrainError> {
     tensor
         .try_into_vec_as::<f32>()
         .map_err(|error| TrainError::Framework(format!("reading logits: {error}")))
-}
-
-/// A file that takes its name when it is complete.
-struct NewFile {
-    path: PathBuf,
-    replace: bool,
-    file: BufWriter<StagedFile>,
-}
-
-impl NewFile {
-    fn create(path: &Path, replace: bool) -> Result<Self, TrainError> {
-        let file = StagedFile::beside(path).map_err(TrainError::io(path, "creating it"))?;
-        Ok(Self {
-            path: path.to_owned(),
-            replace,
-            file: BufWriter::new(file),
-        })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<(), TrainError> {
-        self.file
-            .write_all(bytes)
-            .map_err(TrainError::io(&self.path, "writing it"))
-    }
-
-    fn finish(self) -> Result<(), TrainError> {
-        let file = self
-            .file
-            .into_inner()
-            .map_err(|e| TrainError::io(&self.path, "writing it")(e.into_error()))?;
-        // Somebody may have made a file of the name meanwhile.
-        file.finish(&self.path, self.replace)
-            .map_err(TrainError::io(&self.path, "writing it"))?;
-        Ok(())
-    }
 }
 
 /// A safetensors file whose tensors are written as they are computed: all sizes follow from the

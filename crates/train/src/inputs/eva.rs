@@ -1,16 +1,17 @@
 //! EVA's start (`init_lora_weights = "eva"`): shows the frozen base the training rows before the adapter is
 //! attached.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 use enamel_adapter::init::eva::{EvaStart, Observer};
 use enamel_adapter::{AdapterConfig, DEFAULT, InitLora, LoraConfig, attach_given, plan, shapes};
-use enamel_data::{Batch, Example, collate, epoch_order};
-use enamel_model::CausalLm;
+use enamel_data::{Row, epoch_order};
+use enamel_model::Model;
 use enamel_model::ModelInput;
 
 use crate::error::TrainError;
 use crate::inputs::Inputs;
 use crate::recipe::Recipe;
+use crate::task::{Task, ids};
 
 /// Batches that are looked at, at most. PEFT goes on until all directions have settled, which takes some
 /// tens of batches of usual size and has no end where directions are equally important.
@@ -29,16 +30,16 @@ pub fn config(adapter: &AdapterConfig) -> Option<&LoraConfig> {
 ///
 /// # Errors
 /// See [`start`].
-pub fn attach(
-    model: &mut CausalLm,
+pub fn attach<T: Task>(
+    model: &mut Model,
     config: LoraConfig,
-    inputs: &Inputs,
+    inputs: &Inputs<T>,
     recipe: &Recipe,
     say: &dyn Fn(&str),
 ) -> Result<AdapterConfig, TrainError> {
     let rows = &inputs.train.rows;
     let order = epoch_order(rows.len(), recipe.seed, 0, recipe.data.shuffle);
-    let rows: Vec<&Example> = order.iter().map(|i| &rows[*i]).collect();
+    let rows: Vec<&T::Row> = order.iter().map(|i| &rows[*i]).collect();
     let pad_id = inputs.base.tokenizer.padding_id();
     let (config, start) = start(model, &rows, config, pad_id, recipe.train.batch_size, say)?;
     attach_given(model, DEFAULT, &config, recipe.seed, Some(&start.given()))?;
@@ -51,9 +52,9 @@ pub fn attach(
 ///
 /// # Errors
 /// Settings of EVA's that are wrong, targets that do not fit, too few rows, inputs that are not finite.
-pub fn start(
-    model: &CausalLm,
-    rows: &[&Example],
+pub fn start<R: Row>(
+    model: &Model,
+    rows: &[&R],
     config: LoraConfig,
     pad_id: u32,
     batch_size: usize,
@@ -70,11 +71,17 @@ pub fn start(
         .targets
         .iter()
         .find(|t| t.name.rsplit('.').next() == Some("lm_head"));
-    let counts = |row: &Example| match masked {
-        Some(none) => row.labels.iter().filter(|label| **label != none).count(),
-        None => row.input_ids.len(),
+    // A row that has one label for all of it is looked at whole.
+    let counts = |row: &R, token: usize| match (masked, row.token_labels()) {
+        (Some(none), Some(labels)) => labels.get(token).is_some_and(|label| *label != none),
+        _ => true,
     };
-    let batches = in_batches(rows, batch_size, observer.directions(), &counts);
+    let of_row = |row: &R| {
+        (0..row.tokens())
+            .filter(|token| counts(row, *token))
+            .count()
+    };
+    let batches = in_batches(rows, batch_size, observer.directions(), &of_row);
     if batches.is_empty() {
         return Err(TrainError::Mismatch(format!(
             "EVA looks for {} directions, but fewer tokens of the training rows count (have a label)\n  \
@@ -87,13 +94,19 @@ pub fn start(
         if observer.settled() {
             break;
         }
-        let batch = collate(batch, pad_id, 1);
-        let counts = batch.attention_mask.iter().zip(&batch.labels);
-        let allowed: Vec<bool> = counts
-            .map(|(real, label)| *real && masked.is_none_or(|none| *label != none))
-            .collect();
+        let len = batch.iter().map(|row| row.tokens()).max().unwrap_or(0);
+        let mut padded = Vec::with_capacity(batch.len() * len);
+        let mut allowed = Vec::with_capacity(batch.len() * len);
+        for row in batch {
+            let start = padded.len();
+            padded.extend(row.input_ids().iter().map(|id| i64::from(*id)));
+            padded.resize(start + len, i64::from(pad_id));
+            allowed.extend((0..row.tokens()).map(|token| counts(row, token)));
+            allowed.resize(start + len, false);
+        }
+        let shape = [batch.len(), len];
         observer.see(&allowed, &mut |observer| {
-            let hidden = run(&watched, &batch);
+            let hidden = run(&watched, padded.clone(), shape);
             if let Some(head) = head {
                 observer.show(&head.name, hidden);
             }
@@ -106,9 +119,8 @@ pub fn start(
 
 /// The hidden states of a batch `[rows · len, hidden]`. Rows are padded on the right and attention is
 /// causal, so no token that counts sees padding.
-fn run(model: &CausalLm, batch: &Batch) -> Tensor<2> {
-    let ids = TensorData::new(batch.input_ids.clone(), [batch.batch, batch.len]);
-    let input = ModelInput::new(Tensor::<2, Int>::from_data(ids, &model.device()));
+fn run(model: &Model, padded: Vec<i64>, shape: [usize; 2]) -> Tensor<2> {
+    let input = ModelInput::new(ids(padded, shape, &model.device()));
     let hidden = model.forward_hidden(&input, None);
     let [rows, len, width] = hidden.dims();
     hidden.reshape([rows * len, width])
@@ -116,12 +128,12 @@ fn run(model: &CausalLm, batch: &Batch) -> Tensor<2> {
 
 /// Consecutive rows, `size` at a time or as many as it takes for `least` tokens to count. What is left at
 /// the end joins the last batch if it is too little for one of its own.
-fn in_batches<'a>(
-    rows: &[&'a Example],
+fn in_batches<'a, R>(
+    rows: &[&'a R],
     size: usize,
     least: usize,
-    counts: &dyn Fn(&Example) -> usize,
-) -> Vec<Vec<&'a Example>> {
+    counts: &dyn Fn(&R) -> usize,
+) -> Vec<Vec<&'a R>> {
     let mut batches = Vec::new();
     let (mut batch, mut tokens) = (Vec::new(), 0);
     for row in rows {
@@ -148,7 +160,7 @@ mod tests {
 
     use burn::tensor::Device;
     use enamel_adapter::Targets;
-    use enamel_data::RowRef;
+    use enamel_data::{Example, RowRef};
     use enamel_model::ArchConfig;
     use serde_json::json;
 
@@ -168,7 +180,7 @@ mod tests {
         }
     }
 
-    fn model() -> CausalLm {
+    fn model() -> Model {
         let config = ArchConfig::from_json(&json!({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40,
             "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -176,7 +188,7 @@ mod tests {
             "rms_norm_eps": 1e-5, "tie_word_embeddings": false, "hidden_act": "silu",
         }))
         .unwrap();
-        CausalLm::random(&config, 3, &Device::flex()).unwrap()
+        Model::random(&config, 3, &Device::flex()).unwrap()
     }
 
     fn config(targets: &[&str]) -> LoraConfig {
@@ -195,7 +207,7 @@ mod tests {
         let rows = [5, 1, 1, 1, 4, 9, 2].map(|n| row(&vec![7; n], 0));
         let rows: Vec<&Example> = rows.iter().collect();
         let sizes = |size, least| {
-            let batches = in_batches(&rows, size, least, &|row| row.input_ids.len());
+            let batches = in_batches(&rows, size, least, &|row: &Example| row.input_ids.len());
             batches.iter().map(Vec::len).collect::<Vec<_>>()
         };
         assert_eq!(sizes(2, 1), [2, 2, 2, 1]);

@@ -9,7 +9,7 @@ use enamel_adapter::{
 };
 use enamel_kernels::PackedRows;
 use enamel_model::checkpoint::{Checkpoint, TensorSource};
-use enamel_model::{CausalLm, Format};
+use enamel_model::{Format, Model};
 
 use crate::error::TrainError;
 use crate::recipe::NOT_QUANTISED;
@@ -29,7 +29,7 @@ pub fn config(adapter: &AdapterConfig) -> Option<&LoraConfig> {
 /// # Errors
 /// Layers that are not quantised; weights that cannot be read.
 pub fn attach(
-    model: &mut CausalLm,
+    model: &mut Model,
     mut config: LoraConfig,
     files: &Checkpoint,
     (format, seed): (Option<Format>, u64),
@@ -117,7 +117,7 @@ pub fn began_so(adapter: &AdapterConfig) -> bool {
 
 /// What to say where an adapter that began as LoftQ is on a model of which nothing is in 4 or 8 bits of
 /// bitsandbytes'.
-pub fn beside_dense(adapter: &AdapterConfig, model: &CausalLm) -> Option<&'static str> {
+pub fn beside_dense(adapter: &AdapterConfig, model: &Model) -> Option<&'static str> {
     if !began_so(adapter) {
         return None;
     }

@@ -1,9 +1,7 @@
 //! Everything a run reads, opened and checked against each other before anything large is made.
 
-pub mod base_model;
 pub mod eva;
 pub mod loftq;
-pub mod provenance;
 
 use std::path::{Path, PathBuf};
 
@@ -11,22 +9,25 @@ use burn::tensor::Device;
 use enamel_adapter::plan::target::DEFAULT_TARGETS;
 use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleKind};
 use enamel_adapter::{MethodConfig, Targets};
-use enamel_data::{Example, Examples, load_examples, split_rows};
+use enamel_data::{Example, Rows};
 use enamel_kernels::Compute;
 use enamel_model::checkpoint::{hex, sha256_file};
 use enamel_model::source::PullProgress;
-use enamel_model::{ArchConfig, CausalLm, Loading, Quantization};
+use enamel_model::{ArchConfig, HeadConfig, Loading, Model, Quantization};
 use sha2::{Digest, Sha256};
 
 use crate::device;
 use crate::error::TrainError;
 
-use crate::inputs::base_model::OpenBase;
+use crate::base::{OpenBase, provenance};
 
 use crate::recipe::{AdapterSettings, FileHash, Length, LockInfo, Recipe};
+use crate::task::{CausalLm, MetricSpec, Opened, Source, Task, task_type};
 
 /// The inputs of a run.
-pub struct Inputs {
+pub struct Inputs<T: Task> {
+    /// What is trained for.
+    pub task: T,
     /// Where to compute (no autodiff).
     pub device: Device,
     /// Its name.
@@ -38,9 +39,11 @@ pub struct Inputs {
     /// The base model.
     pub base: OpenBase,
     /// Training rows.
-    pub train: Examples,
+    pub train: Rows<T::Row>,
     /// Validation rows.
-    pub valid: Vec<Example>,
+    pub valid: Vec<T::Row>,
+    /// What is worth saying of the task.
+    pub task_notes: Vec<String>,
     /// The adapter's configuration: the recipe's, or that of the adapter training starts from.
     pub adapter: AdapterConfig,
     /// What it matches.
@@ -49,9 +52,11 @@ pub struct Inputs {
     pub dense_for: Vec<String>,
     /// Hashes and versions.
     pub lock: LockInfo,
+    /// Seed of the run.
+    pub seed: u64,
 }
 
-impl Inputs {
+impl<T: Task> Inputs<T> {
     /// Opens and checks everything. `template_time` is the time that a chat template with a date in it
     /// shall show, when an earlier run has to be repeated.
     ///
@@ -74,35 +79,49 @@ impl Inputs {
         }
         base.tokenizer
             .set_template_arguments(recipe.data.chat_template_kwargs.0.clone());
+        check_metric::<T>(recipe)?;
+        // Names are right from the start; how many outputs there are is known once the data are.
+        base.set_head(T::provisional_head());
         let adapter = match &recipe.adapter.init_from {
-            Some(dir) => enamel_adapter::load_config(dir)?,
+            Some(dir) => for_start::<T>(dir)?,
             // How many steps there are is known once the data are; no other setting depends on it.
-            None => for_base(recipe.adapter.config(usize::MAX), &base.config),
+            None => for_base(recipe, usize::MAX, &base.config),
         };
         base.for_adapters(std::slice::from_ref(&adapter))?;
         // An adapter from elsewhere may name modules that this model lacks; PEFT loads it all the same.
-        let plan = match &recipe.adapter.init_from {
-            Some(_) => enamel_adapter::plan_for_load(&base.config.modules(), &adapter)?,
-            None => enamel_adapter::plan(&base.config.modules(), &adapter)?,
+        let planned = |base: &OpenBase, adapter: &AdapterConfig| match &recipe.adapter.init_from {
+            Some(_) => enamel_adapter::plan_for_load(&base.config.modules(), adapter),
+            None => enamel_adapter::plan(&base.config.modules(), adapter),
         };
+        let plan = planned(&base, &adapter)?;
         let asked = Quantization::from(&recipe.model.quantization);
         let (quantization, dense_for) = quantization(asked, &base, &adapter, &plan)?;
         // Hashing a model takes about as long as reading it, and shares nothing with the rows.
-        let (data, model_hashes) =
-            rayon::join(|| Data::load(recipe, &base), || base.checkpoint.hashes());
-        let Data {
-            train,
+        let (opened, model_hashes) = rayon::join(
+            || T::open(recipe, &base, Source::Both),
+            || base.checkpoint.hashes(),
+        );
+        let Opened {
+            task,
+            mut train,
             valid,
-            files: data_files,
-        } = data?;
+            notes: task_notes,
+        } = opened?;
+        let mut data_files = hashes_of(&train);
+        data_files.extend(hashes_of(&valid));
+        for note in valid.notes {
+            // The same files may be both.
+            if !train.notes.contains(&note) {
+                train.notes.push(note);
+            }
+        }
+        base.set_head(task.head());
         let (_, steps) = step_counts(recipe, train.rows.len());
         let adapter = match &recipe.adapter.init_from {
             Some(_) => adapter,
-            None => for_base(recipe.adapter.config(steps), &base.config),
+            None => for_base(recipe, steps, &base.config),
         };
-        if recipe.adapter.init_from.is_none() {
-            enamel_adapter::plan(&base.config.modules(), &adapter)?;
-        }
+        let plan = planned(&base, &adapter)?;
         let lock = LockInfo {
             enamel: env!("CARGO_PKG_VERSION").to_string(),
             burn: "0.22.1".to_string(),
@@ -134,12 +153,15 @@ impl Inputs {
             compute: recipe.model.compute_dtype.into(),
             quantization,
             base,
+            task,
             train,
-            valid,
+            valid: valid.rows,
+            task_notes,
             adapter,
             plan,
             dense_for,
             lock,
+            seed: recipe.seed,
         })
     }
 
@@ -167,6 +189,7 @@ impl Inputs {
         Loading {
             compute: self.compute,
             quantization: self.quantization.clone(),
+            seed: self.seed,
         }
     }
 
@@ -181,7 +204,7 @@ impl Inputs {
         recipe: &Recipe,
         checkpoint: Option<&Path>,
         say: &dyn Fn(&str),
-    ) -> Result<(CausalLm, AdapterConfig), TrainError> {
+    ) -> Result<(Model, AdapterConfig), TrainError> {
         let mut model = self.base.weights(&self.device, &self.loading())?;
         let config = match checkpoint.or(recipe.adapter.init_from.as_deref()) {
             Some(dir) => {
@@ -209,7 +232,7 @@ impl Inputs {
     /// Attaches the adapter with its first values.
     fn first(
         &self,
-        model: &mut CausalLm,
+        model: &mut Model,
         recipe: &Recipe,
         say: &dyn Fn(&str),
     ) -> Result<AdapterConfig, TrainError> {
@@ -285,43 +308,7 @@ pub(crate) fn quantization(
     }
 }
 
-/// The rows of a run and the files they come from.
-struct Data {
-    train: Examples,
-    valid: Vec<Example>,
-    files: Vec<FileHash>,
-}
-
-impl Data {
-    fn load(recipe: &Recipe, base: &OpenBase) -> Result<Self, TrainError> {
-        let positions = base.config.context_length();
-        let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
-        train.note_positions(positions);
-        let mut files = hashes_of(&train);
-        let valid = match recipe.data.valid_spec() {
-            None => hold_back(&mut train, recipe),
-            Some(spec) => {
-                let mut valid = load_examples(&spec, &base.tokenizer)?;
-                valid.note_positions(positions);
-                files.extend(hashes_of(&valid));
-                for note in valid.notes {
-                    // The same files may be both.
-                    if !train.notes.contains(&note) {
-                        train.notes.push(note);
-                    }
-                }
-                valid.rows
-            }
-        };
-        Ok(Self {
-            train,
-            valid,
-            files,
-        })
-    }
-}
-
-/// The validation rows of a recipe and nothing else of a run.
+/// The validation rows of a recipe for a language model and nothing else of a run.
 ///
 /// # Errors
 /// As for loading them for the run.
@@ -329,36 +316,17 @@ pub(crate) fn validation_rows(
     recipe: &Recipe,
     base: &OpenBase,
 ) -> Result<Vec<Example>, TrainError> {
-    match recipe.data.valid_spec() {
-        Some(spec) => Ok(load_examples(&spec, &base.tokenizer)?.rows),
-        None if recipe.data.valid_fraction <= 0.0 => Ok(Vec::new()),
-        None => {
-            let mut train = load_examples(&recipe.data.train_spec(), &base.tokenizer)?;
-            Ok(hold_back(&mut train, recipe))
-        }
-    }
+    Ok(CausalLm::open(recipe, base, Source::Validation)?.valid.rows)
 }
 
-fn hashes_of(examples: &Examples) -> Vec<FileHash> {
-    let files = examples.files.iter();
+fn hashes_of<R>(rows: &Rows<R>) -> Vec<FileHash> {
+    let files = rows.files.iter();
     files
         .map(|f| FileHash {
             path: f.path.clone(),
             sha256: f.sha256.clone(),
         })
         .collect()
-}
-
-/// Takes the validation share out of the training rows.
-fn hold_back(train: &mut Examples, recipe: &Recipe) -> Vec<Example> {
-    let fraction = recipe.data.valid_fraction;
-    if fraction <= 0.0 {
-        return Vec::new();
-    }
-    let (keep, held) = split_rows(train.rows.len(), fraction, recipe.seed);
-    let held = held.into_iter().map(|i| train.rows[i].clone()).collect();
-    train.rows = keep.into_iter().map(|i| train.rows[i].clone()).collect();
-    held
 }
 
 fn tokenizer_hash(base: &OpenBase) -> String {
@@ -383,15 +351,59 @@ fn init_files(adapter: &AdapterSettings) -> Result<Vec<FileHash>, TrainError> {
         .collect()
 }
 
-/// A configuration that names no modules, with those that PEFT takes by default for the base's type.
-pub(crate) fn for_base(mut adapter: AdapterConfig, base: &ArchConfig) -> AdapterConfig {
+/// The recipe's adapter for a base: one that names no modules gets those that PEFT takes by default for the base's
+/// type, and one for a task that brings a head of its own has the head trained and saved along.
+pub(crate) fn for_base(recipe: &Recipe, total_steps: usize, base: &ArchConfig) -> AdapterConfig {
+    let mut adapter = recipe.adapter.config(total_steps);
     let selection = adapter.selection();
     let usual = selection.default == DEFAULT_TARGETS;
     if selection.target.is_none() && usual && base.default_targets() != DEFAULT_TARGETS {
         let names = base.default_targets().iter().map(|name| (*name).to_owned());
         adapter.set_targets(Targets::List(names.collect()));
     }
+    if base.head != HeadConfig::CausalLm {
+        adapter.set_task(task_type(recipe.task), base.head_module());
+    }
     adapter
+}
+
+/// The adapter that training starts from, which has to be for the same task.
+fn for_start<T: Task>(dir: &Path) -> Result<AdapterConfig, TrainError> {
+    let config = enamel_adapter::load_config(dir)?;
+    match config.task_type() {
+        Some(other) if other != T::TASK_TYPE => Err(TrainError::Mismatch(format!(
+            "adapter.init_from: {} is for task_type = {other}, and the recipe trains {}\n  \
+             help: choose the task that it was trained for",
+            dir.display(),
+            T::TASK_TYPE
+        ))),
+        _ => Ok(config),
+    }
+}
+
+/// Refuses a metric to choose the best model by that the task does not have.
+fn check_metric<T: Task>(recipe: &Recipe) -> Result<(), TrainError> {
+    let name = recipe.train.metric_for_best_model.as_str();
+    match metric_for_best_model::<T>(recipe) {
+        Some(_) => Ok(()),
+        None => {
+            let keys: Vec<&str> = T::METRICS.iter().map(|metric| metric.key).collect();
+            Err(TrainError::Mismatch(format!(
+                "train.metric_for_best_model = \"{name}\" is no metric of task = \"{}\"\n  help: choose {}",
+                recipe.task.name(),
+                keys.join(" or ")
+            )))
+        }
+    }
+}
+
+/// The metric that the best model is chosen by; `eval_loss` is transformers' name of `loss`.
+pub(crate) fn metric_for_best_model<T: Task>(
+    recipe: &Recipe,
+) -> Option<&'static MetricSpec<T::Tally>> {
+    let name = recipe.train.metric_for_best_model.as_str();
+    let name = name.strip_prefix("eval_").unwrap_or(name);
+    T::METRICS.iter().find(|metric| metric.key == name)
 }
 
 /// Optimizer steps an epoch and in all, for `rows` training rows.

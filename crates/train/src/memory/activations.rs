@@ -10,7 +10,7 @@ use enamel_adapter::methods::facts::{Kept as Own, LayerSize};
 use enamel_model::Format;
 
 use super::model::{Block, Part};
-use super::{FLOAT, Kind, Model, Settings};
+use super::{FLOAT, Kind, ModelSizes, Settings};
 
 /// Bytes of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub(super) struct Kept {
 }
 
 /// What one linear layer's operation keeps besides what the block keeps anyway.
-fn own(part: &Part, model: &Model, settings: &Settings) -> Own {
+fn own(part: &Part, model: &ModelSizes, settings: &Settings) -> Own {
     match (part.rank, part.whole) {
         (Some(rank), whole) => model.adapter.keeps(&LayerSize {
             name: &part.name,
@@ -44,7 +44,7 @@ fn own(part: &Part, model: &Model, settings: &Settings) -> Own {
 }
 
 /// Numbers that a block keeps a token, and besides.
-fn of_block(block: &Block, model: &Model, settings: &Settings) -> (usize, usize) {
+fn of_block(block: &Block, model: &ModelSizes, settings: &Settings) -> (usize, usize) {
     let [q, k, v, o, ..] = &block.parts;
     let mut all: [Own; 7] = std::array::from_fn(|i| own(&block.parts[i], model, settings));
     if matches!(settings.quantization.format, Some(Format::Int8 { .. })) {
@@ -84,7 +84,7 @@ fn of_block(block: &Block, model: &Model, settings: &Settings) -> (usize, usize)
 }
 
 /// Activations of all blocks, and what the loss is made of.
-pub(super) fn activations(model: &Model, settings: &Settings) -> Kept {
+pub(super) fn activations(model: &ModelSizes, settings: &Settings) -> Kept {
     let rows = settings.rows();
     let bytes = |(row, fixed): (usize, usize)| FLOAT * (rows * row + fixed);
     let blocks: Vec<usize> = model
@@ -94,7 +94,7 @@ pub(super) fn activations(model: &Model, settings: &Settings) -> Kept {
         .collect();
     // The head with an adapter in it: the product and the sum.
     let head = match model.head.adapted {
-        true => FLOAT * 2 * model.vocabulary * model.hidden,
+        true => FLOAT * 2 * model.outputs * model.hidden,
         false => 0,
     };
     // The final norm's input and its number.

@@ -7,20 +7,22 @@ use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig};
 use enamel_model::{ArchConfig, Quantization};
 
 use super::{
-    ERROR, Footprint, Kind, Model, Proposal, Room, Settings, Weights, estimate, fit, room,
+    ERROR, Footprint, Kind, ModelSizes, Proposal, Room, Settings, Weights, estimate, fit, room,
 };
+use crate::base::Packed;
 use crate::error::TrainError;
 use crate::inputs::Inputs;
-use crate::inputs::base_model::Packed;
 use crate::recipe::{CheckMemory, Recipe};
+use crate::task::Task;
 use crate::text::bytes_text;
+use enamel_data::Row;
 use enamel_kernels::Compute;
 
 /// A recipe's memory and the device's.
 #[derive(Clone, Debug)]
 pub struct Estimate {
     /// The model and the adapter.
-    pub model: Model,
+    pub model: ModelSizes,
     /// The settings.
     pub settings: Settings,
     /// Bytes by part.
@@ -33,10 +35,10 @@ pub struct Estimate {
 
 impl Estimate {
     /// Of a run whose inputs are open: its longest row counts.
-    pub fn of_inputs(recipe: &Recipe, inputs: &Inputs) -> Self {
+    pub fn of_inputs<T: Task>(recipe: &Recipe, inputs: &Inputs<T>) -> Self {
         let kind = Kind::of(&inputs.device);
         let rows = &inputs.train.rows;
-        let longest = rows.iter().map(|row| row.input_ids.len()).max();
+        let longest = rows.iter().map(T::Row::tokens).max();
         let mut settings = of_recipe(recipe, kind);
         settings.length = longest.unwrap_or(settings.length);
         settings.batch = settings.batch.min(rows.len().max(1));
@@ -45,7 +47,7 @@ impl Estimate {
             _ => Weights::F32,
         };
         settings.quantization = inputs.quantization.clone();
-        let mut model = Model::new(&inputs.base.config, &inputs.adapter, &inputs.plan);
+        let mut model = ModelSizes::new(&inputs.base.config, &inputs.adapter, &inputs.plan);
         model.packed = inputs.base.packed();
         Self::new(model, settings, inputs.device_name.clone())
     }
@@ -69,12 +71,12 @@ impl Estimate {
         if wanted && kind == Kind::Kernels {
             settings.weights = Weights::Bf16;
         }
-        let mut model = Model::new(config, adapter, plan);
+        let mut model = ModelSizes::new(config, adapter, plan);
         model.packed = packed;
         Self::new(model, settings, name)
     }
 
-    fn new(model: Model, settings: Settings, device: String) -> Self {
+    fn new(model: ModelSizes, settings: Settings, device: String) -> Self {
         Self {
             footprint: estimate(&model, &settings),
             room: room(settings.kind, &device),
@@ -203,7 +205,7 @@ impl fmt::Display for Estimate {
 }
 
 /// Bytes that one weight of the base takes: two where matrices are held in bf16.
-pub(crate) fn weight_bytes(inputs: &Inputs) -> usize {
+pub(crate) fn weight_bytes<T: Task>(inputs: &Inputs<T>) -> usize {
     let bf16 = inputs.compute == Compute::Bf16 || inputs.base.checkpoint.is_bf16();
     // A trained base is f32, whatever it was loaded in.
     let frozen = !inputs.adapter.trains_everything();

@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use enamel_kernels::quantized::formats::{FloatKind, FourBit};
 use enamel_model::{Format, Quantization};
 
-use super::{Footprint, Model, Settings, estimate};
+use super::{Footprint, ModelSizes, Settings, estimate};
 use crate::optimizer::Optim;
 
 /// Shortest `max_length` that is proposed.
@@ -55,7 +55,7 @@ impl Proposal {
 
 /// The first settings, in the order above, under which training takes at most `room` bytes; those that take
 /// the least where none do.
-pub fn fit(model: &Model, settings: &Settings, room: usize) -> Proposal {
+pub fn fit(model: &ModelSizes, settings: &Settings, room: usize) -> Proposal {
     let fits = |settings: &Settings| estimate(model, settings).peak() <= room;
     let mut now = settings.clone();
     if !fits(&now) && now.every.is_none() {

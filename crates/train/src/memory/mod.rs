@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use available::{Room, room};
 pub use estimate::Estimate;
 pub use fit::{Change, Proposal, fit, parse_bytes};
-pub use model::{Block, Head, Kind, Model, Part};
+pub use model::{Block, Head, Kind, ModelSizes, Part};
 pub use settings::{Settings, Weights};
 
 use crate::optimizer::state_bytes;
@@ -115,7 +115,7 @@ impl fmt::Display for Footprint {
 }
 
 /// What training `model` with these settings takes.
-pub fn estimate(model: &Model, settings: &Settings) -> Footprint {
+pub fn estimate(model: &ModelSizes, settings: &Settings) -> Footprint {
     let trained: usize = model.trained.iter().sum();
     let summed = settings.accumulation > 1;
     let base = settings.base_bytes(model);

@@ -8,7 +8,7 @@ use enamel_adapter::{AdapterConfig, AdapterPlan, MethodConfig, ModuleShape};
 use enamel_kernels::{holds_bf16, on_host};
 use enamel_model::ArchConfig;
 
-use crate::inputs::base_model::Packed;
+use crate::base::Packed;
 use crate::inputs::loftq;
 
 /// What computes.
@@ -68,7 +68,7 @@ pub struct Head {
 
 /// A model and an adapter.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Model {
+pub struct ModelSizes {
     /// The decoder blocks.
     pub blocks: Vec<Block>,
     /// Whether the kernels fuse a frozen block's norms with what is behind them.
@@ -85,6 +85,10 @@ pub struct Model {
     pub kv_heads: usize,
     /// Tokens.
     pub vocabulary: usize,
+    /// Logits of a row: tokens, or classes.
+    pub outputs: usize,
+    /// Whether the head is the embedding.
+    pub tied: bool,
     /// The output head.
     pub head: Head,
     /// The adapter.
@@ -101,7 +105,7 @@ pub struct Model {
     pub start: usize,
 }
 
-impl Model {
+impl ModelSizes {
     /// From a model's configuration and what an adapter's matches.
     pub fn new(config: &ArchConfig, adapter: &AdapterConfig, plan: &AdapterPlan) -> Self {
         let (modules, decoder) = (config.modules(), config.decoder());
@@ -141,10 +145,7 @@ impl Model {
             parts: shape.parts.map(|name| part(layer, name)),
         });
         let blocks = blocks.collect();
-        let head = match config.tie_word_embeddings {
-            true => config.embedding(),
-            false => enamel_model::arch::HEAD,
-        };
+        let head = config.head_module();
         let adapted = ranks.contains_key(head);
         let rows_trained = plan.tokens.iter().any(|t| t.name == head);
         let bias = plan.biases.iter().any(|b| b.name == head);
@@ -157,6 +158,8 @@ impl Model {
             head_dim: decoder.head_dim,
             kv_heads: decoder.num_key_value_heads,
             vocabulary: config.vocab_size,
+            outputs: config.outputs(),
+            tied: config.ties_head(),
             head: Head {
                 trained: whole(head) || adapted || rows_trained,
                 adapted: adapted || rows_trained,
@@ -188,9 +191,8 @@ impl Model {
     pub(super) fn gradients_to_come(&self, every: Option<NonZeroUsize>) -> usize {
         let all = super::FLOAT * self.trained.iter().sum::<usize>();
         let of_head = self.head_gradient().min(all);
-        let tied = !self.modules.iter().any(|module| module.name == "lm_head");
-        let embedding = match self.trains_base() && !tied {
-            true => of_head,
+        let embedding = match self.trains_base() && !self.tied {
+            true => super::FLOAT * self.vocabulary * self.hidden,
             false => 0,
         };
         let blocks = all.saturating_sub(of_head + embedding);
@@ -202,7 +204,7 @@ impl Model {
     /// Bytes of the head's gradient, which is there from the loss on.
     pub(super) fn head_gradient(&self) -> usize {
         match self.head.trained {
-            true => super::FLOAT * self.vocabulary * self.hidden,
+            true => super::FLOAT * self.outputs * self.hidden,
             false => 0,
         }
     }

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use enamel_adapter::{ModuleKind, ModuleShape};
 use enamel_model::Quantization;
 
-use super::{FLOAT, Kind, Model};
+use super::{FLOAT, Kind, ModelSizes};
 use crate::optimizer::Optim;
 
 /// How frozen matrices are held.
@@ -47,7 +47,7 @@ impl Settings {
     }
 
     /// Bytes of the frozen weights.
-    pub(super) fn base_bytes(&self, model: &Model) -> usize {
+    pub(super) fn base_bytes(&self, model: &ModelSizes) -> usize {
         if model.trains_base() {
             return 0;
         }
@@ -67,7 +67,7 @@ impl Settings {
     }
 
     /// Bytes of the linear layers that are held dense, trained or not.
-    pub(super) fn dense_bytes(&self, model: &Model) -> usize {
+    pub(super) fn dense_bytes(&self, model: &ModelSizes) -> usize {
         let dense = model.modules.iter().filter(|module| {
             let frozen = !model.trains_base();
             module.kind == ModuleKind::Linear && !(frozen && self.packed(model, module).is_some())
@@ -77,7 +77,7 @@ impl Settings {
     }
 
     /// Bytes of a number of the base's dense matrices.
-    fn number_bytes(&self, model: &Model) -> usize {
+    fn number_bytes(&self, model: &ModelSizes) -> usize {
         match self.weights {
             Weights::Bf16 if !model.trains_base() => 2,
             _ => FLOAT,
@@ -86,7 +86,7 @@ impl Settings {
 
     /// Bytes of a linear layer that is held quantised: as its file has it, or as the recipe asks
     /// (`Quantization::pack` decides so for the weights).
-    fn packed(&self, model: &Model, module: &ModuleShape) -> Option<usize> {
+    fn packed(&self, model: &ModelSizes, module: &ModuleShape) -> Option<usize> {
         if self.quantization.skips(&module.name) || self.quantization.dequantize {
             return None;
         }

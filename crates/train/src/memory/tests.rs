@@ -20,10 +20,10 @@ fn config(changes: serde_json::Value) -> ArchConfig {
     ArchConfig::from_json(&json).unwrap()
 }
 
-fn model(config: &ArchConfig, set: &[&str]) -> Model {
+fn model(config: &ArchConfig, set: &[&str]) -> ModelSizes {
     let adapter = Recipe::for_model("none", set).unwrap().adapter.config(1000);
     let plan = enamel_adapter::plan(&config.modules(), &adapter).unwrap();
-    Model::new(config, &adapter, &plan)
+    ModelSizes::new(config, &adapter, &plan)
 }
 
 fn settings(batch: usize, length: usize) -> Settings {
@@ -210,7 +210,7 @@ fn weights_that_the_file_has_quantised_stay_so_unless_the_recipe_says_otherwise(
     let mut model = model(&config(json!({})), &["adapter.r=2", ALL]);
     let name = "model.layers.0.self_attn.q_proj.weight".to_owned();
     let dense = estimate(&model, &settings(1, 4)).base;
-    let of = |model: &Model, quantization: Quantization| {
+    let of = |model: &ModelSizes, quantization: Quantization| {
         let settings = Settings {
             quantization,
             ..settings(1, 4)

@@ -2,7 +2,7 @@
 
 use enamel_kernels::loss_bytes;
 
-use super::{FLOAT, Kind, Model, Settings, Weights};
+use super::{FLOAT, Kind, ModelSizes, Settings, Weights};
 
 /// The program's code and tables, and its threads: measured with a model of a few thousand numbers.
 const PROGRAM: usize = 36 << 20;
@@ -28,8 +28,8 @@ const ROOM: [usize; 2] = [96, 1664];
 const CONTEXT: usize = 512 << 20;
 
 /// Bytes of the loss's buffers.
-pub(super) fn logits(model: &Model, settings: &Settings) -> usize {
-    let (rows, width, vocabulary) = (settings.rows(), model.hidden, model.vocabulary);
+pub(super) fn logits(model: &ModelSizes, settings: &Settings) -> usize {
+    let (rows, width, vocabulary) = (settings.rows(), model.hidden, model.outputs);
     // The final norm's output.
     let hidden = FLOAT * rows * width;
     let whole = model.head.whole_logits || settings.kind != Kind::Kernels;
@@ -43,7 +43,7 @@ pub(super) fn logits(model: &Model, settings: &Settings) -> usize {
 
 /// Bytes that the backward pass of a block works in: the gradients of the residual stream, of what the MLP's
 /// last product reads, and of what that was made of, where it is not overwritten with it.
-pub(super) fn backward(model: &Model, settings: &Settings) -> usize {
+pub(super) fn backward(model: &ModelSizes, settings: &Settings) -> usize {
     let fused = settings.kind == Kind::Kernels && !model.trains_base();
     let inner = if fused { model.inner } else { 3 * model.inner };
     with_inner(inner, model, settings)
@@ -51,11 +51,11 @@ pub(super) fn backward(model: &Model, settings: &Settings) -> usize {
 
 /// The same where `silu_mul`'s gradients are in the place of what was kept for them already: later in a block, when
 /// most of its own gradients are there.
-pub(super) fn late(model: &Model, settings: &Settings) -> usize {
+pub(super) fn late(model: &ModelSizes, settings: &Settings) -> usize {
     with_inner(model.inner, model, settings)
 }
 
-fn with_inner(inner: usize, model: &Model, settings: &Settings) -> usize {
+fn with_inner(inner: usize, model: &ModelSizes, settings: &Settings) -> usize {
     let rows = settings.rows();
     let scores = match settings.kind {
         Kind::Kernels => 0,
@@ -87,7 +87,7 @@ pub(super) struct Tensors {
 }
 
 /// Bytes of the program beside such tensors.
-pub(super) fn runtime(model: &Model, settings: &Settings, tensors: Tensors) -> usize {
+pub(super) fn runtime(model: &ModelSizes, settings: &Settings, tensors: Tensors) -> usize {
     let share = |bytes: usize, share: f64| (bytes as f64 * share) as usize;
     let unfilled = share(tensors.step, UNFILLED)
         + share(tensors.segment, UNFILLED_SEGMENT)

@@ -14,6 +14,7 @@ mod reference;
 mod resolve;
 mod section;
 mod settings;
+mod task;
 #[cfg(test)]
 mod tests;
 
@@ -33,6 +34,7 @@ pub use settings::{
     CheckMemory, ComputeDtype, DataSettings, GradientCheckpointing, ModelSettings, OutputSettings,
     Paths, Schedule, Strategy, TemplateArguments, TrainSettings,
 };
+pub use task::TaskName;
 
 /// A recipe with nothing left open. Paths of models and data are absolute; the output directory is
 /// relative to the current directory unless it was given as absolute.
@@ -41,6 +43,9 @@ pub use settings::{
 pub struct Recipe {
     /// Seeds everything that is drawn.
     pub seed: u64,
+    /// What the model is for.
+    #[serde(default)]
+    pub task: TaskName,
     /// Where to compute.
     pub device: String,
     /// The frozen base.

@@ -118,6 +118,7 @@ impl RecipeFile {
         let quantization = written.take_section(&mut problems, &mut origins);
         let recipe = Recipe {
             seed: general.seed,
+            task: general.task,
             device: general.device,
             model: ModelSettings {
                 quantization,

@@ -8,7 +8,8 @@ use super::Recipe;
 use super::adapter::misplaced;
 use super::quantization;
 use super::read::Origins;
-use super::settings::{GradientCheckpointing, Schedule, Strategy};
+use super::settings::{DataSettings, GradientCheckpointing, Schedule, Strategy, TrainSettings};
+use super::task::TaskName;
 use crate::error::recipe::{Origin, Problem};
 
 /// Fills in `recipe` and appends what contradicts itself to `problems`.
@@ -30,6 +31,7 @@ pub(super) fn resolve(
     quantization::check_loftq(&mut recipe, &mut found);
     check_adapter(&mut recipe, &mut found);
     check_data(&mut recipe, &mut found);
+    check_task(&mut recipe, &mut found);
     check_length(&mut recipe, &mut found);
     check_rhythm(&mut recipe, &mut found);
     if recipe.output.dir.is_none() {
@@ -194,7 +196,7 @@ fn check_adapter(recipe: &mut Recipe, found: &mut Findings<'_>) {
     }
     match adapter.method.as_str() {
         "lora" | "dora" | "loha" | "lokr" | "vera" => adapter.r = Some(adapter.rank()),
-        "head" if adapter.modules_to_save.is_empty() => found.add(
+        "head" if adapter.modules_to_save.is_empty() && recipe.task == TaskName::CausalLm => found.add(
             "adapter.method",
             "adapter.method = \"head\" trains what adapter.modules_to_save names, and it names nothing",
             "set adapter.modules_to_save = [\"lm_head\"]",
@@ -269,6 +271,55 @@ fn check_data(recipe: &mut Recipe, found: &mut Findings<'_>) {
             "data.group_by_length",
             "data.group_by_length reorders rows, which data.shuffle = false forbids",
             "remove one of them",
+        );
+    }
+}
+
+/// Settings that mean nothing to the recipe's task.
+fn check_task(recipe: &mut Recipe, found: &mut Findings<'_>) {
+    let (data, usual) = (&recipe.data, DataSettings::default());
+    // A lock file has all settings written out: what counts is a value other than the default.
+    let classifier = [
+        ("data.text_columns", data.text_columns != usual.text_columns),
+        ("data.label_column", data.label_column != usual.label_column),
+        ("data.labels", data.labels != usual.labels),
+    ];
+    let language = [
+        ("data.format", data.format != usual.format),
+        ("data.train_on", data.train_on != usual.train_on),
+        (
+            "data.chat_template_kwargs",
+            data.chat_template_kwargs != usual.chat_template_kwargs,
+        ),
+        ("model.chat_template", recipe.model.chat_template.is_some()),
+        (
+            "train.max_new_tokens",
+            recipe.train.max_new_tokens != TrainSettings::default().max_new_tokens,
+        ),
+    ];
+    let (foreign, other): (&[(&str, bool)], _) = match recipe.task {
+        TaskName::CausalLm => (&classifier, TaskName::SeqCls),
+        TaskName::SeqCls => (&language, TaskName::CausalLm),
+    };
+    for (name, _) in foreign.iter().filter(|(_, set)| *set) {
+        found.add(
+            name,
+            &format!(
+                "{name} means nothing to task = {:?}; it is for {:?}",
+                recipe.task.name(),
+                other.name()
+            ),
+            "remove it, or choose another task",
+        );
+    }
+    if recipe.task != TaskName::CausalLm && recipe.adapter.method == "xlora" {
+        found.add(
+            "adapter.method",
+            &format!(
+                "adapter.method = \"xlora\" trains no head, and task = {:?} brings a new one",
+                recipe.task.name()
+            ),
+            "choose another method",
         );
     }
 }

@@ -13,11 +13,12 @@ use serde_json::{Map, Value};
 
 use crate::error::TrainError;
 use crate::recipe::optim::Optim;
+use crate::recipe::task::TaskName;
 
 use super::quantization::QuantizationSettings;
 use super::section::{
     Verdict, any, at_least_two, at_most, below_one, given, not_empty, not_negative, positive,
-    positive_number, section,
+    positive_number, section, verdict,
 };
 
 section! {
@@ -26,6 +27,9 @@ section! {
         /// Seeds the adapter's first values, dropout, the order of rows and the choice of a
         /// validation part.
         seed: u64 = 42, at_most(i64::MAX as u64);
+        /// What the model is for: `causal_lm` (each token predicts the next) or `seq_cls` (a text's class: the
+        /// model gets a head of its own, which is trained and saved with the adapter).
+        task: TaskName = TaskName::CausalLm, any;
         /// Where to compute: `auto`, `flex`, `ndarray`, `cuda`, `cuda:N` or `wgpu`.
         device: String = "auto".to_owned(), not_empty;
     }
@@ -62,6 +66,15 @@ section! {
         /// What a row looks like: `messages`, `prompt_completion`, `text`, `tokens` (`input_ids`, and
         /// `labels` or masks), `sharegpt`, `alpaca`, `dolly`, or `auto`, which finds out from each file.
         format: RecordFormat = RecordFormat::Auto, any;
+        /// A classifier's text: the name of its column, or of two for a pair. Left out: `text` (with `text_pair`
+        /// if there is one), `sentence`, `sentence1` and `sentence2`, `premise` and `hypothesis`, `question1`
+        /// and `question2`, `question` and `sentence`, or `question` and `passage`; or `input_ids`.
+        text_columns: Vec<String> = Vec::new(), one_or_two;
+        /// The column of a classifier's classes, by name or by number from 0.
+        label_column: String = "label".to_owned(), not_empty;
+        /// The names of the classes in the order of their numbers. Left out: those that the rows name, in
+        /// alphabetical order; `LABEL_0` and so on where they are numbers.
+        labels: Vec<String> = Vec::new(), distinct;
         /// Tokens a row may have.
         max_length: usize = 1024, at_least_two;
         /// What to do with a longer row: `keep_start`, `keep_end`, `drop` (counted), or `error`, which
@@ -150,11 +163,14 @@ section! {
         logging_steps: usize = 10, positive;
         /// Checkpoints to keep; the best one is kept besides when `load_best_model_at_end` is set.
         save_total_limit: usize = 3, positive;
-        /// Keep the adapter with the lowest validation loss, not the last one.
+        /// Keep the adapter that did best in validation, not the last one.
         load_best_model_at_end: bool = false, any;
-        /// Stop after this many validations without a lower loss; 0 never stops early.
+        /// What makes one better than another, here and for early stopping: `loss` or `perplexity`; for a
+        /// classifier `loss`, `accuracy` or `f1` (the mean over the classes).
+        metric_for_best_model: String = "loss".to_owned(), not_empty;
+        /// Stop after this many validations without a better value; 0 never stops early.
         early_stopping_patience: usize = 0, any;
-        /// How much lower the loss must be to count.
+        /// How much better it must be to count.
         early_stopping_threshold: f64 = 0.0, not_negative;
         /// Questions to answer before and after training, taken from the validation rows.
         samples: usize = 3, any;
@@ -205,6 +221,21 @@ impl fmt::Display for TemplateArguments {
     /// As JSON.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         Value::Object(self.0.clone()).fmt(f)
+    }
+}
+
+fn one_or_two(columns: &Vec<String>) -> Verdict {
+    verdict(
+        columns.len() <= 2 && columns.iter().all(|name| !name.is_empty()),
+        "must name one column, or two",
+    )
+}
+
+fn distinct(names: &Vec<String>) -> Verdict {
+    let all: std::collections::BTreeSet<&String> = names.iter().collect();
+    match names.len() {
+        1 => Err("must name at least two classes".to_owned()),
+        count => verdict(all.len() == count, "must name each class once"),
     }
 }
 

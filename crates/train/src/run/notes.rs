@@ -7,9 +7,11 @@ use crate::inputs::Inputs;
 use crate::recipe::{LockInfo, Recipe, RecipeFile};
 use crate::run_dir::results::RunOutcome;
 use crate::run_dir::{LOCK, Resume, RunDir};
+use crate::task::Task;
 use crate::text::LogLine;
 use crate::text::thousands;
 use crate::training::training_loop::Intervals;
+use enamel_data::Row;
 
 /// Training from a lock file promises the same bits, so changed files are an error.
 ///
@@ -48,7 +50,13 @@ pub fn template_time(recipe: &Recipe, resume: &Resume, locked: Option<&LockInfo>
 }
 
 /// Says what will happen, from the inputs as they were found.
-pub fn announce(say: &LogLine, recipe: &Recipe, inputs: &Inputs, run: &RunDir, rhythm: &Intervals) {
+pub fn announce<T: Task>(
+    say: &LogLine,
+    recipe: &Recipe,
+    inputs: &Inputs<T>,
+    run: &RunDir,
+    rhythm: &Intervals,
+) {
     let plan = &inputs.plan;
     say(&format!(
         "model    {} ({})",
@@ -68,7 +76,7 @@ pub fn announce(say: &LogLine, recipe: &Recipe, inputs: &Inputs, run: &RunDir, r
         plan.percent(),
     ));
     let train = &inputs.train;
-    let tokens: usize = train.rows.iter().map(|r| r.input_ids.len()).sum();
+    let tokens: usize = train.rows.iter().map(T::Row::tokens).sum();
     let mut data = format!(
         "data     {} rows to train on ({} tokens), {} to validate on",
         train.rows.len(),
@@ -82,6 +90,9 @@ pub fn announce(say: &LogLine, recipe: &Recipe, inputs: &Inputs, run: &RunDir, r
         let _ = write!(data, "; {} bad rows skipped", train.skipped.len());
     }
     say(&data);
+    for note in &inputs.task_notes {
+        say(&format!("task     {note}"));
+    }
     for note in &train.notes {
         say(&format!("note     {note}"));
     }
@@ -105,7 +116,7 @@ pub fn announce(say: &LogLine, recipe: &Recipe, inputs: &Inputs, run: &RunDir, r
 }
 
 /// What the model card says about the training.
-pub fn card(recipe: &Recipe, inputs: &Inputs, outcome: &RunOutcome) -> String {
+pub fn card<T: Task>(recipe: &Recipe, inputs: &Inputs<T>, outcome: &RunOutcome) -> String {
     let t = &recipe.train;
     let mut card = format!(
         "## Training\n\nTrained with Enamel {} on `{}`.\n\n| | |\n|---|---|\n",
@@ -138,6 +149,14 @@ pub fn card(recipe: &Recipe, inputs: &Inputs, outcome: &RunOutcome) -> String {
     }
     if let Some(loss) = outcome.valid_loss {
         row("validation loss after", format!("{loss:.4}"));
+    }
+    for metric in T::METRICS.iter().filter(|metric| metric.key != "loss") {
+        let (key, before) = (metric.key, outcome.first_metrics.get(metric.key));
+        for (when, value) in [("before", before), ("after", outcome.metrics.get(key))] {
+            if let Some(value) = value.and_then(serde_json::Value::as_f64) {
+                row(&format!("validation {key} {when}"), metric.text(value));
+            }
+        }
     }
     card
 }

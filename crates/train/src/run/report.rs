@@ -10,6 +10,7 @@ use crate::files::write_atomic;
 use crate::inputs::Inputs;
 use crate::recipe::Recipe;
 use crate::run_dir::results::RunOutcome;
+use crate::task::Task;
 use crate::text::duration_text;
 use crate::text::shown;
 use crate::text::thousands;
@@ -24,11 +25,11 @@ const MAX_POINTS: usize = 600;
 ///
 /// # Errors
 /// When the metrics cannot be read or the disk refuses.
-pub fn write(
+pub fn write<T: Task>(
     dir: &Path,
     run: &str,
     recipe: &Recipe,
-    inputs: &Inputs,
+    inputs: &Inputs<T>,
     outcome: &RunOutcome,
 ) -> Result<(), TrainError> {
     let entries = metrics_log::read(&dir.join("metrics.jsonl"))?;
@@ -36,21 +37,21 @@ pub fn write(
     let settings = toml::to_string(recipe)
         .map_err(|e| TrainError::Framework(format!("writing the report: {e}")))?;
     let figure = |v: Option<f64>| v.map_or_else(|| "–".to_string(), |v| format!("{v:.4}"));
-    let facts = [
+    let mut facts = vec![
         (
-            "base model",
+            "base model".to_owned(),
             format!(
                 "{} ({})",
                 inputs.base.local.reference, inputs.base.local.source_note
             ),
         ),
         (
-            "device",
+            "device".to_owned(),
             format!("{}, {} threads", inputs.device_name, inputs.lock.threads),
         ),
-        ("compute", inputs.computing()),
+        ("compute".to_owned(), inputs.computing()),
         (
-            "trained parameters",
+            "trained parameters".to_owned(),
             format!(
                 "{} of {} ({:.3} %)",
                 thousands(inputs.plan.trainable as u64),
@@ -59,23 +60,38 @@ pub fn write(
             ),
         ),
         (
-            "optimizer steps",
+            "optimizer steps".to_owned(),
             format!("{} of {}", outcome.step, outcome.total_steps),
         ),
-        ("tokens", thousands(outcome.tokens)),
-        ("training time", duration_text(outcome.seconds)),
+        ("tokens".to_owned(), thousands(outcome.tokens)),
+        ("training time".to_owned(), duration_text(outcome.seconds)),
         (
-            "tokens a second",
+            "tokens a second".to_owned(),
             format!("{:.0}", outcome.tokens_per_second),
         ),
         (
-            "peak memory, measured",
+            "peak memory, measured".to_owned(),
             format!("{} MiB", outcome.peak_memory >> 20),
         ),
-        ("peak memory, estimated", estimated(outcome)),
-        ("validation loss before", figure(outcome.first_valid_loss)),
-        ("validation loss after", figure(outcome.valid_loss)),
+        ("peak memory, estimated".to_owned(), estimated(outcome)),
+        (
+            "validation loss before".to_owned(),
+            figure(outcome.first_valid_loss),
+        ),
+        (
+            "validation loss after".to_owned(),
+            figure(outcome.valid_loss),
+        ),
     ];
+    for metric in T::METRICS.iter().filter(|metric| metric.key != "loss") {
+        let (before, after) = (&outcome.first_metrics, &outcome.metrics);
+        for (when, all) in [("before", before), ("after", after)] {
+            if let Some(value) = all.get(metric.key).and_then(serde_json::Value::as_f64) {
+                let name = format!("validation {} {when}", metric.key);
+                facts.push((name, metric.text(value)));
+            }
+        }
+    }
     let mut env = Environment::new();
     env.set_auto_escape_callback(|_| AutoEscape::Html);
     let html = env
@@ -203,8 +219,7 @@ mod tests {
             step,
             epoch: 0.0,
             loss,
-            perplexity: 0.0,
-            trained_tokens: 1,
+            metrics: Default::default(),
             seconds: 0.0,
         };
         let chart = Chart::of(&[valid(0, 3.0), valid(10, 1.0)]).unwrap();

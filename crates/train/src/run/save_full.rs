@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use enamel_adapter::{Adaptable, ModuleShape, SlotRef};
-use enamel_model::CausalLm;
+use enamel_model::Model;
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::save::{self, SaveDtype, SaveOptions};
 
@@ -13,15 +13,15 @@ use crate::error::TrainError;
 ///
 /// # Errors
 /// When a weight cannot be read back or the disk refuses.
-pub fn write(model: &CausalLm, source: &Checkpoint, dir: &Path) -> Result<(), TrainError> {
-    let options = SaveOptions::new(SaveDtype::F32);
+pub fn write(model: &Model, source: &Checkpoint, dir: &Path) -> Result<(), TrainError> {
+    let options = SaveOptions::new(SaveDtype::F32).for_model(model.config());
     let read = &mut |name: &str| values(model, name);
     save::write_hf(dir, &tensors(model), read, source, &options)?;
     Ok(())
 }
 
 /// Names and shapes of all weights, in the model's order.
-pub fn tensors(model: &CausalLm) -> Vec<(String, Vec<usize>)> {
+pub fn tensors(model: &Model) -> Vec<(String, Vec<usize>)> {
     let modules = enamel_adapter::shapes(model);
     modules.iter().flat_map(ModuleShape::tensors).collect()
 }
@@ -31,7 +31,7 @@ pub fn tensors(model: &CausalLm) -> Vec<(String, Vec<usize>)> {
 /// # Errors
 /// No such tensor.
 pub fn values(
-    model: &CausalLm,
+    model: &Model,
     tensor: &str,
 ) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> {
     let mut data = None;

@@ -236,7 +236,7 @@ fn implausible(dir: &Path, state: &RunState) -> Vec<String> {
             format!("step {step} in a folder of step {number}"),
         );
     }
-    if let Some(best) = state.best {
+    if let Some(best) = &state.best {
         check(
             best.step <= step,
             format!("the best step is {}, after step {step}", best.step),
@@ -245,12 +245,12 @@ fn implausible(dir: &Path, state: &RunState) -> Vec<String> {
     check(
         state.trained_tokens <= state.tokens,
         format!(
-            "{} trained tokens among {}",
+            "{} labels in the loss among {} tokens",
             state.trained_tokens, state.tokens
         ),
     );
     let numbers = [
-        ("best.loss", state.best.map(|best| best.loss)),
+        ("best.loss", state.best.as_ref().map(|best| best.loss)),
         ("patience_loss", state.patience_loss),
         ("valid_loss", state.valid_loss),
         ("train_loss", state.train_loss),
@@ -366,6 +366,7 @@ mod tests {
             step,
             total_steps: 9,
             best: Some(Best {
+                metrics: Default::default(),
                 step: 1,
                 loss: 7.366_080_350_654_069_5,
             }),

@@ -16,6 +16,7 @@ use burn::module::Module;
 use enamel_adapter::RankAllocator;
 use enamel_adapter::files::store::{read_tensor_file, write_tensors};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::TrainError;
 use crate::files::{staging, sync_dir, sync_tree, write_synced};
@@ -33,13 +34,13 @@ pub struct RunState {
     pub total_steps: usize,
     /// Seed of the run.
     pub seed: u64,
-    /// Lowest validation loss and the step it was measured at.
+    /// The best validation so far and the step it was measured at.
     pub best: Option<Best>,
-    /// Validations since the loss last fell, for early stopping.
+    /// Validations since the metric last got better, for early stopping.
     pub evals_without_gain: usize,
-    /// Lowest loss that early stopping has counted.
+    /// Best value of `metric_for_best_model` (the loss, if nothing else is chosen) that early stopping has counted.
     pub patience_loss: Option<f64>,
-    /// Trained tokens so far.
+    /// Labels that the loss has counted so far: tokens, or a classifier's rows.
     pub trained_tokens: u64,
     /// Tokens so far, padding left out.
     pub tokens: u64,
@@ -47,9 +48,15 @@ pub struct RunState {
     pub seconds: f64,
     /// Validation loss before the first step.
     pub first_valid_loss: Option<f64>,
+    /// The task's other metrics before the first step.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub first_metrics: Map<String, Value>,
     /// Loss of the last validation.
     #[serde(default)]
     pub valid_loss: Option<f64>,
+    /// The task's other metrics of the last validation.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub metrics: Map<String, Value>,
     /// Mean training loss of the last line that was said.
     #[serde(default)]
     pub train_loss: Option<f64>,
@@ -77,9 +84,9 @@ pub struct RunState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Window {
-    /// Loss of each step times its trained tokens.
+    /// Loss of each step times its labels.
     pub loss: f64,
-    /// Trained tokens.
+    /// Labels that the loss counts.
     pub trained: usize,
     /// Tokens, padding left out.
     pub tokens: usize,
@@ -88,13 +95,27 @@ pub struct Window {
 }
 
 /// A validation result worth remembering.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Best {
     /// Step after which it was measured.
     pub step: usize,
     /// Mean negative log-likelihood.
     pub loss: f64,
+    /// The task's other metrics.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub metrics: Map<String, Value>,
+}
+
+impl Best {
+    /// The value of a metric; NaN where it was not measured.
+    pub fn value(&self, key: &str) -> f64 {
+        match self.metrics.get(key) {
+            Some(value) => value.as_f64().unwrap_or(f64::NAN),
+            None if key == "loss" => self.loss,
+            None => f64::NAN,
+        }
+    }
 }
 
 /// The checkpoints of one run directory.
@@ -202,7 +223,7 @@ impl Checkpoints {
 
     /// Removes the oldest checkpoints of the line that `state` belongs to, beyond the limit, never the best.
     pub(crate) fn prune(&self, state: &RunState) {
-        let best = state.best.map(|b| b.step);
+        let best = state.best.as_ref().map(|b| b.step);
         let of_line = self.list().into_iter().filter(|(_, path)| {
             let other = read_state(path);
             other.is_ok_and(|o| o.line == state.line && (o.run == state.run || o.run.is_empty()))
@@ -342,7 +363,11 @@ mod tests {
     }
 
     fn save(c: &Checkpoints, step: usize, best: Option<usize>) {
-        let best = best.map(|step| Best { step, loss: 1.0 });
+        let best = best.map(|step| Best {
+            step,
+            loss: 1.0,
+            metrics: Map::new(),
+        });
         let state = RunState {
             step,
             best,

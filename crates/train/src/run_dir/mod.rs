@@ -326,7 +326,9 @@ impl RunDir {
             true => Begin::Line,
             false => Begin::Resumed,
         };
-        if let (true, Some(best)) = (now.recipe.train.load_best_model_at_end, self.state.best) {
+        if now.recipe.train.load_best_model_at_end
+            && let Some(best) = self.state.best.clone()
+        {
             let kept = Checkpoints::new(&self.path, 1).path(best.step);
             if let Err(wrong) = checkpoint_check::examine(&kept) {
                 self.notes.push(format!(

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::memory::Footprint;
 use crate::run_dir::checkpoints::Best;
@@ -31,9 +32,15 @@ pub struct RunOutcome {
     pub total_steps: usize,
     /// Validation loss before the first step.
     pub first_valid_loss: Option<f64>,
+    /// The task's other metrics before the first step.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub first_metrics: Map<String, Value>,
     /// Validation loss of the adapter that was kept.
     pub valid_loss: Option<f64>,
-    /// Lowest validation loss and its step.
+    /// The task's other metrics of the adapter that was kept.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub metrics: Map<String, Value>,
+    /// The best validation and its step.
     pub best: Option<Best>,
     /// Mean training loss of the last stretch.
     pub train_loss: Option<f64>,

@@ -5,15 +5,17 @@ use std::sync::{Arc, Mutex};
 use burn::data::dataloader::{DataLoader, DataLoaderIterator, Progress};
 use burn::data::dataset::DatasetError;
 use burn::tensor::Device;
-use enamel_data::{Batch, Example, collate, epoch_order};
+use enamel_data::{Row, epoch_order};
 
 use crate::inputs::steps_per_epoch;
+use crate::task::{Task, TaskBatch};
 use crate::training::train_step::StepItem;
 
 /// The rows of every step of a run: a pure function of settings, seed and step number.
 #[derive(Debug)]
-pub struct StepPlan {
-    rows: Vec<Example>,
+pub struct StepPlan<T: Task> {
+    task: T,
+    rows: Vec<T::Row>,
     settings: StepSettings,
     /// Epoch and its order of rows, made once an epoch.
     order: Mutex<Option<(usize, Arc<Vec<usize>>)>>,
@@ -32,18 +34,15 @@ pub struct StepSettings {
     pub shuffle: bool,
     /// Put rows of like length into one batch.
     pub group_by_length: bool,
-    /// Token that fills up short rows.
-    pub pad_id: u32,
-    /// Bound on the global gradient norm; 0 for none.
-    pub max_grad_norm: f64,
     /// Share of each label that is spread evenly over the vocabulary.
     pub label_smoothing: f64,
 }
 
-impl StepPlan {
+impl<T: Task> StepPlan<T> {
     /// Plans steps over `rows`.
-    pub fn new(rows: Vec<Example>, settings: StepSettings) -> Self {
+    pub fn new(task: T, rows: Vec<T::Row>, settings: StepSettings) -> Self {
         Self {
+            task,
             rows,
             settings,
             order: Mutex::new(None),
@@ -57,7 +56,7 @@ impl StepPlan {
     }
 
     /// The rows themselves.
-    pub fn rows(&self) -> &[Example] {
+    pub fn rows(&self) -> &[T::Row] {
         &self.rows
     }
 
@@ -73,7 +72,7 @@ impl StepPlan {
                 let mut order = epoch_order(self.rows.len(), s.seed, epoch, s.shuffle);
                 if s.group_by_length {
                     let window = s.batch_size * s.accumulation * 16;
-                    let lengths: Vec<usize> = self.rows.iter().map(|r| r.input_ids.len()).collect();
+                    let lengths: Vec<usize> = self.rows.iter().map(T::Row::tokens).collect();
                     order = enamel_data::group_by_length(
                         &order,
                         &lengths,
@@ -90,50 +89,50 @@ impl StepPlan {
         }
     }
 
-    /// The work of optimizer step `index`, counted from 0.
-    pub fn item(&self, index: usize) -> StepItem {
+    /// The rows of optimizer step `index`, counted from 0.
+    fn rows_of(&self, index: usize) -> Vec<&T::Row> {
         let s = &self.settings;
         let per_epoch = self.steps_per_epoch().max(1);
         let order = self.order(index / per_epoch);
         let width = s.batch_size * s.accumulation;
         let start = (index % per_epoch) * width;
         let rows = &order[start.min(order.len())..(start + width).min(order.len())];
-        let micro = rows.chunks(s.batch_size).map(|c| self.batch(c)).collect();
+        rows.iter().map(|row| &self.rows[*row]).collect()
+    }
+
+    /// The work of optimizer step `index`, counted from 0.
+    pub fn item(&self, index: usize) -> StepItem<T::Batch> {
+        let s = &self.settings;
+        let rows = self.rows_of(index);
+        let micro = rows.chunks(s.batch_size);
         StepItem {
             step: index + 1,
             seed: s.seed,
-            micro,
-            max_grad_norm: s.max_grad_norm,
+            micro: micro.map(|rows| self.task.collate(rows)).collect(),
+            rank: 0,
+            count: rows.iter().map(|row| row.trained()).sum(),
             label_smoothing: s.label_smoothing,
         }
     }
 
-    fn batch(&self, rows: &[usize]) -> Batch {
-        let examples: Vec<&Example> = rows.iter().map(|r| &self.rows[*r]).collect();
-        let mut batch = collate(&examples, self.settings.pad_id, 1);
-        batch.rows = rows.to_vec();
-        batch
-    }
-
     /// `file:line` of the rows in optimizer step `step`, counted from 1, for messages.
     pub fn sources(&self, step: usize) -> Vec<String> {
-        let item = self.item(step.saturating_sub(1));
-        let rows = item.micro.iter().flat_map(|b| b.rows.iter());
-        rows.map(|r| self.rows[*r].source.to_string()).collect()
+        let rows = self.rows_of(step.saturating_sub(1));
+        rows.iter().map(|row| row.source().to_string()).collect()
     }
 }
 
 /// Steps `start .. end` of a plan, one item a step.
 #[derive(Clone, Debug)]
-pub struct StepLoader {
-    plan: Arc<StepPlan>,
+pub struct StepLoader<T: Task> {
+    plan: Arc<StepPlan<T>>,
     start: usize,
     end: usize,
 }
 
-impl StepLoader {
+impl<T: Task> StepLoader<T> {
     /// All steps of a run.
-    pub fn new(plan: Arc<StepPlan>, total: usize) -> Self {
+    pub fn new(plan: Arc<StepPlan<T>>, total: usize) -> Self {
         Self {
             plan,
             start: 0,
@@ -142,8 +141,8 @@ impl StepLoader {
     }
 }
 
-impl DataLoader<StepItem> for StepLoader {
-    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<StepItem> + 'a> {
+impl<T: Task> DataLoader<StepItem<T::Batch>> for StepLoader<T> {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<StepItem<T::Batch>> + 'a> {
         Box::new(Counted {
             next: self.start,
             start: self.start,
@@ -157,11 +156,11 @@ impl DataLoader<StepItem> for StepLoader {
         self.end - self.start
     }
 
-    fn to_device(&self, _: &Device) -> Arc<dyn DataLoader<StepItem>> {
+    fn to_device(&self, _: &Device) -> Arc<dyn DataLoader<StepItem<T::Batch>>> {
         Arc::new(self.clone())
     }
 
-    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<StepItem>> {
+    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<StepItem<T::Batch>>> {
         let end = (self.start + end).min(self.end);
         Arc::new(Self {
             plan: self.plan.clone(),
@@ -173,33 +172,29 @@ impl DataLoader<StepItem> for StepLoader {
 
 /// Validation batches, always in the same order.
 #[derive(Clone, Debug)]
-pub struct EvalLoader {
-    batches: Arc<Vec<Batch>>,
+pub struct EvalLoader<B> {
+    batches: Arc<Vec<B>>,
 }
 
-impl EvalLoader {
+impl<B: TaskBatch> EvalLoader<B> {
     /// Batches of `batch_size` rows in file order.
-    pub fn new(rows: &[Example], batch_size: usize, pad_id: u32) -> Self {
-        let indices: Vec<usize> = (0..rows.len()).collect();
-        let batches = indices.chunks(batch_size.max(1)).map(|chunk| {
-            let examples: Vec<&Example> = chunk.iter().map(|r| &rows[*r]).collect();
-            let mut batch = collate(&examples, pad_id, 1);
-            batch.rows = chunk.to_vec();
-            batch
-        });
+    pub fn new<T: Task<Batch = B>>(task: &T, rows: &[T::Row], batch_size: usize) -> Self {
+        let batches = rows
+            .chunks(batch_size.max(1))
+            .map(|rows| task.collate(&rows.iter().collect::<Vec<_>>()));
         Self {
             batches: Arc::new(batches.collect()),
         }
     }
 
     /// The batches.
-    pub fn batches(&self) -> &[Batch] {
+    pub fn batches(&self) -> &[B] {
         &self.batches
     }
 }
 
-impl DataLoader<Batch> for EvalLoader {
-    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<Batch> + 'a> {
+impl<B: TaskBatch> DataLoader<B> for EvalLoader<B> {
+    fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<B> + 'a> {
         Box::new(Counted {
             next: 0,
             start: 0,
@@ -213,11 +208,11 @@ impl DataLoader<Batch> for EvalLoader {
         self.batches.len()
     }
 
-    fn to_device(&self, _: &Device) -> Arc<dyn DataLoader<Batch>> {
+    fn to_device(&self, _: &Device) -> Arc<dyn DataLoader<B>> {
         Arc::new(self.clone())
     }
 
-    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<Batch>> {
+    fn slice(&self, start: usize, end: usize) -> Arc<dyn DataLoader<B>> {
         let end = end.min(self.batches.len());
         Arc::new(Self {
             batches: Arc::new(self.batches[start.min(end)..end].to_vec()),

@@ -6,14 +6,14 @@
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::{ParamGroup, ParamId};
 use enamel_adapter::for_each_trainable;
-use enamel_model::CausalLm;
+use enamel_model::Model;
 
 use crate::recipe::TrainSettings;
 use crate::training::lr_schedule::Schedule;
 
 /// The schedules of all groups; `at_rate` makes one from its highest rate.
 pub fn scheduler(
-    model: &CausalLm,
+    model: &Model,
     settings: &TrainSettings,
     ratio: f64,
     at_rate: &dyn Fn(f64) -> Schedule,

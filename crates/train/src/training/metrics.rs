@@ -9,44 +9,36 @@ use burn::train::metric::{
     SerializedEntry,
 };
 
+use crate::task::{Measured, MetricSpec, Tally};
 use crate::text::duration_text;
-use crate::training::train_step::{EvalOutput, StepOutput};
+use crate::training::train_step::StepOutput;
 
-/// What sets one figure apart from another.
-pub trait MetricSpec: Clone + Send + Sync + 'static {
-    /// Name on the dashboard; training and validation share a plot by it.
+/// A figure of a training step that every task has.
+pub trait Figure: Clone + Send + Sync + 'static {
+    /// Name on the dashboard.
     const NAME: &'static str;
     /// Unit, empty for none.
     const UNIT: &'static str;
     /// Whether more is better.
     const HIGHER_IS_BETTER: bool;
-    /// The figure of a window from its weighted mean.
-    fn of_mean(mean: f64) -> f64 {
-        mean
-    }
     /// How a value is written.
     fn text(value: f64) -> String;
 }
 
 macro_rules! figure {
-    ($(#[$doc:meta])* $name:ident, $label:literal, $unit:literal, $higher:literal, $text:expr $(, mean: $mean:expr)?) => {
+    ($(#[$doc:meta])* $name:ident, $label:literal, $unit:literal, $higher:literal, $text:expr) => {
         $(#[$doc])*
         #[derive(Clone)]
         pub struct $name;
-        impl MetricSpec for $name {
+        impl Figure for $name {
             const NAME: &'static str = $label;
             const UNIT: &'static str = $unit;
             const HIGHER_IS_BETTER: bool = $higher;
-            $(fn of_mean(mean: f64) -> f64 { ($mean)(mean) })?
             fn text(value: f64) -> String { ($text)(value) }
         }
     };
 }
 
-figure!(/** Mean negative log-likelihood of the trained tokens. */
-    Loss, "Loss", "", false, |v: f64| format!("{v:.4}"));
-figure!(/** `exp` of the mean loss. */
-    Perplexity, "Perplexity", "", false, |v: f64| format!("{v:.3}"), mean: f64::exp);
 figure!(/** Learning rate of the step. */
     LearningRate, "Learning rate", "", true, |v: f64| format!("{v:.3e}"));
 figure!(/** Global gradient norm before clipping. */
@@ -74,8 +66,8 @@ impl<F> Sample<F> {
 }
 
 macro_rules! adapt {
-    ($from:ty, $figure:ty, $item:ident => $value:expr, $weight:expr) => {
-        impl Adaptor<Sample<$figure>> for $from {
+    ($figure:ty, $item:ident => $value:expr, $weight:expr) => {
+        impl<Y> Adaptor<Sample<$figure>> for StepOutput<Y> {
             fn adapt(&self) -> Sample<$figure> {
                 let $item = self;
                 Sample::new($value, $weight)
@@ -84,14 +76,10 @@ macro_rules! adapt {
     };
 }
 
-adapt!(StepOutput, Loss, o => o.loss, o.trained_tokens as f64);
-adapt!(StepOutput, Perplexity, o => o.loss, o.trained_tokens as f64);
-adapt!(StepOutput, LearningRate, o => o.learning_rate, 1.0);
-adapt!(StepOutput, GradNorm, o => o.grad_norm, 1.0);
-adapt!(StepOutput, TokensPerSecond, o => o.tokens as f64 / o.seconds.max(1e-9), o.seconds);
-adapt!(StepOutput, Memory, o => o.memory as f64 / f64::from(1u32 << 20), 1.0);
-adapt!(EvalOutput, Loss, o => o.loss_sum / o.trained_tokens.max(1) as f64, o.trained_tokens as f64);
-adapt!(EvalOutput, Perplexity, o => o.loss_sum / o.trained_tokens.max(1) as f64, o.trained_tokens as f64);
+adapt!(LearningRate, o => o.learning_rate, 1.0);
+adapt!(GradNorm, o => o.grad_norm, 1.0);
+adapt!(TokensPerSecond, o => o.tokens as f64 / o.seconds.max(1e-9), o.seconds);
+adapt!(Memory, o => o.memory as f64 / f64::from(1u32 << 20), 1.0);
 
 /// A figure's weighted mean over a window of steps, and its last value.
 #[derive(Clone)]
@@ -103,7 +91,7 @@ pub struct Scalar<F> {
     figure: PhantomData<F>,
 }
 
-impl<F: MetricSpec> Scalar<F> {
+impl<F: Figure> Scalar<F> {
     /// An empty window.
     pub fn new() -> Self {
         Self {
@@ -116,7 +104,7 @@ impl<F: MetricSpec> Scalar<F> {
     }
 
     fn mean(&self) -> f64 {
-        F::of_mean(self.sum / self.weight)
+        self.sum / self.weight
     }
 
     fn entry(&self) -> SerializedEntry {
@@ -125,22 +113,28 @@ impl<F: MetricSpec> Scalar<F> {
         } else {
             format!(" {}", F::UNIT)
         };
-        let text = format!(
-            "{}{unit} (window mean {})",
-            F::text(self.last),
-            F::text(self.mean())
-        );
-        SerializedEntry::new(text, NumericEntry::Value(self.last).serialize())
+        let text = format!("{}{unit}", F::text(self.last));
+        entry(&text, self.last, &F::text(self.mean()))
     }
 }
 
-impl<F: MetricSpec> Default for Scalar<F> {
+/// A value as text, with the mean of its window.
+fn entry(text: &str, value: f64, mean: &str) -> SerializedEntry {
+    let text = format!("{text} (window mean {mean})");
+    SerializedEntry::new(text, NumericEntry::Value(value).serialize())
+}
+
+fn finite(value: f64) -> Option<NumericEntry> {
+    value.is_finite().then_some(NumericEntry::Value(value))
+}
+
+impl<F: Figure> Default for Scalar<F> {
     fn default() -> Self {
         Self::new()
     }
 }
 
-impl<F: MetricSpec> Metric for Scalar<F> {
+impl<F: Figure> Metric for Scalar<F> {
     type Input = Sample<F>;
 
     fn name(&self) -> Arc<String> {
@@ -160,7 +154,7 @@ impl<F: MetricSpec> Metric for Scalar<F> {
         item: &Sample<F>,
         _: &MetricMetadata,
     ) -> Result<SerializedEntry, TensorReadError> {
-        self.last = F::of_mean(item.value);
+        self.last = item.value;
         self.sum += item.value * item.weight;
         self.weight += item.weight;
         Ok(self.entry())
@@ -175,20 +169,111 @@ impl<F: MetricSpec> Metric for Scalar<F> {
     }
 }
 
-impl<F: MetricSpec> Numeric for Scalar<F> {
+impl<F: Figure> Numeric for Scalar<F> {
     fn value(&self) -> Option<NumericEntry> {
-        self.last
-            .is_finite()
-            .then_some(NumericEntry::Value(self.last))
+        finite(self.last)
     }
 
     fn running_value(&self) -> Option<NumericEntry> {
-        let mean = self.mean();
-        mean.is_finite().then_some(NumericEntry::Value(mean))
+        finite(self.mean())
     }
 
     fn final_value(&self) -> NumericEntry {
         NumericEntry::Value(self.mean())
+    }
+}
+
+/// A task's metric over a window, and that of the last step or batch.
+#[derive(Clone)]
+pub struct TaskMetric<Y: 'static> {
+    spec: &'static MetricSpec<Y>,
+    name: Arc<String>,
+    window: Measured<Y>,
+    last: f64,
+}
+
+impl<Y: Tally> TaskMetric<Y> {
+    /// An empty window.
+    pub fn new(spec: &'static MetricSpec<Y>) -> Self {
+        Self {
+            spec,
+            name: Arc::new(spec.label.to_owned()),
+            window: Measured::default(),
+            last: f64::NAN,
+        }
+    }
+
+    /// That of the window: NaN while it is empty.
+    fn value_of_window(&self) -> f64 {
+        match self.window.count {
+            0 => f64::NAN,
+            _ => (self.spec.of)(&self.window),
+        }
+    }
+
+    fn entry(&self) -> SerializedEntry {
+        let window = self.spec.text(self.value_of_window());
+        entry(&self.spec.text(self.last), self.last, &window)
+    }
+}
+
+impl<Y: Tally> Adaptor<Measured<Y>> for Measured<Y> {
+    fn adapt(&self) -> Self {
+        self.clone()
+    }
+}
+
+impl<Y: Tally> Adaptor<Measured<Y>> for StepOutput<Y> {
+    fn adapt(&self) -> Measured<Y> {
+        self.measured.clone()
+    }
+}
+
+impl<Y: Tally> Metric for TaskMetric<Y> {
+    type Input = Measured<Y>;
+
+    fn name(&self) -> Arc<String> {
+        self.name.clone()
+    }
+
+    fn attributes(&self) -> MetricAttributes {
+        NumericAttributes {
+            unit: None,
+            higher_is_better: self.spec.higher_is_better,
+        }
+        .into()
+    }
+
+    fn update(
+        &mut self,
+        item: &Measured<Y>,
+        _: &MetricMetadata,
+    ) -> Result<SerializedEntry, TensorReadError> {
+        self.last = (self.spec.of)(item);
+        self.window.add(item);
+        Ok(self.entry())
+    }
+
+    fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
+        Ok(self.entry())
+    }
+
+    fn clear(&mut self) {
+        *self = Self::new(self.spec);
+    }
+}
+
+impl<Y: Tally> Numeric for TaskMetric<Y> {
+    fn value(&self) -> Option<NumericEntry> {
+        finite(self.last)
+    }
+
+    fn running_value(&self) -> Option<NumericEntry> {
+        finite(self.value_of_window())
+    }
+
+    fn final_value(&self) -> NumericEntry {
+        NumericEntry::Value(self.value_of_window())
     }
 }
 
@@ -222,7 +307,7 @@ pub struct Place {
     eta_seconds: f64,
 }
 
-impl Adaptor<Place> for StepOutput {
+impl<Y> Adaptor<Place> for StepOutput<Y> {
     fn adapt(&self) -> Place {
         Place {
             step: self.step,
@@ -259,14 +344,18 @@ impl Metric for Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::task::{CausalLm, Task};
 
     #[test]
     fn a_window_weighs_tokens_and_perplexity_is_exp_of_the_mean() {
-        let mut metric = Scalar::<Perplexity>::new();
-        for (value, weight) in [(1.0, 30.0), (3.0, 10.0)] {
-            metric.last = value;
-            metric.sum += value * weight;
-            metric.weight += weight;
+        let perplexity = &CausalLm::METRICS[1];
+        let mut metric = TaskMetric::new(perplexity);
+        for (value, count) in [(1.0, 30), (3.0, 10)] {
+            metric.window.add(&Measured {
+                loss_sum: value * count as f64,
+                count,
+                tally: (),
+            });
         }
         assert!((metric.final_value().current() - 1.5f64.exp()).abs() < 1e-12);
     }

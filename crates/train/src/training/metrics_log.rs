@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use crate::error::TrainError;
 use crate::files::write_atomic;
@@ -27,8 +28,9 @@ pub enum Entry {
         grad_norm: f64,
         /// Tokens that are not padding.
         tokens: usize,
-        /// Tokens with a label.
-        trained_tokens: usize,
+        /// What the task measures of a step, and how many labels the loss counts.
+        #[serde(flatten)]
+        metrics: Map<String, Value>,
         /// Tokens (not padding) a second.
         tokens_per_second: f64,
         /// Resident memory in bytes.
@@ -51,10 +53,9 @@ pub enum Entry {
         epoch: f64,
         /// Mean negative log-likelihood, in nats.
         loss: f64,
-        /// `exp(loss)`.
-        perplexity: f64,
-        /// Tokens with a label.
-        trained_tokens: usize,
+        /// The task's other metrics, and how many labels the loss counts.
+        #[serde(flatten)]
+        metrics: Map<String, Value>,
         /// Wall time.
         seconds: f64,
     },
@@ -221,8 +222,7 @@ mod tests {
             step,
             epoch: 0.5,
             loss: 1.0,
-            perplexity: 2.7,
-            trained_tokens: 3,
+            metrics: Map::new(),
             seconds: 0.1,
         }
     }
@@ -262,16 +262,14 @@ mod tests {
             Entry::Valid {
                 step,
                 epoch,
-                perplexity,
-                trained_tokens,
+                metrics,
                 seconds,
                 ..
             } => Entry::Valid {
                 step,
                 epoch,
                 loss: 0.110_001_003_242_283_44,
-                perplexity,
-                trained_tokens,
+                metrics,
                 seconds,
             },
             other => other,

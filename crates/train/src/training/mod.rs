@@ -1,5 +1,6 @@
 //! The loop: rows into steps, steps into gradients, gradients into parameters, and what is measured on the way.
 
+pub mod collective;
 pub mod data_loader;
 pub mod grad_clipping;
 pub(crate) mod lora_plus;

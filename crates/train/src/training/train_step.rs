@@ -6,50 +6,50 @@ use std::time::Instant;
 use burn::backend::ExecutionError;
 use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 use burn::train::{InferenceStep, ItemLazy, TrainOutput, TrainStep};
-use enamel_data::Batch;
-use enamel_kernels::{LossSpec, linear_cross_entropy_with};
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::Model;
 
-use crate::training::grad_clipping::Clipping;
+use crate::task::{LossSettings, Measured, Tally, Task, TaskBatch};
 
 /// The adapted model under training.
 #[derive(Module, Debug)]
-pub struct TrainModel {
+pub struct TrainModel<T: Task> {
     /// The frozen base with its adapters.
-    pub model: CausalLm,
+    pub model: Model,
+    /// What it is trained for.
+    #[module(skip)]
+    pub task: T,
 }
 
 /// All forward passes of one optimizer step. A pure function of the recipe and the step's number,
 /// so that a resumed run sees what an uninterrupted one would have seen.
 #[derive(Clone, Debug)]
-pub struct StepItem {
+pub struct StepItem<B> {
     /// Optimizer step, counted from 1.
     pub step: usize,
     /// Seed of everything random in this step.
     pub seed: u64,
     /// The micro-batches whose gradients are added up.
-    pub micro: Vec<Batch>,
-    /// Bound on the global norm of the gradient; 0 for none.
-    pub max_grad_norm: f64,
+    pub micro: Vec<B>,
+    /// The process that does this part of the step, from 0.
+    pub rank: usize,
+    /// Labels that the loss counts in the whole step, on all processes: what the loss is a mean over.
+    pub count: usize,
     /// Share of each label that is spread evenly over the vocabulary.
     pub label_smoothing: f64,
 }
 
 /// What one optimizer step measured.
 #[derive(Clone, Debug, PartialEq)]
-pub struct StepOutput {
+pub struct StepOutput<Y> {
     /// Optimizer step, counted from 1.
     pub step: usize,
     /// Steps of the whole run.
     pub total_steps: usize,
-    /// Mean negative log-likelihood over the step's trained tokens (of smoothed labels, if they are
-    /// smoothed), in nats; what a method adds to it
+    /// The loss (of smoothed labels, if they are smoothed) and what the task counts; what a method adds to the loss
     /// (AdaLoRA's orthogonality) is left out.
-    pub loss: f64,
-    /// Tokens with a label.
-    pub trained_tokens: usize,
+    pub measured: Measured<Y>,
     /// Tokens that are not padding.
     pub tokens: usize,
     /// Global gradient norm before clipping.
@@ -66,99 +66,9 @@ pub struct StepOutput {
     pub eta_seconds: f64,
 }
 
-/// What one validation batch measured.
-#[derive(Clone, Debug, PartialEq)]
-pub struct EvalOutput {
-    /// Sum of negative log-likelihoods, in nats.
-    pub loss_sum: f64,
-    /// Tokens with a label.
-    pub trained_tokens: usize,
-}
-
-impl ItemLazy for StepOutput {
+impl<Y: Tally> ItemLazy for StepOutput<Y> {
     fn sync(self) -> Result<Self, ExecutionError> {
         Ok(self)
-    }
-}
-
-impl ItemLazy for EvalOutput {
-    fn sync(self) -> Result<Self, ExecutionError> {
-        Ok(self)
-    }
-}
-
-/// Labels of the next token: position `t` of a row gets the label of token `t + 1`, the last one
-/// none. Row-major, −100 where nothing is trained.
-pub fn shifted_labels(batch: &Batch) -> Vec<i64> {
-    let mut shifted = vec![-100; batch.labels.len()];
-    for (from, to) in batch
-        .labels
-        .chunks(batch.len)
-        .zip(shifted.chunks_mut(batch.len))
-    {
-        let n = from.len() - 1;
-        to[..n].copy_from_slice(&from[1..]);
-    }
-    shifted
-}
-
-impl TrainModel {
-    /// Sum of the negative log-likelihoods of a batch's labels, `[1]`, with `smoothing` as the share of each
-    /// that is spread evenly over the vocabulary. transformers' trainer smooths its validation loss too;
-    /// here that one says how likely the labels are, whatever the training.
-    ///
-    /// In training, `seed` decides what the blocks draw ([`ModelInput::seed`]).
-    ///
-    /// Rows are padded on the right and attention is causal, so no real token ever sees padding and
-    /// no mask is needed; the labels leave padding out of the loss.
-    pub fn loss_sum(&self, batch: &Batch, smoothing: f64, seed: Option<u64>) -> Tensor<1> {
-        let device = self.model.device();
-        let ids = TensorData::new(batch.input_ids.clone(), [batch.batch, batch.len]);
-        let input = ModelInput {
-            seed,
-            ..ModelInput::new(Tensor::<2, Int>::from_data(ids, &device))
-        };
-        let hidden = self.model.forward_hidden(&input, None);
-        let [rows, len, width] = hidden.dims();
-        let labels = shifted_labels(batch);
-        let hidden = hidden.reshape([rows * len, width]);
-        match self.model.head_as_one_product() {
-            Some(head) => {
-                let spec = LossSpec {
-                    label_smoothing: smoothing,
-                    compute: head.compute(),
-                };
-                linear_cross_entropy_with(hidden, head.values(), &labels, spec)
-            }
-            None => self.loss_through_head(hidden, &labels, smoothing),
-        }
-    }
-}
-
-impl TrainModel {
-    /// The same where the head does more than multiply (an adapter with a bias or with dropout is on it):
-    /// logits of all labelled rows at once.
-    fn loss_through_head(&self, hidden: Tensor<2>, labels: &[i64], smoothing: f64) -> Tensor<1> {
-        let device = hidden.device();
-        let trained = labels.iter().enumerate().filter(|(_, label)| **label >= 0);
-        let (places, labels): (Vec<i64>, Vec<i64>) =
-            trained.map(|(place, label)| (place as i64, *label)).unzip();
-        let count = places.len();
-        let int = |values: Vec<i64>| {
-            Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
-        };
-        let logits = self.model.logits(hidden.select(0, int(places)));
-        let log_probs = burn::tensor::activation::log_softmax(logits, 1);
-        let vocabulary = log_probs.dims()[1] as f64;
-        let sharp = -log_probs
-            .clone()
-            .gather(1, int(labels).unsqueeze_dim(1))
-            .sum();
-        if smoothing == 0.0 {
-            return sharp;
-        }
-        let even = -log_probs.sum().div_scalar(vocabulary);
-        sharp.mul_scalar(1.0 - smoothing) + even.mul_scalar(smoothing)
     }
 }
 
@@ -178,46 +88,54 @@ pub(crate) fn scalar(t: Tensor<1>) -> f64 {
     t.into_data().iter::<f64>().next().unwrap_or(f64::NAN)
 }
 
-impl TrainStep for TrainModel {
-    type Input = StepItem;
-    type Output = StepOutput;
+impl<T: Task> TrainStep for TrainModel<T> {
+    type Input = StepItem<T::Batch>;
+    type Output = StepOutput<T::Tally>;
 
-    fn step(&self, item: StepItem) -> TrainOutput<StepOutput> {
+    /// The gradients of a step as they are on this process, neither summed nor clipped; what the loop measures is
+    /// left at 0.
+    fn step(&self, item: StepItem<T::Batch>) -> TrainOutput<StepOutput<T::Tally>> {
         let started = Instant::now();
         let device = self.model.device();
-        // The mean is over all trained tokens of the step, so that the split into micro-batches
-        // does not matter (1 x 8 equals 8 x 1).
-        let total: usize = item.micro.iter().map(|b| b.trained_tokens).sum();
-        let mut sum = 0.0;
+        let mut measured = Measured::default();
         let mut tokens = 0;
         let mut accumulator = GradientsAccumulator::new();
         for (index, batch) in item.micro.iter().enumerate() {
             // What is drawn outside the blocks comes from the device's generator.
             let seed = mix_seed(item.seed, item.step as u64, index as u64);
             device.seed(seed);
-            let loss = self.loss_sum(batch, item.label_smoothing, Some(seed));
-            sum += scalar(loss.clone().inner());
-            tokens += batch.tokens;
-            let mut loss = loss.div_scalar(total.max(1) as f64);
+            let settings = LossSettings {
+                label_smoothing: item.label_smoothing,
+                seed: Some(seed),
+            };
+            let (loss, tally) = self.task.loss(&self.model, batch, settings);
+            measured.add(&Measured {
+                loss_sum: scalar(loss.clone().inner()),
+                count: batch.count(),
+                tally,
+            });
+            tokens += batch.tokens();
+            // The mean is over all labels of the step, so that the split into micro-batches
+            // does not matter (1 x 8 equals 8 x 1).
+            let mut loss = loss.div_scalar(item.count.max(1) as f64);
             // What the method adds to the loss counts once a step, however it is split.
-            if let (0, Some(own)) = (index, enamel_adapter::regularization(&self.model)) {
+            if (item.rank, index) == (0, 0)
+                && let Some(own) = enamel_adapter::regularization(&self.model)
+            {
                 loss = loss + own;
             }
             let grads = loss.backward();
             accumulator.accumulate(self, GradientsParams::from_grads(grads, self));
         }
-        let grads = accumulator.grads();
-        let clipping = Clipping::of(self, &grads, item.max_grad_norm);
         TrainOutput {
-            grads,
+            grads: accumulator.grads(),
             item: StepOutput {
                 step: item.step,
                 total_steps: 0,
-                loss: sum / total.max(1) as f64,
-                trained_tokens: total,
+                measured,
                 tokens,
-                grad_norm: clipping.norm,
-                grad_factor: clipping.factor,
+                grad_norm: 0.0,
+                grad_factor: 1.0,
                 learning_rate: 0.0,
                 seconds: started.elapsed().as_secs_f64(),
                 memory: 0,
@@ -227,15 +145,16 @@ impl TrainStep for TrainModel {
     }
 }
 
-impl InferenceStep for TrainModel {
-    type Input = Batch;
-    type Output = EvalOutput;
+impl<T: Task> InferenceStep for TrainModel<T> {
+    type Input = T::Batch;
+    type Output = Measured<T::Tally>;
 
-    fn step(&self, batch: Batch) -> EvalOutput {
-        let loss_sum = scalar(self.loss_sum(&batch, 0.0, None));
-        EvalOutput {
-            loss_sum,
-            trained_tokens: batch.trained_tokens,
+    fn step(&self, batch: T::Batch) -> Measured<T::Tally> {
+        let (loss, tally) = self.task.loss(&self.model, &batch, LossSettings::default());
+        Measured {
+            loss_sum: scalar(loss),
+            count: batch.count(),
+            tally,
         }
     }
 }
@@ -243,21 +162,6 @@ impl InferenceStep for TrainModel {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn labels_move_one_to_the_left_within_each_row() {
-        let batch = Batch {
-            input_ids: vec![1, 2, 3, 4, 5, 0],
-            labels: vec![7, 2, 3, -100, 5, -100],
-            attention_mask: vec![true, true, true, true, true, false],
-            batch: 2,
-            len: 3,
-            trained_tokens: 3,
-            tokens: 5,
-            rows: vec![0, 1],
-        };
-        assert_eq!(shifted_labels(&batch), [2, 3, -100, 5, -100, -100]);
-    }
 
     #[test]
     fn seeds_differ_between_steps_and_micro_batches() {

@@ -18,6 +18,7 @@ use burn::train::{
     TrainingComponents, TrainingItem, ValidLoader,
 };
 use enamel_adapter::{AdapterConfig, DEFAULT, RankAllocator, SaveForm, SaveMeta};
+use serde_json::{Map, Value};
 
 use crate::error::TrainError;
 use crate::memory::process::Memory;
@@ -25,11 +26,15 @@ use crate::optimizer::Optimizer;
 use crate::run_dir::checkpoints::{Best, Checkpoints, RunState};
 use crate::run_dir::hold::Hold;
 use crate::signals::{Phase, StopFlag};
+use crate::task::measured::values;
+use crate::task::{Measured, MetricSpec, Tally, Task};
 use crate::text::LogLine;
 use crate::text::duration_text;
+use crate::training::collective::Collective;
 use crate::training::data_loader::StepPlan;
+use crate::training::grad_clipping::Clipping;
 use crate::training::metrics_log::{Entry, MetricsLog};
-use crate::training::train_step::{EvalOutput, StepOutput, TrainModel};
+use crate::training::train_step::{StepOutput, TrainModel};
 
 /// When things happen, in optimizer steps.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,13 +47,13 @@ pub struct Intervals {
     pub eval: Option<usize>,
     /// Save every so many steps.
     pub save: Option<usize>,
-    /// Save whenever the validation loss is the lowest so far, so that the best adapter can be kept.
+    /// Save whenever a validation is the best so far, so that the best adapter can be kept.
     pub save_best: bool,
     /// Log a line every so many steps.
     pub log: usize,
     /// Stop after so many validations without gain; 0 never.
     pub patience: usize,
-    /// By how much the loss must fall to count as a gain.
+    /// By how much the metric must get better to count as a gain.
     pub threshold: f64,
 }
 
@@ -71,7 +76,13 @@ pub struct LoopEnd {
 
 /// The strategy and everything it owns. burn-train's `Learner` offers no way to read its optimizer
 /// back, so the strategy has its own.
-pub struct StepStrategy {
+pub struct StepStrategy<T: Task> {
+    /// The other processes.
+    pub collective: Arc<dyn Collective>,
+    /// What makes one validation better than another.
+    pub metric: &'static MetricSpec<T::Tally>,
+    /// Bound on the global gradient norm; 0 for none.
+    pub max_grad_norm: f64,
     /// Autodiff device to train on.
     pub device: Device,
     /// AdamW, with its moments when resuming; the loop takes them.
@@ -83,7 +94,7 @@ pub struct StepStrategy {
     /// When things happen.
     pub rhythm: Intervals,
     /// The rows of each step, to name them in errors.
-    pub plan: Arc<StepPlan>,
+    pub plan: Arc<StepPlan<T>>,
     /// Where checkpoints go.
     pub checkpoints: Checkpoints,
     /// The run directory, which has to stay the one that the run began in.
@@ -104,17 +115,17 @@ pub struct StepStrategy {
     pub end: Arc<Mutex<LoopEnd>>,
 }
 
-type Events = SupervisedTrainingEventProcessor<TrainModel>;
+type Events<T> = SupervisedTrainingEventProcessor<TrainModel<T>>;
 
-impl SupervisedLearningStrategy<TrainModel> for StepStrategy {
+impl<T: Task> SupervisedLearningStrategy<TrainModel<T>> for StepStrategy<T> {
     fn fit(
         &self,
-        components: TrainingComponents<TrainModel>,
-        learner: Learner<TrainModel>,
-        train: TrainLoader<TrainModel>,
-        valid: ValidLoader<TrainModel>,
+        components: TrainingComponents<TrainModel<T>>,
+        learner: Learner<TrainModel<T>>,
+        train: TrainLoader<TrainModel<T>>,
+        valid: ValidLoader<TrainModel<T>>,
         _starting_epoch: usize,
-    ) -> (TrainModel, Events) {
+    ) -> (TrainModel<T>, Events<T>) {
         // `train` puts the gradient flags, set on a plain device, into force.
         let model = learner.model().fork(&self.device).train();
         // It would keep the first values of every parameter until the end.
@@ -155,22 +166,22 @@ impl SupervisedLearningStrategy<TrainModel> for StepStrategy {
 }
 
 /// The loop's moving parts.
-struct Run<'a> {
-    s: &'a StepStrategy,
-    model: TrainModel,
+struct Run<'a, T: Task> {
+    s: &'a StepStrategy<T>,
+    model: TrainModel<T>,
     optimizer: Optimizer,
     scheduler: ModuleLrScheduler,
     allocator: Option<RankAllocator>,
     state: RunState,
     end: LoopEnd,
-    events: Events,
+    events: Events<T>,
     interrupter: Interrupter,
-    valid: ValidLoader<TrainModel>,
+    valid: ValidLoader<TrainModel<T>>,
     memory: Memory,
 }
 
-impl Run<'_> {
-    fn train(&mut self, train: &TrainLoader<TrainModel>) -> Result<(), TrainError> {
+impl<T: Task> Run<'_, T> {
+    fn train(&mut self, train: &TrainLoader<TrainModel<T>>) -> Result<(), TrainError> {
         let total = self.s.rhythm.total;
         self.end.stopped_early = self.gained_too_little();
         if self.state.step >= total || self.end.stopped_early {
@@ -179,8 +190,9 @@ impl Run<'_> {
             return Ok(());
         }
         if self.state.step == 0 && self.validates() {
-            let loss = self.validate_quietly()?;
-            self.state.first_valid_loss = Some(loss);
+            let measured = self.validate_quietly()?;
+            self.state.first_valid_loss = Some(measured.loss());
+            self.state.first_metrics = others::<T>(&measured);
         }
         let loader = train.slice(self.state.step, total);
         let started = Instant::now();
@@ -193,16 +205,19 @@ impl Run<'_> {
             let step_started = Instant::now();
             let out = TrainStep::step(&self.model, item);
             let mut measured = out.item;
+            let grads = self.s.collective.sum(out.grads)?;
+            self.sum_up(&mut measured)?;
+            let clipping = Clipping::of(&self.model, &grads, self.s.max_grad_norm);
+            (measured.grad_norm, measured.grad_factor) = (clipping.norm, clipping.factor);
             self.check_finite(&measured)?;
             let rate = self.scheduler.step();
             measured.learning_rate = rate.base();
             let factor = measured.grad_factor;
             if let Some(allocator) = &mut self.allocator {
-                let gradient_of = |id| out.grads.get(id);
+                let gradient_of = |id| grads.get(id);
                 allocator.note_gradients(&self.model.model, &gradient_of, factor)?;
             }
-            self.optimizer
-                .step(&mut self.model, out.grads, factor, &rate);
+            self.optimizer.step(&mut self.model, grads, factor, &rate);
             self.allocate(total)?;
             self.state.step += 1;
 
@@ -222,6 +237,21 @@ impl Run<'_> {
                 break;
             }
         }
+        Ok(())
+    }
+
+    /// What a step measured on all processes.
+    fn sum_up(&self, out: &mut StepOutput<T::Tally>) -> Result<(), TrainError> {
+        let measured = &mut out.measured;
+        let mut numbers = vec![measured.loss_sum, measured.count as f64, out.tokens as f64];
+        numbers.extend(measured.tally.numbers().map(|n| *n as f64));
+        self.s.collective.sum_numbers(&mut numbers)?;
+        let mut sums = numbers.into_iter();
+        let mut next = || sums.next().unwrap_or(f64::NAN);
+        measured.loss_sum = next();
+        measured.count = next() as usize;
+        out.tokens = next() as usize;
+        measured.tally.numbers().for_each(|n| *n = next() as u64);
         Ok(())
     }
 
@@ -258,6 +288,7 @@ impl Run<'_> {
         self.end.signal = self.s.stop.signal();
         self.end.stopped_by_user = self.interrupter.interruption().is_some();
         let stopping = self.end.signal.is_some() || self.interrupter.should_stop();
+        let stopping = self.s.collective.any(stopping)?;
 
         let due = |every: Option<usize>| every.is_some_and(|n| step.is_multiple_of(n));
         // A run that is being stopped still validates where it is due: resumed, it will not come by
@@ -269,7 +300,7 @@ impl Run<'_> {
         }
         self.end.stopped_early = self.gained_too_little();
         let stop_early = self.end.stopped_early;
-        let best = rhythm.save_best && self.state.best.is_some_and(|b| b.step == step);
+        let best = rhythm.save_best && self.state.best.as_ref().is_some_and(|b| b.step == step);
         if last || stopping || stop_early || best || due(rhythm.save) {
             self.save()?;
         }
@@ -296,8 +327,11 @@ impl Run<'_> {
         self.state.step as f64 / self.s.rhythm.per_epoch.max(1) as f64
     }
 
-    fn check_finite(&self, out: &StepOutput) -> Result<(), TrainError> {
-        let bad = [("loss", out.loss), ("gradient norm", out.grad_norm)];
+    fn check_finite(&self, out: &StepOutput<T::Tally>) -> Result<(), TrainError> {
+        let bad = [
+            ("loss", out.measured.loss()),
+            ("gradient norm", out.grad_norm),
+        ];
         match bad.into_iter().find(|(_, v)| !v.is_finite()) {
             None => Ok(()),
             Some((what, value)) => Err(TrainError::NonFinite {
@@ -311,23 +345,27 @@ impl Run<'_> {
     }
 
     /// Notes a step in the journal and, every so often, says a line.
-    fn record(&mut self, out: &StepOutput) -> Result<(), TrainError> {
-        self.state.trained_tokens += out.trained_tokens as u64;
+    fn record(&mut self, out: &StepOutput<T::Tally>) -> Result<(), TrainError> {
+        let (loss, count) = (out.measured.loss(), out.measured.count);
+        let logged = T::METRICS.iter().filter(|m| m.logged_in_training);
+        let mut metrics = values(logged, &out.measured);
+        metrics.insert(T::COUNTED.to_owned(), count.into());
+        self.state.trained_tokens += count as u64;
         self.state.tokens += out.tokens as u64;
         self.state.seconds += out.seconds;
         let window = &mut self.state.window;
-        window.loss += out.loss * out.trained_tokens as f64;
-        window.trained += out.trained_tokens;
+        window.loss += loss * count as f64;
+        window.trained += count;
         window.tokens += out.tokens;
         window.seconds += out.seconds;
         self.write(&Entry::Train {
             step: out.step,
             epoch: self.epoch(),
-            loss: out.loss,
+            loss,
             learning_rate: out.learning_rate,
             grad_norm: out.grad_norm,
             tokens: out.tokens,
-            trained_tokens: out.trained_tokens,
+            metrics,
             tokens_per_second: out.tokens as f64 / out.seconds.max(1e-9),
             memory_bytes: out.memory,
         })?;
@@ -387,18 +425,16 @@ impl Run<'_> {
     }
 
     /// Validates without the dashboard: before the first step there is no window yet.
-    fn validate_quietly(&mut self) -> Result<f64, TrainError> {
+    fn validate_quietly(&mut self) -> Result<Measured<T::Tally>, TrainError> {
         let started = Instant::now();
         let model = self.model.valid();
-        let mut sum = EvalOutput {
-            loss_sum: 0.0,
-            trained_tokens: 0,
-        };
+        let mut sum = Measured::default();
         for batch in self.valid.iter() {
             let batch = batch.map_err(|e| TrainError::Framework(e.to_string()))?;
-            add(&mut sum, &InferenceStep::step(&model, batch));
+            sum.add(&InferenceStep::step(&model, batch));
         }
-        self.note_validation(&sum, started)
+        self.note_validation(&sum, started)?;
+        Ok(sum)
     }
 
     fn validate_on_dashboard(&mut self) -> Result<(), TrainError> {
@@ -414,15 +450,12 @@ impl Run<'_> {
         };
         self.interrupter
             .fail_on_error(self.events.process_valid(start));
-        let mut sum = EvalOutput {
-            loss_sum: 0.0,
-            trained_tokens: 0,
-        };
+        let mut sum = Measured::default();
         let valid = self.valid.clone();
         for (index, batch) in valid.iter().enumerate() {
             let batch = batch.map_err(|e| TrainError::Framework(e.to_string()))?;
             let out = InferenceStep::step(&model, batch);
-            add(&mut sum, &out);
+            sum.add(&out);
             let place = Progress::new(index + 1, total, Some("batches".to_string()));
             let item = TrainingItem::new(out, place, Some(index + 1), None);
             self.interrupter
@@ -433,50 +466,65 @@ impl Run<'_> {
         self.interrupter
             .fail_on_error(self.events.process_train(LearnerEvent::EndEpoch(number)));
         self.interrupter.fail_on_error(self.events.flush());
-        let loss = self.note_validation(&sum, started)?;
-        self.judge(loss);
+        self.note_validation(&sum, started)?;
+        self.judge(&sum);
         if self.state.step < self.s.rhythm.total {
             self.start_window();
         }
         Ok(())
     }
 
-    fn note_validation(&mut self, sum: &EvalOutput, started: Instant) -> Result<f64, TrainError> {
-        let loss = sum.loss_sum / sum.trained_tokens.max(1) as f64;
+    fn note_validation(
+        &mut self,
+        measured: &Measured<T::Tally>,
+        started: Instant,
+    ) -> Result<(), TrainError> {
+        let loss = measured.loss();
+        let metrics = others::<T>(measured);
         self.state.valid_loss = Some(loss);
+        self.state.metrics.clone_from(&metrics);
+        let mut logged = metrics;
+        logged.insert(T::COUNTED.to_owned(), measured.count.into());
         self.write(&Entry::Valid {
             step: self.state.step,
             epoch: self.epoch(),
             loss,
-            perplexity: loss.exp(),
-            trained_tokens: sum.trained_tokens,
+            metrics: logged,
             seconds: started.elapsed().as_secs_f64(),
         })?;
         let when = match self.state.step {
             0 => "before training".to_string(),
             step => format!("after step {step}"),
         };
-        (self.s.say)(&format!(
-            "validation {when}: loss {loss:.4}  perplexity {:.3}",
-            loss.exp()
-        ));
-        Ok(loss)
+        let words = T::METRICS.iter().map(|metric| {
+            let value = metric.text((metric.of)(measured));
+            format!("{} {value}", metric.key)
+        });
+        let words: Vec<_> = words.collect();
+        (self.s.say)(&format!("validation {when}: {}", words.join("  ")));
+        Ok(())
     }
 
-    /// Remembers the best loss and counts validations without gain.
-    fn judge(&mut self, loss: f64) {
-        if loss.is_finite() && self.state.best.is_none_or(|b| loss < b.loss) {
+    /// Remembers the best validation and counts those without gain.
+    fn judge(&mut self, measured: &Measured<T::Tally>) {
+        let metric = self.s.metric;
+        let value = (metric.of)(measured);
+        // Less is better from here on.
+        let sign = if metric.higher_is_better { -1.0 } else { 1.0 };
+        let best = self.state.best.as_ref().map(|best| best.value(metric.key));
+        if value.is_finite() && best.is_none_or(|best| sign * value < sign * best) {
             self.state.best = Some(Best {
                 step: self.state.step,
-                loss,
+                loss: measured.loss(),
+                metrics: others::<T>(measured),
             });
         }
         let gained = match self.state.patience_loss {
-            None => loss.is_finite(),
-            Some(reference) => loss < reference - self.s.rhythm.threshold,
+            None => value.is_finite(),
+            Some(reference) => sign * value < sign * reference - self.s.rhythm.threshold,
         };
         if gained {
-            self.state.patience_loss = Some(loss);
+            self.state.patience_loss = Some(value);
             self.state.evals_without_gain = 0;
         } else {
             self.state.evals_without_gain += 1;
@@ -515,7 +563,8 @@ impl Run<'_> {
     }
 }
 
-fn add(sum: &mut EvalOutput, out: &EvalOutput) {
-    sum.loss_sum += out.loss_sum;
-    sum.trained_tokens += out.trained_tokens;
+/// A task's metrics but the loss.
+fn others<T: Task>(measured: &Measured<T::Tally>) -> Map<String, Value> {
+    let others = T::METRICS.iter().filter(|metric| metric.key != "loss");
+    values(others, measured)
 }

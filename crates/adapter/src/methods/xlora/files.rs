@@ -382,11 +382,10 @@ pub(crate) fn save<M: Adaptable>(
     );
     plan.targets.truncate(gate.mixing.layers);
     let card = model_card(&config, &plan, meta);
-    let base = meta.base_identity.clone();
     let file = AdapterFile {
         config,
         tensors,
-        base,
+        made: meta.made.clone(),
     };
     file.write(dir, Some(&card))
 }

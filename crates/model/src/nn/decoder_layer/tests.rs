@@ -8,7 +8,7 @@ use enamel_kernels::{AttentionSpec, attention, rope};
 use serde_json::json;
 
 use super::*;
-use crate::CausalLm;
+use crate::Model;
 use crate::arch::llama::Llama;
 use crate::testing::{llama, tiny_config, values};
 
@@ -51,7 +51,7 @@ impl DecoderLayer {
 
 fn adapted(targets: Targets, device: &Device) -> Llama {
     let changes = json!({"attention_bias": true, "mlp_bias": true, "num_hidden_layers": 1});
-    let mut model = CausalLm::random(&tiny_config(changes), 3, device).unwrap();
+    let mut model = Model::random(&tiny_config(changes), 3, device).unwrap();
     let config = LoraConfig {
         r: 3,
         lora_alpha: 6.0,
@@ -168,7 +168,7 @@ fn the_fused_block_decodes_as_its_separate_operations_do() {
 fn a_trained_norm_is_not_fused() {
     let device = Device::flex().autodiff();
     let changes = json!({"num_hidden_layers": 1});
-    let mut model = CausalLm::random(&tiny_config(changes), 3, &device).unwrap();
+    let mut model = Model::random(&tiny_config(changes), 3, &device).unwrap();
     let config = LoraConfig {
         target_modules: Some(Targets::AllLinear),
         modules_to_save: Some(vec!["post_attention_layernorm".into()]),

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::block_seed;
 use crate::testing::{devices, ids, tiny_config, values};
-use crate::{CausalLm, ModelInput};
+use crate::{Model, ModelInput};
 
 /// Five blocks: two segments of two leave one over.
 const BLOCKS: usize = 5;
@@ -44,21 +44,21 @@ impl ModuleMapper for Stir {
     }
 }
 
-fn model(config: &AdapterConfig, device: &Device) -> CausalLm {
+fn model(config: &AdapterConfig, device: &Device) -> Model {
     let shape = tiny_config(json!({ "num_hidden_layers": BLOCKS }));
-    let mut model = CausalLm::random(&shape, 7, device).unwrap();
+    let mut model = Model::random(&shape, 7, device).unwrap();
     attach(&mut model, config, 3).unwrap();
     let model = model.fork(&device.clone().autodiff()).train();
     model.map(&mut Stir(0))
 }
 
-fn with(model: &CausalLm, every: usize) -> CausalLm {
+fn with(model: &Model, every: usize) -> Model {
     let mut model = model.clone();
     model.set_recompute(NonZeroUsize::new(every));
     model
 }
 
-fn loss(model: &CausalLm, row: &[i64], seed: Option<u64>) -> Tensor<1> {
+fn loss(model: &Model, row: &[i64], seed: Option<u64>) -> Tensor<1> {
     let input = ModelInput {
         seed,
         ..ModelInput::new(ids(&[row], &model.device()))
@@ -89,14 +89,14 @@ impl ModuleVisitor for Bits<'_> {
     }
 }
 
-fn bits(model: &CausalLm, grads: Option<&Gradients>) -> Vec<Option<Vec<u32>>> {
+fn bits(model: &Model, grads: Option<&Gradients>) -> Vec<Option<Vec<u32>>> {
     let mut all = Bits(grads, Vec::new());
     model.visit(&mut all);
     all.1
 }
 
 /// Loss and gradients.
-fn outcome(model: &CausalLm, seed: Option<u64>) -> (Vec<f32>, Vec<Option<Vec<u32>>>) {
+fn outcome(model: &Model, seed: Option<u64>) -> (Vec<f32>, Vec<Option<Vec<u32>>>) {
     let loss = loss(model, &ROW, seed);
     let grads = loss.clone().backward();
     (values(loss), bits(model, Some(&grads)))
@@ -264,7 +264,7 @@ fn five_steps_of_adamw_on_accumulated_gradients_end_at_the_same_parameters() {
 #[test]
 fn inference_and_validation_are_left_alone() {
     let plain = model(&lora(0.5).into(), &Device::flex());
-    let run = |model: &CausalLm| {
+    let run = |model: &Model| {
         let input = ModelInput::new(ids(&[&ROW], &model.device()));
         values(model.forward_hidden(&input, None))
     };

@@ -18,9 +18,9 @@ use serde::Serialize;
 
 use super::inspect::linalg;
 use super::{ByKind, relative};
+use crate::base::provenance;
 use crate::commands::outputs::Output;
 use crate::error::TrainError;
-use crate::inputs::provenance;
 
 /// What to combine, how, and where to.
 #[derive(Clone, Debug)]
@@ -156,7 +156,7 @@ pub fn combine(request: &CombineRequest) -> Result<Combined, TrainError> {
     let file = AdapterFile {
         config: config.into(),
         tensors,
-        base: provenance::common_base(&request.adapters),
+        made: provenance::common(&request.adapters),
     };
     inspect::write_new(
         &file,

@@ -11,8 +11,8 @@ use enamel_adapter::offline::{AdapterOnDisk, Delta, HostModule};
 use enamel_adapter::{
     AdapterConfig, AdapterFile, HostTensor, LoraConfig, ModuleKind, ModuleShape, as_markdown_text,
 };
-use enamel_model::CausalLm;
-use enamel_model::causal_lm::StoredNames;
+use enamel_model::Model;
+use enamel_model::StoredNames;
 use enamel_model::checkpoint::TensorSource;
 use enamel_model::source::PullProgress;
 use rayon::prelude::*;
@@ -21,10 +21,12 @@ use serde::Serialize;
 use super::combine::tensors;
 use super::inspect::linalg;
 use super::{ByKind, relative};
+use crate::base::OpenBase;
+use crate::base::provenance;
 use crate::commands::outputs::Output;
 use crate::error::TrainError;
-use crate::inputs::base_model::OpenBase;
-use crate::inputs::provenance;
+use crate::recipe::TaskName;
+use crate::task::{self, SequenceClassification};
 
 /// What to convert, how closely, and where to.
 #[derive(Clone, Debug)]
@@ -92,8 +94,11 @@ impl Base {
         progress: &mut dyn PullProgress,
     ) -> Result<Self, TrainError> {
         let mut open = OpenBase::open(reference, None, progress)?;
+        if task::of_adapter(&enamel_adapter::load_config(adapter)?) == Some(TaskName::SeqCls) {
+            SequenceClassification::of_trained(&mut open, Some(adapter))?;
+        }
         open.for_adapter_dirs(&[adapter.to_owned()])?;
-        let (config, stored) = CausalLm::fit(&open.config, &open.checkpoint)?;
+        let (config, stored) = Model::fit(&open.config, &open.checkpoint)?;
         Ok(Self {
             modules: config.modules(),
             open,
@@ -196,7 +201,7 @@ pub fn convert(
     let file = AdapterFile {
         config: config.into(),
         tensors: all,
-        base: enamel_adapter::base_identity(&request.adapter),
+        made: enamel_adapter::made(&request.adapter),
     };
     inspect::write_new(
         &file,

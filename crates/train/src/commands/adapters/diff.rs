@@ -13,8 +13,8 @@ use serde_json::Value;
 
 use super::ByKind;
 use super::inspect::linalg;
+use crate::base::provenance;
 use crate::error::TrainError;
-use crate::inputs::provenance;
 
 /// All differences of two adapters.
 #[derive(Clone, Debug, Serialize)]

@@ -12,8 +12,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{ByKind, parameters, rank_alpha};
+use crate::base::provenance;
 use crate::error::TrainError;
-use crate::inputs::provenance;
 
 /// All that two files say.
 #[derive(Clone, Debug, Serialize)]

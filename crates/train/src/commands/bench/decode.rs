@@ -6,7 +6,7 @@ use std::time::Instant;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
 use enamel_model::arch::Backbone;
-use enamel_model::{CausalLm, Sampling, generate};
+use enamel_model::{Model, Sampling, generate};
 use serde::Serialize;
 
 use super::{reset_peak, token};
@@ -39,7 +39,7 @@ const PROMPT: usize = 128;
 
 /// Decodes `tokens` tokens; the bandwidth is filled in by [`DecodeFigures::against`].
 pub(super) fn decode(
-    model: &CausalLm,
+    model: &Model,
     variant: &str,
     tokens: usize,
 ) -> Result<DecodeFigures, TrainError> {
@@ -76,10 +76,10 @@ impl DecodeFigures {
 }
 
 /// Every weight once. An embedding that is not the head too is read a row at a time: nothing.
-fn bytes_a_token(model: &CausalLm) -> u64 {
+fn bytes_a_token(model: &Model) -> u64 {
     let mut bytes = Bytes(0);
     model.visit(&mut bytes);
-    if !model.config().tie_word_embeddings {
+    if !model.config().ties_head() {
         let mut embedding = Bytes(0);
         model.backbone.embedding().visit(&mut embedding);
         bytes.0 -= embedding.0;

@@ -7,8 +7,8 @@ use burn::tensor::Device;
 use serde::Serialize;
 
 use super::{BenchOptions, Lane, item};
+use crate::base::OpenBase;
 use crate::error::TrainError;
-use crate::inputs::base_model::OpenBase;
 use crate::memory::process::Memory;
 
 /// When each part of the first step was done, in seconds since the process began.

@@ -12,16 +12,18 @@ use burn::train::TrainStep;
 use enamel_adapter::{AdapterConfig, RankAllocator};
 use enamel_data::Batch;
 use enamel_kernels::{AdamW, Compute};
-use enamel_model::{CausalLm, Loading, Quantization};
+use enamel_model::{Loading, Model, Quantization};
 use serde::Serialize;
 
+use crate::base::OpenBase;
+use crate::base::Packed;
 use crate::error::TrainError;
-use crate::inputs::base_model::OpenBase;
-use crate::inputs::base_model::Packed;
 use crate::memory::process::{Memory, page_faults};
-use crate::memory::{Footprint, Kind, Model, Settings, Weights, estimate};
+use crate::memory::{Footprint, Kind, ModelSizes, Settings, Weights, estimate};
 use crate::optimizer::{Optim, Optimizer};
 use crate::recipe::{GradientCheckpointing, Recipe};
+use crate::task::CausalLm;
+use crate::training::grad_clipping::Clipping;
 use crate::training::train_step::{StepItem, TrainModel};
 
 pub use decode::DecodeFigures;
@@ -60,6 +62,7 @@ impl BenchOptions {
         Loading {
             compute: self.compute,
             quantization: self.quantization.clone(),
+            seed: 0,
         }
     }
 }
@@ -103,13 +106,16 @@ pub struct StepFigures {
     pub relative: f64,
 }
 
+/// The recipe's default.
+const MAX_GRAD_NORM: f64 = 1.0;
+
 /// One method under measurement.
 struct Lane {
     method: String,
     trainable: usize,
     /// The model as memory sees it.
-    sizes: Model,
-    trainee: TrainModel,
+    sizes: ModelSizes,
+    trainee: TrainModel<CausalLm>,
     optimizer: Optimizer,
     allocator: Option<RankAllocator>,
     seconds: Vec<f64>,
@@ -117,7 +123,7 @@ struct Lane {
 
 impl Lane {
     fn new(
-        mut model: CausalLm,
+        mut model: Model,
         method: &str,
         options: &BenchOptions,
         device: &Device,
@@ -126,7 +132,8 @@ impl Lane {
         let plan = enamel_adapter::attach(&mut model, &config, 42)?;
         let allocator = RankAllocator::of(&config, &model);
         model.set_recompute(options.checkpointing.0);
-        let trainee = TrainModel { model }
+        let task = CausalLm { pad_id: 0 };
+        let trainee = TrainModel { model, task }
             .fork(&device.clone().autodiff())
             .train();
         let settings = AdamW {
@@ -139,7 +146,7 @@ impl Lane {
         Ok(Self {
             method: method.to_owned(),
             trainable: plan.trainable,
-            sizes: Model::new(trainee.model.config(), &config, &plan),
+            sizes: ModelSizes::new(trainee.model.config(), &config, &plan),
             optimizer: Optimizer::with_optim(settings, options.optim, (&pages, ""), &trainee)?,
             trainee,
             allocator,
@@ -148,11 +155,11 @@ impl Lane {
     }
 
     /// One optimizer step as training does it.
-    fn step(&mut self, item: StepItem, device: &Device) -> Result<f64, TrainError> {
+    fn step(&mut self, item: StepItem<Batch>, device: &Device) -> Result<f64, TrainError> {
         let started = Instant::now();
         let step = item.step;
         let output = TrainStep::step(&self.trainee, item);
-        let factor = output.item.grad_factor;
+        let factor = Clipping::of(&self.trainee, &output.grads, MAX_GRAD_NORM).factor;
         if let Some(allocator) = &mut self.allocator {
             let gradient_of = |id| output.grads.get(id);
             allocator.note_gradients(&self.trainee.model, &gradient_of, factor)?;
@@ -298,7 +305,7 @@ fn expected(
         kind: Kind::of(device),
     };
     let all = lanes.iter().map(|lane| {
-        let model = Model {
+        let model = ModelSizes {
             packed: held.packed.clone(),
             ..lane.sizes.clone()
         };
@@ -356,13 +363,14 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-fn item(step: usize, rows: usize, tokens: usize, vocabulary: usize) -> StepItem {
+fn item(step: usize, rows: usize, tokens: usize, vocabulary: usize) -> StepItem<Batch> {
     StepItem {
         step,
         seed: 42,
         micro: vec![batch(rows, tokens, vocabulary)],
+        rank: 0,
+        count: rows * (tokens - 1),
         label_smoothing: 0.0,
-        max_grad_norm: 1.0,
     }
 }
 

@@ -6,13 +6,13 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::offline::{AdapterOnDisk, HostModule};
 use enamel_adapter::{Linear, ModuleShape, Slot};
 use enamel_model::checkpoint::Checkpoint;
-use enamel_model::{ArchConfig, CausalLm, ModelInput};
+use enamel_model::{ArchConfig, Model, ModelInput};
 
 use super::folding::Merging;
 use super::source::Values;
 use super::{MergeBase, MergeCheck};
 use crate::error::TrainError;
-use enamel_model::arch::HEAD;
+use enamel_model::heads::{HEAD, Head};
 
 /// Tokens of the text on which logits are compared.
 const PROBE_TOKENS: usize = 48;
@@ -33,7 +33,8 @@ impl Merging<'_> {
         drop(model);
         let checkpoint = Checkpoint::open(output)?;
         let config = ArchConfig::from_json(checkpoint.config_json())?;
-        let written = probe_logits(&CausalLm::load(&config, &checkpoint, device)?)?;
+        let config = config.with_head(self.base.config.head.clone(), None);
+        let written = probe_logits(&Model::load(&config, &checkpoint, device)?)?;
         let reference = adapted.as_ref().unwrap_or(&merged);
         Ok(MergeCheck {
             positions: PROBE_TOKENS,
@@ -48,7 +49,7 @@ impl Merging<'_> {
     }
 
     /// Puts all adapters in use, unless they cannot be, with these weights.
-    pub fn attach(&self, model: &mut CausalLm) -> Result<bool, TrainError> {
+    pub fn attach(&self, model: &mut Model) -> Result<bool, TrainError> {
         let mut names = Vec::new();
         let whole = |adapter: &AdapterOnDisk| adapter.trains_everything();
         if self.adapters.len() > 1 && self.adapters.iter().any(|(adapter, _)| whole(adapter)) {
@@ -75,7 +76,7 @@ impl Merging<'_> {
     }
 
     /// Replaces the base's weights by the merged ones.
-    fn put_into(&self, model: &mut CausalLm, base: MergeBase) -> Result<(), TrainError> {
+    fn put_into(&self, model: &mut Model, base: MergeBase) -> Result<(), TrainError> {
         let mut failed = None;
         enamel_adapter::Adaptable::for_each_slot(model, &mut |name, slot| {
             let shape = self.modules.iter().find(|m| m.name == name);
@@ -95,7 +96,7 @@ impl Merging<'_> {
         {
             let data = TensorData::new(self.head()?, [table.shape[0], table.shape[1]]);
             let head = Tensor::from_data(data, self.device);
-            model.lm_head = Some(Linear::new(HEAD, head, None));
+            model.head = Head::Lm(Some(Linear::new(HEAD, head, None)));
         }
         Ok(())
     }
@@ -139,7 +140,7 @@ pub(super) fn probe(vocabulary: usize) -> Vec<u32> {
 }
 
 /// Logits `[PROBE_TOKENS, vocabulary]`, row-major, of [`probe`].
-fn probe_logits(model: &CausalLm) -> Result<Vec<f32>, TrainError> {
+fn probe_logits(model: &Model) -> Result<Vec<f32>, TrainError> {
     let ids: Vec<i64> = probe(model.config().vocab_size)
         .into_iter()
         .map(i64::from)

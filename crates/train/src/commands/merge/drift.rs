@@ -2,7 +2,7 @@
 //! quantised base with the adapter on top.
 
 use burn::tensor::{Int, Tensor, TensorData};
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::{Model, ModelInput};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -220,7 +220,7 @@ pub(super) fn drift(
 }
 
 /// Hidden states `[tokens, hidden]` of one row.
-fn hidden(model: &CausalLm, row: &[u32]) -> Tensor<2> {
+fn hidden(model: &Model, row: &[u32]) -> Tensor<2> {
     let ids: Vec<i64> = row.iter().map(|id| i64::from(*id)).collect();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, row.len()]), &model.device());
     let hidden = model.forward_hidden(&ModelInput::new(ids), None);
@@ -229,9 +229,9 @@ fn hidden(model: &CausalLm, row: &[u32]) -> Tensor<2> {
 }
 
 fn compare(
-    reference: &CausalLm,
+    reference: &Model,
     beside: &Tensor<2>,
-    merged: &CausalLm,
+    merged: &Model,
     hidden: &Tensor<2>,
 ) -> Result<Sums, TrainError> {
     let vocabulary = merged.config().vocab_size;
@@ -239,7 +239,7 @@ fn compare(
     let mut all = Sums::default();
     for start in (0..tokens).step_by(CHUNK) {
         let count = CHUNK.min(tokens - start);
-        let logits = |model: &CausalLm, hidden: &Tensor<2>| {
+        let logits = |model: &Model, hidden: &Tensor<2>| {
             model
                 .logits(hidden.clone().narrow(0, start, count))
                 .try_into_vec_as::<f32>()

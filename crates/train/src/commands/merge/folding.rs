@@ -6,15 +6,15 @@ use burn::tensor::Device;
 use enamel_adapter::files::infer_modules::kind_of;
 use enamel_adapter::offline::{AdapterOnDisk, HostModule};
 use enamel_adapter::{ModuleKind, ModuleShape};
-use enamel_model::arch::HEAD;
-use enamel_model::causal_lm::StoredNames;
+use enamel_model::StoredNames;
 use enamel_model::checkpoint::TensorSource;
+use enamel_model::heads::HEAD;
 use enamel_model::save::SaveDtype;
-use enamel_model::{CausalLm, Loading};
+use enamel_model::{Loading, Model};
 
 use super::{Choice, LOFTQ, MergeBase};
+use crate::base::OpenBase;
 use crate::error::TrainError;
-use crate::inputs::base_model::OpenBase;
 use crate::inputs::loftq;
 
 /// A base on disk and the adapters that are folded into it, one after the other: `W ← W + w·(fold(W) − W)`.
@@ -33,18 +33,20 @@ pub(crate) struct Merging<'a> {
     /// Whether a head that shared the embedding's weights needs its own from now on, for what is done to the
     /// embedding alone.
     pub(super) unties: bool,
+    /// Whether the head is the adapters' alone: the base's files have none such.
+    new_head: bool,
     pub device: &'a Device,
 }
 
 impl<'a> Merging<'a> {
     pub fn open(
-        base: OpenBase,
+        mut base: OpenBase,
         dirs: &[PathBuf],
         weights: Vec<f64>,
         dtype: SaveDtype,
         device: &'a Device,
     ) -> Result<Self, TrainError> {
-        let (config, stored) = CausalLm::fit(&base.config, &base.checkpoint)?;
+        let (config, stored) = Model::fit(&base.config, &base.checkpoint)?;
         let modules = config.modules();
         let read = |module: &str| {
             let shape = modules.iter().find(|m| m.name == module)?;
@@ -67,7 +69,11 @@ impl<'a> Merging<'a> {
         };
         let mut tables = modules.iter().filter(|m| stored.is_tied_table(&m.name));
         let unties = !has_head && tables.any(|m| parts(&m.name));
+        let new_head = base.config.head.is_new();
+        // What merging makes has it.
+        base.config = base.config.with_stored_head();
         Ok(Self {
+            new_head,
             base,
             modules,
             stored,
@@ -194,6 +200,10 @@ impl<'a> Merging<'a> {
                 trained.dequantised(files, (&shape.name, shape.transposed), self.device)?
         {
             return Ok(values);
+        }
+        if self.new_head && shape.name == self.base.config.head_module() {
+            // Whatever it began as, the adapter's copy stands for it.
+            return Ok(vec![0.0; shape.shape.iter().product()]);
         }
         Ok(self.stored.read(files, shape)?)
     }

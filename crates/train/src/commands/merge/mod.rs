@@ -17,10 +17,12 @@ use enamel_model::source::PullProgress;
 use serde::Serialize;
 
 pub(crate) use self::folding::Merging;
+use crate::base::provenance;
+use crate::base::{OpenBase, base_of};
 use crate::commands::outputs::Output;
 use crate::error::TrainError;
-use crate::inputs::base_model::{OpenBase, base_of};
-use crate::inputs::provenance;
+use crate::recipe::TaskName;
+use crate::task::{self, SequenceClassification};
 
 pub use drift::{ChoiceDrift, Drift, DriftReport};
 
@@ -189,6 +191,7 @@ pub fn merge(
     if let Some(output) = &output {
         output.apart_from([&base.local.path])?;
     }
+    set_head(&mut base, &options.adapters)?;
     base.for_adapter_dirs(&options.adapters)?;
     let dtype = options
         .dtype
@@ -240,7 +243,7 @@ pub fn merge(
     };
     let mut check = None;
     if let Some(output) = &options.output {
-        let mut save = SaveOptions::new(dtype);
+        let mut save = SaveOptions::new(dtype).for_model(&merging.base.config);
         if let Some(drift) = &drift {
             // With the model or not at all: a run that ends in between leaves neither.
             save.extra.push((REPORT.to_owned(), report(choice, drift)?));
@@ -271,6 +274,34 @@ pub fn merge(
         untied: merging.unties(),
         check,
     })
+}
+
+/// Gives the base the head that its adapters were trained with.
+///
+/// # Errors
+/// Adapters for several tasks, or for other classes.
+fn set_head(base: &mut OpenBase, adapters: &[PathBuf]) -> Result<(), TrainError> {
+    let mut heads = Vec::new();
+    for adapter in adapters {
+        let task = task::of_adapter(&enamel_adapter::load_config(adapter)?);
+        let mut of_adapter = base.config.head.clone();
+        if task == Some(TaskName::SeqCls) {
+            SequenceClassification::of_trained(base, Some(adapter))?;
+            of_adapter = base.config.head.clone();
+        }
+        heads.push((adapter, of_adapter));
+    }
+    let Some((first, head)) = heads.first() else {
+        return Ok(());
+    };
+    match heads.iter().find(|(_, other)| other != head) {
+        None => Ok(()),
+        Some((other, _)) => Err(TrainError::Mismatch(format!(
+            "{} and {} are for different heads\n  help: merge adapters of one task and one set of classes",
+            first.display(),
+            other.display()
+        ))),
+    }
 }
 
 fn report(chosen: Choice, drift: &DriftReport) -> Result<Vec<u8>, TrainError> {

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use enamel_model::CausalLm;
+use enamel_model::Model;
 use enamel_model::checkpoint::{CheckpointError, SourceDtype, TensorInfo, TensorSource};
 
 use super::folding::Merging;
@@ -58,7 +58,7 @@ impl TensorSource for Source<'_, '_> {
 
 impl Merging<'_> {
     /// A dense model of these values, with products in f32.
-    pub fn load(&self, values: Values) -> Result<CausalLm, TrainError> {
+    pub fn load(&self, values: Values) -> Result<Model, TrainError> {
         let mut tensors = self.tensors();
         if let Values::Base(_) = values {
             // A head that merging gives weights of its own has none yet.
@@ -75,7 +75,7 @@ impl Merging<'_> {
             tensors: infos.collect(),
             failed: RefCell::new(None),
         };
-        let model = CausalLm::load(&self.base.config, &source, self.device);
+        let model = Model::load(&self.base.config, &source, self.device);
         match source.failed.into_inner() {
             Some(error) => Err(error),
             None => Ok(model?),

@@ -75,6 +75,7 @@ pub(super) fn trained(
                     .map(|run| run.recipe.model.compute_dtype.into())
                     .unwrap_or_default(),
                 quantization: quantization.clone(),
+                seed: 0,
             };
             Some((loading, "the command line".to_owned()))
         }
@@ -84,6 +85,7 @@ pub(super) fn trained(
                 let loading = Loading {
                     compute: run.recipe.model.compute_dtype.into(),
                     quantization: Quantization::from(&run.recipe.model.quantization),
+                    seed: 0,
                 };
                 if known.iter().all(|(other, _)| *other != loading) {
                     known.push((loading, run.lock.display().to_string()));

@@ -213,7 +213,7 @@ fn a_file_that_is_not_this_classifiers_is_refused_with_all_that_differs() {
     let file = crate::AdapterFile {
         config: cfg.clone().into(),
         tensors: Vec::new(),
-        base: None,
+        made: Default::default(),
     };
     file.write(dir.path(), None).unwrap();
     let error = load_pretrained(&mut roomy(), dir.path(), false)

@@ -9,11 +9,11 @@ use enamel_adapter::{DEFAULT, LoraConfig, Targets, attach};
 use enamel_kernels::{CpuPath, KeyMask, holds_bf16};
 use serde_json::json;
 
-fn random(changes: serde_json::Value) -> CausalLm {
-    CausalLm::random(&tiny_config(changes), 7, &Device::flex()).unwrap()
+fn random(changes: serde_json::Value) -> Model {
+    Model::random(&tiny_config(changes), 7, &Device::flex()).unwrap()
 }
 
-fn run(model: &CausalLm, rows: &[&[i64]], mask: Option<&[&[bool]]>) -> Vec<f32> {
+fn run(model: &Model, rows: &[&[i64]], mask: Option<&[&[bool]]>) -> Vec<f32> {
     let attention_mask = mask.map(|rows| KeyMask {
         valid: Arc::new(rows.concat()),
         batch: rows.len(),
@@ -62,7 +62,7 @@ fn a_loaded_model_computes_the_same() {
     let model = random(json!({"attention_bias": true, "mlp_bias": true}));
     let source = MemorySource::of(&model);
     for device in devices() {
-        let loaded = CausalLm::load(model.config(), &source, &device).unwrap();
+        let loaded = Model::load(model.config(), &source, &device).unwrap();
         let rows: &[&[i64]] = &[&[1, 5, 9, 3], &[2, 2, 39, 0]];
         let (a, b) = (run(&model, rows, None), run(&loaded, rows, None));
         // Two backends order their sums differently: a few units in the last place.
@@ -88,7 +88,7 @@ fn all_mismatches_are_in_one_error_and_no_value_is_read() {
         Vec::new(),
     );
     let source = source.without_values();
-    let error = CausalLm::load(model.config(), &source, &Device::flex()).unwrap_err();
+    let error = Model::load(model.config(), &source, &Device::flex()).unwrap_err();
     let LoadError::Mismatch {
         missing,
         unexpected,
@@ -120,7 +120,7 @@ fn all_mismatches_are_in_one_error_and_no_value_is_read() {
 fn a_source_that_lies_about_a_shape_is_an_error() {
     let model = random(json!({}));
     let source = MemorySource::of(&model).without_values();
-    let error = CausalLm::load(model.config(), &source, &Device::flex()).unwrap_err();
+    let error = Model::load(model.config(), &source, &Device::flex()).unwrap_err();
     assert!(matches!(error, LoadError::WrongLength { .. }), "{error}");
 }
 
@@ -128,8 +128,8 @@ fn a_source_that_lies_about_a_shape_is_an_error() {
 fn a_tied_head_follows_the_file() {
     let model = random(json!({"tie_word_embeddings": true}));
     let config = model.config();
-    let load = |source: &MemorySource| CausalLm::load(config, source, &Device::flex()).unwrap();
-    let is_tied = |model: &CausalLm| {
+    let load = |source: &MemorySource| Model::load(config, source, &Device::flex()).unwrap();
+    let is_tied = |model: &Model| {
         let mut tied = true;
         model.for_each_slot_ref(&mut |name, _| tied &= name != "lm_head");
         assert_eq!(model.config().tie_word_embeddings, tied);
@@ -164,7 +164,7 @@ fn a_tied_head_follows_the_file() {
 #[test]
 fn random_weights_depend_on_seed_and_name_only() {
     let weights = |seed, changes| {
-        let model = CausalLm::random(&tiny_config(changes), seed, &Device::flex()).unwrap();
+        let model = Model::random(&tiny_config(changes), seed, &Device::flex()).unwrap();
         values(llama(&model).layers[0].mlp.up_proj.weight.dense())
     };
     assert_eq!(
@@ -222,7 +222,7 @@ fn gradients_reach_what_is_trained_and_nothing_else() {
     for device in devices() {
         let device = device.autodiff();
         let config = tiny_config(json!({"tie_word_embeddings": true}));
-        let mut model = CausalLm::random(&config, 3, &device).unwrap();
+        let mut model = Model::random(&config, 3, &device).unwrap();
         let whole = LoraConfig {
             target_modules: Some(Targets::Nothing),
             modules_to_save: Some(vec!["layers.0.input_layernorm".into()]),
@@ -257,7 +257,7 @@ fn gradients_reach_what_is_trained_and_nothing_else() {
 }
 
 /// Every parameter rounded to bf16, as a checkpoint in f32.
-fn rounded_source(model: &CausalLm) -> MemorySource {
+fn rounded_source(model: &Model) -> MemorySource {
     let mut source = MemorySource::of(model);
     let tensors = source.tensors().to_vec();
     for info in tensors {
@@ -277,10 +277,9 @@ fn a_bf16_model_computes_what_an_f32_model_of_the_rounded_weights_does() {
         let (model, rows) = (random(changes), [[1, 2, 3, 4, 5, 6, 7, 8].as_slice()]);
         let source = MemorySource::of(&model);
         for device in devices() {
-            let wide = CausalLm::load(&config, &rounded_source(&model), &device).unwrap();
-            let narrow =
-                CausalLm::load_for(&config, &source, &device, &Compute::Bf16.into()).unwrap();
-            let logits = |model: &CausalLm| {
+            let wide = Model::load(&config, &rounded_source(&model), &device).unwrap();
+            let narrow = Model::load_for(&config, &source, &device, &Compute::Bf16.into()).unwrap();
+            let logits = |model: &Model| {
                 let input = ModelInput::new(ids(&rows, &device));
                 let hidden = model.forward_hidden(&input, None);
                 values(model.logits(hidden.reshape([8, 16])))
@@ -295,7 +294,7 @@ fn a_bf16_model_computes_what_an_f32_model_of_the_rounded_weights_does() {
             assert_eq!(held, holds_bf16(&device));
             // A decoding step reads the same weights without rounding x.
             let mut cache = Cache::new();
-            let step = |model: &CausalLm, cache: &mut Cache| {
+            let step = |model: &Model, cache: &mut Cache| {
                 let input = ModelInput::new(ids(&[&[3]], &device));
                 values(model.forward_hidden(&input, Some(cache)))
             };

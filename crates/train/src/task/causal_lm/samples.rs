@@ -3,23 +3,13 @@
 use std::ops::ControlFlow;
 
 use enamel_data::{Example, Message, Tokenizer};
-use enamel_model::{CausalLm, Sampling, generate};
+use enamel_model::{Model, Sampling, generate};
 use serde_json::Value;
 
+use crate::base::OpenBase;
 use crate::error::TrainError;
-use crate::inputs::base_model::OpenBase;
 use crate::recipe::TrainSettings;
-
-/// A question for the model.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Prompt {
-    /// What a person reads.
-    pub text: String,
-    /// What the model reads: everything up to the answer.
-    pub ids: Vec<u32>,
-    /// The answer in the data, if the question comes from there.
-    pub reference: Option<String>,
-}
+use crate::task::{Prompt, spread};
 
 /// The prompts that the recipe names, else the first questions of `rows`, evenly spaced.
 ///
@@ -37,9 +27,8 @@ pub fn prompts(
             .map(|p| written(p, tokenizer))
             .collect();
     }
-    let n = settings.samples.min(rows.len());
-    (0..n)
-        .map(|i| from_row(&rows[i * rows.len() / n], tokenizer))
+    spread(rows, settings.samples)
+        .map(|row| from_row(row, tokenizer))
         .collect()
 }
 
@@ -101,7 +90,7 @@ fn question_in(row: &Example) -> Option<String> {
 /// # Errors
 /// When the model's output is not a number or the device fails.
 pub fn answers(
-    model: &CausalLm,
+    model: &Model,
     base: &OpenBase,
     prompts: &[Prompt],
     max_new_tokens: usize,

@@ -5,11 +5,11 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use enamel_adapter::{AdapterConfig, MethodConfig, Tie, takes_head};
+use enamel_adapter::{AdapterConfig, Made, MethodConfig, Tie, takes_head};
 use enamel_model::checkpoint::hex;
 use sha2::{Digest, Sha256};
 
-use crate::inputs::base_model::OpenBase;
+use crate::base::OpenBase;
 use crate::shown;
 
 /// Places of a file that are looked at.
@@ -89,7 +89,7 @@ pub(crate) fn head_note(config: &AdapterConfig, base: &OpenBase) -> Option<Strin
         return Some(note.to_owned());
     }
     let asks = config.selection().tie != Tie::No;
-    let tied = base.config.tie_word_embeddings;
+    let tied = base.config.ties_head();
     (asks && !tied).then(|| {
         "ensure_weight_tying has no effect: the head of this base does not share the embedding's weights".to_owned()
     })
@@ -134,14 +134,17 @@ fn on_the_hub(name: &str) -> bool {
     both == 2 && parts.next().is_none() && !Path::new(name).exists()
 }
 
-/// The base that all these adapters were trained on, if they say so.
-pub(crate) fn common_base(adapters: &[PathBuf]) -> Option<String> {
-    let mut all = adapters
-        .iter()
-        .map(|dir| enamel_adapter::base_identity(dir));
-    let first = all.next().flatten()?;
-    all.all(|other| other.as_ref() == Some(&first))
-        .then_some(first)
+/// What all these adapters say alike: the base that they were trained on, and the classes.
+pub(crate) fn common(adapters: &[PathBuf]) -> Made {
+    let all = adapters.iter().map(|dir| enamel_adapter::made(dir));
+    let both = |a: Made, b: Made| Made {
+        base: a.base.filter(|base| Some(base) == b.base.as_ref()),
+        labels: match a.labels == b.labels {
+            true => a.labels,
+            false => Vec::new(),
+        },
+    };
+    all.reduce(both).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! A causal language model of any supported architecture: loading it and running it.
+//! A model of any supported architecture: loading it and running it.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -7,16 +7,17 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use enamel_adapter::base::ids::param_id;
 use enamel_adapter::methods::xlora;
-use enamel_adapter::{Adaptable, Linear, ModelPart, ModuleShape, Slot, SlotRef, Slots, XLora};
+use enamel_adapter::{Adaptable, ModelPart, ModuleShape, Slot, SlotRef, Slots, XLora};
 use enamel_kernels::{BaseWeight, Compute, HostValues};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::arch::{AnyBackbone, ArchConfig, Backbone, HEAD};
+use crate::arch::{AnyBackbone, ArchConfig, Backbone};
 use crate::cache::Cache;
 use crate::checkpoint::{CheckpointError, TensorSource, is_buffer};
 use crate::error::{LoadError, Misshapen};
+use crate::heads::{HEAD, Head, HeadConfig, is_head};
 use crate::nn::input::ModelInput;
 use crate::nn::kv_cache::KvCache;
 use crate::nn::weights::{Pack, Weights};
@@ -25,13 +26,13 @@ use crate::quantization::{Loading, Quantization};
 /// Random values drawn from one stream; an even number, as they come in pairs.
 const NORMAL_BLOCK: usize = 1 << 16;
 
-/// A causal language model: blocks of any architecture, and a head.
+/// A model: blocks of any architecture, and a head.
 #[derive(Module, Debug)]
-pub struct CausalLm {
+pub struct Model {
     /// Everything up to the last norm.
     pub backbone: AnyBackbone,
-    /// `lm_head`; absent when the head is the embedding.
-    pub lm_head: Option<Linear>,
+    /// What the last hidden states go through.
+    pub head: Head,
     /// The classifier of an X-LoRA, where the model carries one.
     pub mixture: Option<XLora>,
     #[module(skip)]
@@ -73,7 +74,7 @@ impl StoredNames {
     }
 }
 
-impl CausalLm {
+impl Model {
     /// Loads a model, one tensor after the other. Names and shapes are compared first, so nothing
     /// large is allocated for a checkpoint that does not fit.
     ///
@@ -96,7 +97,7 @@ impl CausalLm {
     /// [`Self::load`] for products of another kind: for bf16, every parameter is rounded to bf16 as it
     /// comes (to nearest, ties to even: `torch_dtype = bfloat16`), and matrices are held in bf16 where the
     /// device's kernels read that. For f32 nothing is rounded, and matrices that are bf16 in the file stay
-    /// so there, which changes no number. Linear layers are packed as [`Quantization`] says, one after the
+    /// so there, which changes no number. A head that the files do not have is drawn from [`Loading::seed`]. Linear layers are packed as [`Quantization`] says, one after the
     /// other, so that no more than one of them is ever dense.
     pub fn load_for(
         config: &ArchConfig,
@@ -107,18 +108,24 @@ impl CausalLm {
         let Loading {
             compute,
             quantization,
+            seed,
         } = loading;
         let (config, stored) = Self::fit(config, checkpoint)?;
         quantization.check(&config.modules())?;
         let mut pack = |module: &str, transposed: bool| {
             quantization.pack(checkpoint, (module, transposed), *compute, device)
         };
+        let (deviation, new_head) = (config.initializer_range, config.head.is_new());
         let mut fetch = |name: &str, shape: &[usize]| {
+            let expected = shape.iter().product();
             let values = match name.strip_suffix(".weight") {
+                Some(module) if new_head && module == config.head_module() => {
+                    let seed = seed ^ param_id(name).val();
+                    HostValues::F32(normal_values(seed, expected, deviation))
+                }
                 Some(module) => checkpoint.read(&stored.weight(module))?,
                 None => checkpoint.read(name)?,
             };
-            let expected = shape.iter().product();
             if values.len() == expected {
                 return Ok(values);
             }
@@ -128,10 +135,8 @@ impl CausalLm {
                 found: values.len(),
             })
         };
-        Self::build(
-            config,
-            &mut Weights::new(device, *compute, &mut fetch, &mut pack),
-        )
+        let mut weights = Weights::new(device, *compute, &mut fetch, &mut pack);
+        Self::build(config.clone(), &mut weights)
     }
 
     /// Compares a checkpoint's names and shapes with a configuration, without loading it: the
@@ -148,7 +153,7 @@ impl CausalLm {
         let has = |name: &str| checkpoint.tensors().iter().any(|t| t.name == name);
         let table = format!("{}.weight", config.embedding());
         let head = format!("{HEAD}.weight");
-        let parted = config.tie_word_embeddings
+        let parted = config.ties_head()
             && has(&table)
             && has(&head)
             && checkpoint.read_f32(&table)? != checkpoint.read_f32(&head)?;
@@ -163,7 +168,7 @@ impl CausalLm {
     fn build(config: ArchConfig, weights: &mut Weights<'_, '_>) -> Result<Self, LoadError> {
         Ok(Self {
             backbone: config.build(weights)?,
-            lm_head: config.build_head(weights)?,
+            head: config.build_head(weights)?,
             mixture: None,
             config,
         })
@@ -246,7 +251,7 @@ impl CausalLm {
     /// tied embedding, or low-rank factors beside it, leave the head as it was, as in PEFT; single
     /// trained rows do not.
     pub fn head_weight(&self) -> BaseWeight {
-        match &self.lm_head {
+        match self.head.linear() {
             Some(head) => head.in_use().weight,
             None => self.backbone.embedding().head_weight(),
         }
@@ -255,7 +260,7 @@ impl CausalLm {
     /// [`Self::head_weight`], if [`Self::logits`] is a product with it and nothing else: an adapter on the
     /// head may add a bias, drop inputs in training, or differ between rows.
     pub fn head_as_one_product(&self) -> Option<BaseWeight> {
-        match &self.lm_head {
+        match self.head.linear() {
             Some(head) => head.as_one_product(),
             None => Some(self.backbone.embedding().head_weight()),
         }
@@ -263,7 +268,7 @@ impl CausalLm {
 
     /// `[rows, hidden]` (rows of [`Self::forward_hidden`]) to `[rows, vocabulary]`.
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        match &self.lm_head {
+        match self.head.linear() {
             Some(head) => head.forward(hidden),
             None => enamel_kernels::linear(hidden, self.backbone.embedding().head_weight()),
         }
@@ -283,15 +288,15 @@ impl CausalLm {
     }
 }
 
-impl Adaptable for CausalLm {
+impl Adaptable for Model {
     fn for_each_slot(&mut self, f: &mut dyn FnMut(&str, Slot<'_>)) {
         self.backbone.slots("", f);
-        self.lm_head.slots(HEAD, f);
+        self.head.slots("", f);
     }
 
     fn for_each_slot_ref(&self, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
         self.backbone.slots_ref("", f);
-        self.lm_head.slots_ref(HEAD, f);
+        self.head.slots_ref("", f);
     }
 
     fn model_part(&self) -> Option<&dyn ModelPart> {
@@ -334,6 +339,17 @@ fn check_tensors(
         }
         expected.insert(head, shape);
     }
+    let new_head = config.head.is_new();
+    if new_head {
+        expected.remove(&format!("{}.weight", config.head_module()));
+    }
+    // Another head, in place of which this one is.
+    let replaced = |name: &str| {
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        config.head != HeadConfig::CausalLm
+            && is_head(module)
+            && (new_head || module != config.head_module())
+    };
     let missing: Vec<_> = expected
         .keys()
         .filter(|name| !found.contains_key(name.as_str()))
@@ -341,7 +357,7 @@ fn check_tensors(
         .collect();
     let unexpected: Vec<_> = found
         .keys()
-        .filter(|name| !expected.contains_key(**name) && !is_buffer(name))
+        .filter(|name| !expected.contains_key(**name) && !is_buffer(name) && !replaced(name))
         .map(|name| (*name).to_owned())
         .collect();
     let misshapen: Vec<_> = expected

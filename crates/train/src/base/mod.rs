@@ -1,5 +1,7 @@
 //! A base model: found, opened, cross-checked, and only then loaded.
 
+pub mod provenance;
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
@@ -10,11 +12,10 @@ use enamel_model::checkpoint::Checkpoint;
 use enamel_model::source::{
     self, Catalogue, EntrySource, LocalModel, ModelRef, PullOptions, PullProgress,
 };
-use enamel_model::{ArchConfig, CausalLm, Loading};
+use enamel_model::{ArchConfig, HeadConfig, Loading, Model};
 use serde_json::Value;
 
 use crate::error::TrainError;
-use crate::inputs::provenance;
 
 /// A base model whose files are open and agree with each other. None of its weights are in memory.
 pub struct OpenBase {
@@ -38,7 +39,7 @@ pub struct LoadedBase {
     /// Its open files.
     pub open: OpenBase,
     /// The model, frozen, without an adapter.
-    pub model: CausalLm,
+    pub model: Model,
 }
 
 impl OpenBase {
@@ -82,6 +83,15 @@ impl OpenBase {
         })
     }
 
+    /// Gives the model another head than that of a language model. A base whose files name no padding token has the
+    /// tokenizer's from then on.
+    pub fn set_head(&mut self, head: HeadConfig) {
+        if self.config.head != head {
+            let padding = self.tokenizer.padding_id();
+            self.config = self.config.with_head(head, Some(padding));
+        }
+    }
+
     /// Makes the base ready for these adapters: where one of them takes hold of a head that shares the
     /// embedding's weights (a target or a copy of its own), the head gets a matrix of its own that begins as
     /// the embedding's, as in PEFT; where none does, it shares them.
@@ -92,7 +102,7 @@ impl OpenBase {
         if let Some(tied) = self.tied.take() {
             self.config = tied;
         }
-        if !self.config.tie_word_embeddings {
+        if !self.config.ties_head() {
             return Ok(());
         }
         let untied = self.config.untied();
@@ -154,9 +164,9 @@ impl OpenBase {
     ///
     /// # Errors
     /// Missing, unexpected and misshapen tensors, all at once.
-    pub fn weights(&self, device: &Device, loading: &Loading) -> Result<CausalLm, TrainError> {
+    pub fn weights(&self, device: &Device, loading: &Loading) -> Result<Model, TrainError> {
         let (config, checkpoint) = (&self.config, &self.checkpoint);
-        Ok(CausalLm::load_for(config, checkpoint, device, loading)?)
+        Ok(Model::load_for(config, checkpoint, device, loading)?)
     }
 
     /// The matrices that the files have in a quantised form, by their tensors' names.
