@@ -13,7 +13,7 @@ use enamel_adapter::{
 };
 use enamel_model::Cache;
 use enamel_model::generation::{Sampling, generate};
-use enamel_model::{CausalLm, ModelInput};
+use enamel_model::{Model, ModelInput};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -80,7 +80,7 @@ fn write_config(dir: &Path, config: &serde_json::Value) {
     fs::write(dir.join("adapter_config.json"), config.to_string()).expect("a file");
 }
 
-fn loaded(name: &str, trainable: bool, device: &Device) -> (CausalLm, LoadedAdapter) {
+fn loaded(name: &str, trainable: bool, device: &Device) -> (Model, LoadedAdapter) {
     let mut model = base(&case(name), device);
     let dir = staged(name);
     let loaded = load_pretrained(&mut model, dir.path(), trainable)
@@ -241,7 +241,7 @@ fn what_is_saved_loads_to_the_bit(device: &Device) {
     }
 }
 
-fn check_again(name: &str, dir: &Path, model: &CausalLm, before: &[f32], device: &Device) {
+fn check_again(name: &str, dir: &Path, model: &Model, before: &[f32], device: &Device) {
     let batch = batch(&case(name), device);
     let mut again = base(&case(name), device);
     load_pretrained(&mut again, dir, true).unwrap_or_else(|e| panic!("{name}: {e}"));

@@ -224,14 +224,16 @@ impl fmt::Display for TemplateArguments {
     }
 }
 
-fn one_or_two(columns: &Vec<String>) -> Verdict {
+fn one_or_two<S: AsRef<[String]>>(columns: &S) -> Verdict {
+    let columns = columns.as_ref();
     verdict(
         columns.len() <= 2 && columns.iter().all(|name| !name.is_empty()),
         "must name one column, or two",
     )
 }
 
-fn distinct(names: &Vec<String>) -> Verdict {
+fn distinct<S: AsRef<[String]>>(names: &S) -> Verdict {
+    let names = names.as_ref();
     let all: std::collections::BTreeSet<&String> = names.iter().collect();
     match names.len() {
         1 => Err("must name at least two classes".to_owned()),
