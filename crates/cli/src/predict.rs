@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use enamel_data::ClassSpec;
-use enamel_train::TrainError;
 use enamel_train::commands::predict::{
     PredictFile, PredictReport, predict, predict_to_file, rows, text,
 };
@@ -85,10 +84,9 @@ impl Args {
             Some(file) => predict_to_file(&base, &task, &rows, batch, &file)?,
             None => {
                 let mut out = terminal::out();
-                predict(&base, &task, &rows, batch, &mut |prediction| {
-                    let line = serde_json::to_string(prediction);
-                    let line = line.map_err(|e| TrainError::Framework(e.to_string()))?;
-                    writeln!(out, "{line}").map_err(|e| TrainError::Framework(e.to_string()))
+                predict::<anyhow::Error>(&base, &task, &rows, batch, &mut |prediction| {
+                    writeln!(out, "{}", serde_json::to_string(prediction)?)?;
+                    Ok(())
                 })?
             }
         };

@@ -83,6 +83,16 @@ pub struct Encoded {
     pub offsets: Vec<Range<usize>>,
 }
 
+impl From<&tokenizers::Encoding> for Encoded {
+    fn from(encoding: &tokenizers::Encoding) -> Self {
+        let offsets = encoding.get_offsets().iter();
+        Self {
+            ids: encoding.get_ids().to_vec(),
+            offsets: offsets.map(|&(start, end)| start..end).collect(),
+        }
+    }
+}
+
 impl Tokenizer {
     /// A tokenizer from the bytes of `tokenizer.json`, the parsed `tokenizer_config.json`, and a chat
     /// template that takes precedence over the one in the configuration.
@@ -228,14 +238,7 @@ impl Tokenizer {
         }
         let encoding = guarded(|| self.inner.encode(text, add_special))?;
         self.check_encoding(&encoding, text)?;
-        let mut encoded = Encoded {
-            ids: encoding.get_ids().to_vec(),
-            offsets: encoding
-                .get_offsets()
-                .iter()
-                .map(|&(start, end)| start..end)
-                .collect(),
-        };
+        let mut encoded = Encoded::from(&encoding);
         if add_special {
             self.apply_special_flags(&mut encoded, text.len());
         }
@@ -256,14 +259,7 @@ impl Tokenizer {
         }
         let encoding = guarded(|| self.inner.encode((text, pair), true))?;
         self.check_ids(&encoding)?;
-        let mut encoded = Encoded {
-            ids: encoding.get_ids().to_vec(),
-            offsets: encoding
-                .get_offsets()
-                .iter()
-                .map(|&(start, end)| start..end)
-                .collect(),
-        };
+        let mut encoded = Encoded::from(&encoding);
         self.apply_special_flags(&mut encoded, pair.len());
         Ok(encoded.ids)
     }

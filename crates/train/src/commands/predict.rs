@@ -111,13 +111,13 @@ pub fn text(
 ///
 /// # Errors
 /// Logits that are not finite; a failing device; what `on_prediction` returns.
-pub fn predict(
+pub fn predict<E: From<TrainError>>(
     base: &LoadedBase,
     task: &SequenceClassification,
     rows: &[ClassifiedText],
     batch_size: usize,
-    on_prediction: &mut dyn FnMut(&Prediction) -> Result<(), TrainError>,
-) -> Result<PredictReport, TrainError> {
+    on_prediction: &mut dyn FnMut(&Prediction) -> Result<(), E>,
+) -> Result<PredictReport, E> {
     let names = task.classes().names();
     let name = |class: usize| names.get(class).cloned().unwrap_or_default();
     let mut report = PredictReport::default();
