@@ -42,6 +42,8 @@ METHODS = {
     "adalora": (f'method = "adalora"\ninit_r = 6\ntarget_r = 3\ntinit = 1\ntfinal = 2\nlora_dropout = 0.1\n{ALL}', ""),
     "vera": (f'method = "vera"\nr = 8\nvera_dropout = 0.1\n{ALL}', ""),
     "ia3": ('method = "ia3"', ""),
+    "miss": (f'method = "miss"\nr = 8\nmiss_dropout = 0.1\n{ALL}', ""),
+    "miss-bat": (f'method = "miss"\nr = 4\ninit_weights = "bat"\n{ALL}', ""),
     "xlora": (
         'method = "xlora"\nadapters = { one = "EXPERTS/one/adapter", two = "EXPERTS/two/adapter" }\n'
         "xlora_depth = 2\nxlora_size = 16\nlayerwise_scalings = true",

@@ -45,7 +45,7 @@ for on in flex "$device"; do
   train "$on" int8 "$few" model.quantization.load_in_8bit=true
   train "$on" nf4-checkpointed "$few" "${four[@]}" train.gradient_checkpointing=true
   train "$on" adamw_8bit "$few" "${four[@]}" train.optim=adamw_8bit
-  for method in dora loha lokr adalora vera ia3; do
+  for method in dora loha lokr adalora vera ia3 miss; do
     train "$on" "$method" "$few" adapter.method="$method"
   done
   train "$on" full "$few" adapter.method=full model.quantization.dequantize=true

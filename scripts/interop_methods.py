@@ -68,6 +68,9 @@ METHODS = {
     "VeRA": ("untied", ["adapter.method=vera", ALL, "adapter.r=8"], "VeraConfig", dict(r=8, target_modules=SEVEN)),
     "VeRA without its projections": ("untied", ["adapter.method=vera", ALL, "adapter.r=8", "adapter.save_projection=false", "adapter.projection_prng_key=7"], "VeraConfig", dict(r=8, target_modules=SEVEN, save_projection=False, projection_prng_key=7)),
     "(IA)³": ("bias", ["adapter.method=ia3"], "IA3Config", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "MiSS": ("bias", ["adapter.method=miss", ALL, "adapter.r=5"], "MissConfig", dict(r=5, target_modules=SEVEN)),
+    "MiSS, mini": ("untied", ["adapter.method=miss", ALL, "adapter.r=5", "adapter.init_weights=mini", "adapter.mini_r=4"], "MissConfig", dict(r=5, target_modules=SEVEN, init_weights="mini", mini_r=4)),
+    "MiSS, bat": ("bias", ["adapter.method=miss", ALL, "adapter.r=4", "adapter.init_weights=bat"], "MissConfig", dict(r=4, target_modules=SEVEN, init_weights="bat")),
     "head alone": ("untied", ["adapter.method=head", "adapter.modules_to_save=['lm_head']"], None, None),
 }  # fmt: skip
 

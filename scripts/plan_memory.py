@@ -35,7 +35,7 @@ def rows():
     yield False, "LoRA r = 16, f32, every 5 blocks", "4x256", [*DENSE, "--gradient-checkpointing=every:5"]
     yield False, "LoRA r = 16, f32", "2x1024", DENSE
     yield False, "LoRA r = 16, f32", "8x128", DENSE
-    for method in ["dora", "lokr", "loha", "adalora", "vera", "ia3"]:
+    for method in ["dora", "lokr", "loha", "adalora", "vera", "ia3", "miss"]:
         yield False, f"{method}, f32", "4x256", [*DENSE, "--methods", method]
     for optim in ["adamw_torch", "adamw_8bit"]:
         for kept, more in [("", []), (", checkpointed", CHECKPOINTED)]:

@@ -71,6 +71,7 @@ pub use methods::ia3::Ia3Config;
 pub use methods::loha::LohaConfig;
 pub use methods::lokr::{InitLokr, LokrConfig};
 pub use methods::lora::config::{InitLora, Loftq, LoraConfig};
+pub use methods::miss::{InitMiss, MissConfig};
 pub use methods::vera::VeraConfig;
 pub use methods::{
     Adapter, AdapterConfig, InitFactors, LoadedAdapter, MethodConfig, ParamMut, ParamRef,

@@ -156,7 +156,9 @@ fn what_is_counted_is_what_a_training_step_allocates() {
         (2, 256),
         0,
     );
-    for method in ["dora", "loha", "lokr", "adalora", "vera", "ia3", "full"] {
+    for method in [
+        "dora", "loha", "lokr", "adalora", "vera", "ia3", "miss", "full",
+    ] {
         let name = format!("adapter.method={method}");
         let mut set = vec![name.as_str()];
         if !["ia3", "full"].contains(&method) {
@@ -166,6 +168,11 @@ fn what_is_counted_is_what_a_training_step_allocates() {
             case(&set, (2, 256), every);
         }
     }
+    const MISS: [&str; 3] = [ALL, "adapter.method=miss", "adapter.r=16"];
+    let miss = |more: &'static str| [&MISS[..], &[more]].concat();
+    case(&miss("adapter.miss_dropout=0.1"), (2, 256), 0);
+    case(&miss("adapter.init_weights=bat"), (2, 256), 0);
+    case(&miss("adapter.init_weights=bat"), (2, 256), 1);
     // All gradients at once are the most here, and one table of the embedding's more would be a tenth.
     case(&["adapter.method=full"], (1, 64), 1);
     let mut wrong = Vec::new();

@@ -19,7 +19,7 @@ use crate::formats::safetensors::{Tensor, changed, parse, write};
 use crate::mutate;
 use crate::random::Random;
 
-const WORDS: [&str; 80] = [
+const WORDS: [&str; 81] = [
     "peft_type",
     "LORA",
     "LOHA",
@@ -27,6 +27,7 @@ const WORDS: [&str; 80] = [
     "ADALORA",
     "VERA",
     "IA3",
+    "MISS",
     "XLORA",
     "FULL",
     "r",
@@ -159,6 +160,9 @@ fn configs() -> Vec<Value> {
         json!({"peft_type": "VERA", "r": 2, "target_modules": ["q_proj", "o_proj"]}),
         json!({"peft_type": "VERA", "r": 2, "target_modules": ["q_proj", "o_proj"], "save_projection": false}),
         json!({"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        json!({"peft_type": "MISS", "r": 3, "target_modules": targets}),
+        json!({"peft_type": "MISS", "r": 3, "mini_r": 2, "init_weights": "mini", "target_modules": targets}),
+        json!({"peft_type": "MISS", "r": 2, "init_weights": "bat", "target_modules": targets}),
     ]
 }
 

@@ -338,7 +338,17 @@ fn every_combination_type_writes_an_adapter_that_merges() {
 #[test]
 fn conversion_errs_less_with_every_rank_and_not_at_all_at_full_rank() {
     let workshop = Workshop::new();
-    for method in ["loha", "lokr", "adalora", "vera", "lora_dora", "ia3"] {
+    for method in [
+        "loha",
+        "lokr",
+        "adalora",
+        "vera",
+        "lora_dora",
+        "ia3",
+        "miss",
+        "miss_mini",
+        "miss_bat",
+    ] {
         let from = fixture("methods").join(method).join("adapter");
         let mut last = f64::INFINITY;
         for r in ["1", "2", "8", "200"] {

@@ -15,13 +15,15 @@ fn workshop(family: &str) -> Workshop {
     workshop
 }
 
-const METHODS: [&str; 7] = [
+const METHODS: [&str; 9] = [
     "r = 2\ntarget_modules = \"all-linear\"\nlora_dropout = 0.1",
     "r = 2\ntarget_modules = \"all-linear\"\nuse_dora = true",
     "method = \"loha\"\nr = 2\ntarget_modules = \"all-linear\"",
     "method = \"lokr\"\nr = 2\ntarget_modules = \"all-linear\"",
     "method = \"adalora\"\ninit_r = 4\ntarget_r = 2\ntarget_modules = \"all-linear\"",
     "method = \"vera\"\nr = 4\ntarget_modules = \"all-linear\"",
+    "method = \"miss\"\nr = 5\ntarget_modules = \"all-linear\"",
+    "method = \"miss\"\nr = 4\ninit_weights = \"bat\"\ntarget_modules = \"all-linear\"",
     // PEFT's own choice of modules for the type.
     "r = 2",
 ];

@@ -43,6 +43,9 @@ pub fn methods() -> Vec<(&'static str, String, &'static str)> {
         ),
         ("VeRA", all("method = \"vera\"\nr = 8\nvera_dropout = 0.1"), ""),
         ("(IA)³", "method = \"ia3\"".into(), ""),
+        ("MiSS", all("method = \"miss\"\nr = 12\nmiss_dropout = 0.1"), ""),
+        ("MiSS, mini", all("method = \"miss\"\nr = 8\ninit_weights = \"mini\"\nmini_r = 4"), ""),
+        ("MiSS, bat", all("method = \"miss\"\nr = 4\ninit_weights = \"bat\""), ""),
         ("head", "method = \"head\"\nmodules_to_save = [\"lm_head\"]".into(), ""),
         ("full", "method = \"full\"".into(), ""),
     ]

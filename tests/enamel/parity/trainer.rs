@@ -144,6 +144,7 @@ fn every_other_method_on_the_untied_model() {
         "vera",
         "ia3",
         "head",
+        "miss_mini",
     ] {
         check_method(case, "plain");
     }

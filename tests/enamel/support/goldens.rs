@@ -47,7 +47,7 @@ pub const LORAS: [&str; 8] = [
 
 /// Every case of the other methods and of LoRA's options that is laid out like those of [`LORAS`], as in
 /// `fixtures/generate/methods.py`.
-pub const METHODS: [&str; 26] = [
+pub const METHODS: [&str; 29] = [
     "lora_dora",
     "lora_dora_rslora_bias",
     "lora_lora_bias",
@@ -74,6 +74,9 @@ pub const METHODS: [&str; 26] = [
     "ia3",
     "ia3_bias",
     "head",
+    "miss",
+    "miss_mini",
+    "miss_bat",
 ];
 
 /// The folders beside them, each with tests of its own.

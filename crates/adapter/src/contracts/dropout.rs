@@ -3,9 +3,12 @@
 use burn::module::Module;
 use burn::tensor::Device;
 
-use super::{adalora, loha, lokr, lora, vera};
+use super::{adalora, loha, lokr, lora, miss, vera};
 use crate::testing::{Tiny, fill, generator, ids, perturb};
-use crate::{AdaLoraConfig, AdapterConfig, LohaConfig, LokrConfig, LoraConfig, VeraConfig, attach};
+use crate::{
+    AdaLoraConfig, AdapterConfig, InitMiss, LohaConfig, LokrConfig, LoraConfig, MissConfig,
+    VeraConfig, attach,
+};
 
 /// Each method with a dropout of one half and without it.
 pub(super) fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig)> {
@@ -20,6 +23,10 @@ pub(super) fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig)> {
     let lora_dropout = |config: &LoraConfig| LoraConfig {
         lora_dropout: 0.5,
         ..config.clone()
+    };
+    let miss_dropout = |form| MissConfig {
+        miss_dropout: 0.5,
+        ..miss(form)
     };
     vec![
         ("LoRA", lora_dropout(&lora()).into(), lora().into()),
@@ -42,6 +49,16 @@ pub(super) fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig)> {
             }
             .into(),
             vera().into(),
+        ),
+        (
+            "MiSS",
+            miss_dropout(InitMiss::Default).into(),
+            miss(InitMiss::Default).into(),
+        ),
+        (
+            "MiSS, mini",
+            miss_dropout(InitMiss::Mini).into(),
+            miss(InitMiss::Mini).into(),
         ),
         (
             "LoHa, outputs",

@@ -17,8 +17,8 @@ use burn::tensor::Device;
 use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::testing::{Tiny, difference, perturb};
 use crate::{
-    AdaLoraConfig, AdapterConfig, Bias, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig,
-    LokrConfig, LoraConfig, Targets, TokenIndices, VeraConfig, attach,
+    AdaLoraConfig, AdapterConfig, Bias, FullConfig, Ia3Config, InitLokr, InitLora, InitMiss,
+    LohaConfig, LokrConfig, LoraConfig, MissConfig, Targets, TokenIndices, VeraConfig, attach,
 };
 
 /// One configuration and what is known of it beforehand.
@@ -103,6 +103,17 @@ fn ia3() -> Ia3Config {
     Ia3Config {
         target_modules: Some(Targets::AllLinear),
         ..Ia3Config::default()
+    }
+}
+
+/// Sizes that r divides with `bat`, and ones that it does not divide otherwise.
+fn miss(init_weights: InitMiss) -> MissConfig {
+    MissConfig {
+        r: if init_weights == InitMiss::Bat { 8 } else { 5 },
+        mini_r: if init_weights == InitMiss::Mini { 8 } else { 1 },
+        target_modules: Some(Targets::AllLinear),
+        init_weights,
+        ..MissConfig::default()
     }
 }
 
@@ -355,6 +366,19 @@ fn other_cases() -> Vec<Case> {
             true,
             2 * (64 + 64),
         ),
+        case("MiSS", miss(InitMiss::Default), true, 5 * OUTS),
+        case(
+            "MiSS, pieces of equal size",
+            MissConfig {
+                r: 16,
+                ..miss(InitMiss::Default)
+            },
+            true,
+            16 * OUTS,
+        ),
+        case("MiSS, random", miss(InitMiss::Random), false, 5 * OUTS),
+        case("MiSS, mini", miss(InitMiss::Mini), true, 14 * 5 * 8),
+        case("MiSS, bat", miss(InitMiss::Bat), true, 8 * OUTS),
         case("Full", FullConfig::default(), true, BASE),
     ]
 }

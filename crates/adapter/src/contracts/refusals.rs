@@ -92,7 +92,10 @@ fn every_tensor_that_differs_is_in_one_error() {
 fn a_rank_that_is_not_the_files_is_told_by_shapes() {
     for case in cases() {
         let key = match &case.config {
-            AdapterConfig::Lora(_) | AdapterConfig::Loha(_) | AdapterConfig::Vera(_) => "r",
+            AdapterConfig::Lora(_)
+            | AdapterConfig::Loha(_)
+            | AdapterConfig::Vera(_)
+            | AdapterConfig::Miss(_) => "r",
             AdapterConfig::AdaLora(c) if c.rank_pattern.is_none() => "init_r",
             // A LoKr whose factors are whole has no rank in its shapes.
             AdapterConfig::Lokr(c) if c.r == 2 => "r",
@@ -101,7 +104,10 @@ fn a_rank_that_is_not_the_files_is_told_by_shapes() {
         let dir = saved(&case);
         let path = dir.path().join(CONFIG);
         let mut value: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        value[key] = json!(value[key].as_u64().unwrap() + 1);
+        let rank = value[key].as_u64().unwrap();
+        // One that does not divide the sides would be told before.
+        let in_blocks = value["init_weights"] == "bat";
+        value[key] = json!(if in_blocks { 2 * rank } else { rank + 1 });
         fs::write(&path, value.to_string()).unwrap();
         let message = refused(dir.path(), case.name);
         assert!(

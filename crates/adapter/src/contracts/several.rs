@@ -6,11 +6,11 @@ use burn::module::Module;
 use burn::tensor::Device;
 use tempfile::TempDir;
 
-use super::{adalora, apart, base_of, ia3, list, loha, lokr, lora, strings, vera};
+use super::{adalora, apart, base_of, ia3, list, loha, lokr, lora, miss, strings, vera};
 use crate::layers::adaptable::{Adaptable, SlotRef};
 use crate::testing::{Tiny, fill, ids, perturb_as};
 use crate::{
-    AdapterConfig, AdapterError, InitLora, LoraConfig, SaveForm, SaveMeta, TokenIndices,
+    AdapterConfig, AdapterError, InitLora, InitMiss, LoraConfig, SaveForm, SaveMeta, TokenIndices,
     VeraConfig, adapters, attach_as, delete, export_params_of, hotswap, load_pretrained_as, merge,
     merge_adapters, save_pretrained_as, set_active, set_rows, unmerge,
 };
@@ -94,6 +94,18 @@ fn pairs() -> Vec<(&'static str, AdapterConfig, AdapterConfig, bool)> {
             everywhere().into(),
             rows().into(),
             true,
+        ),
+        (
+            "two MiSSes",
+            miss(InitMiss::Default).into(),
+            miss(InitMiss::Mini).into(),
+            true,
+        ),
+        (
+            "LoRA, MiSS with bat",
+            lora().into(),
+            miss(InitMiss::Bat).into(),
+            false,
         ),
         ("two IA3s", ia3().into(), ia3().into(), false),
         ("LoRA, IA3", lora().into(), ia3().into(), false),
@@ -327,6 +339,8 @@ fn values_can_be_exchanged_in_place() {
         ("AdaLoRA", adalora().into()),
         ("VeRA", vera().into()),
         ("IA3", ia3().into()),
+        ("MiSS", miss(InitMiss::Mini).into()),
+        ("MiSS with bat", miss(InitMiss::Bat).into()),
     ] {
         let other = with(&[("b", config.clone())]);
         let dir = save(&other, "b", &config, SaveForm::Exchange);

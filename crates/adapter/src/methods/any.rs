@@ -30,6 +30,9 @@ impl MethodConfig for AdapterConfig {
     fn largest_rank(&self, out_features: usize, in_features: usize) -> usize {
         each_config!(self, config => config.largest_rank(out_features, in_features))
     }
+    fn misfit(&self, target: &TargetPlan) -> Option<String> {
+        each_config!(self, config => config.misfit(target))
+    }
     fn parameters(&self, target: &TargetPlan) -> Parameters {
         each_config!(self, config => config.parameters(target))
     }

@@ -158,6 +158,8 @@ pub struct LayerSize<'a> {
     pub rows: usize,
     /// Whether the base's layer is trained too, or its bias.
     pub whole: bool,
+    /// Whether the base's weight is held in another form than f32, so that its values are a copy.
+    pub widened: bool,
     /// Whether this crate's kernels compute, which make masks anew in the backward pass; plain Burn operations
     /// keep them.
     pub kernels: bool,

@@ -73,6 +73,10 @@ pub trait MethodConfig {
     fn largest_rank(&self, out_features: usize, in_features: usize) -> usize {
         in_features.min(out_features)
     }
+    /// Why it cannot be on a layer of these sizes, if it cannot, whether it is new or from a file.
+    fn misfit(&self, _target: &TargetPlan) -> Option<String> {
+        None
+    }
     /// Names and shapes of the parameters one target gets, in a fixed order.
     fn parameters(&self, target: &TargetPlan) -> Parameters;
     /// Values that the parameters of one target start from, in the order of

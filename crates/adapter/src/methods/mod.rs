@@ -17,6 +17,7 @@ pub mod loha;
 pub mod lokr;
 pub mod lora;
 mod method;
+pub mod miss;
 mod params;
 pub mod tokens;
 pub mod vera;
@@ -48,6 +49,7 @@ methods! {
     AdaLora(adalora::AdaLora),
     Vera(vera::Vera),
     Ia3(ia3::Ia3),
+    Miss(miss::Miss),
 }
 
 configs! { $
@@ -57,6 +59,7 @@ configs! { $
     AdaLora(adalora::AdaLoraConfig),
     Vera(vera::VeraConfig),
     Ia3(ia3::Ia3Config),
+    Miss(miss::MissConfig),
     Full(full::FullConfig) whole,
     XLora(xlora::XLoraConfig) untargeted,
 }

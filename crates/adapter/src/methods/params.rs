@@ -12,6 +12,8 @@ pub enum ParamRef<'a> {
     Vector(&'a Param<Tensor<1>>),
     /// Of two axes.
     Matrix(&'a Param<Tensor<2>>),
+    /// Of three axes: matrices in a row.
+    Blocks(&'a Param<Tensor<3>>),
 }
 
 /// A parameter of any rank, to change.
@@ -20,6 +22,8 @@ pub enum ParamMut<'a> {
     Vector(&'a mut Param<Tensor<1>>),
     /// Of two axes.
     Matrix(&'a mut Param<Tensor<2>>),
+    /// Of three axes: matrices in a row.
+    Blocks(&'a mut Param<Tensor<3>>),
 }
 
 impl ParamRef<'_> {
@@ -28,6 +32,7 @@ impl ParamRef<'_> {
         match self {
             Self::Vector(p) => p.id,
             Self::Matrix(p) => p.id,
+            Self::Blocks(p) => p.id,
         }
     }
 
@@ -36,6 +41,7 @@ impl ParamRef<'_> {
         match self {
             Self::Vector(p) => p.dims().to_vec(),
             Self::Matrix(p) => p.dims().to_vec(),
+            Self::Blocks(p) => p.dims().to_vec(),
         }
     }
 
@@ -44,6 +50,7 @@ impl ParamRef<'_> {
         match self {
             Self::Vector(p) => to_host(name, p.val()),
             Self::Matrix(p) => to_host(name, p.val()),
+            Self::Blocks(p) => to_host(name, p.val()),
         }
     }
 
@@ -56,6 +63,7 @@ impl ParamRef<'_> {
         match self {
             Self::Vector(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
             Self::Matrix(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
+            Self::Blocks(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
         }
     }
 }
@@ -66,6 +74,7 @@ impl ParamMut<'_> {
         match self {
             Self::Vector(p) => ParamRef::Vector(p),
             Self::Matrix(p) => ParamRef::Matrix(p),
+            Self::Blocks(p) => ParamRef::Blocks(p),
         }
     }
 
@@ -74,6 +83,7 @@ impl ParamMut<'_> {
         match self {
             Self::Vector(p) => replace(p, values),
             Self::Matrix(p) => replace(p, values),
+            Self::Blocks(p) => replace(p, values),
         }
     }
 }

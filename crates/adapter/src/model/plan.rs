@@ -267,6 +267,12 @@ fn target<C: MethodConfig>(
         out_features,
         params: 0,
     };
+    if let Some(why) = cfg.misfit(&plan) {
+        return Err(format!(
+            "{} is [{out_features}, {in_features}]: {why}",
+            plan.name
+        ));
+    }
     plan.params = cfg
         .parameters(&plan)
         .iter()

@@ -10,7 +10,7 @@ use enamel_adapter::methods::facts::{Kept as Own, LayerSize};
 use enamel_model::Format;
 
 use super::model::{Block, Part};
-use super::{FLOAT, Kind, ModelSizes, Settings};
+use super::{FLOAT, Kind, ModelSizes, Settings, Weights};
 
 /// Bytes of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +34,9 @@ fn own(part: &Part, model: &ModelSizes, settings: &Settings) -> Own {
             rows: settings.rows(),
             whole,
             kernels: settings.kind == Kind::Kernels,
+            widened: settings.weights == Weights::Bf16
+                || settings.quantization.format.is_some()
+                || model.packed.contains_key(&format!("{}.weight", part.name)),
         }),
         (None, true) => Own::INPUT,
         (None, false) => Own {

@@ -19,10 +19,11 @@ section! {
     /// are its own.
     #[allow(non_snake_case)]
     pub struct AdapterSettings in "adapter" {
-        /// The method: `lora`, `dora`, `loha`, `lokr`, `adalora`, `vera`, `ia3`, `xlora`, `full` (the
+        /// The method: `lora`, `dora`, `loha`, `lokr`, `adalora`, `vera`, `ia3`, `miss`, `xlora`, `full` (the
         /// base itself) or `head` (only `modules_to_save`).
         method: String = "lora".to_owned(), supported_method;
-        /// Rank of the update (8; 256 for VeRA).
+        /// Rank of the update (8; 256 for VeRA, 64 for MiSS, where it is the length of the pieces that inputs are
+        /// summed over).
         r: Option<usize> = None, given(positive);
         /// The update is scaled by `lora_alpha / r`, and 8 unless given. LoHa and LoKr store it as
         /// `alpha`; AdaLoRA divides by `init_r`.
@@ -79,9 +80,10 @@ section! {
         /// With `init_lora_weights = "loftq"`: PEFT's `{ loftq_bits = 4, loftq_iter = 1 }`; the bits are those
         /// of `[model.quantization]`, and there is one iteration, which leaves the base the quantised model.
         loftq_config: Option<LoftqSettings> = None, given(one_iteration);
-        /// LoHa, LoKr, VeRA: `true` for first values that change nothing, `false` for random ones; for
-        /// LoKr also `"lycoris"`, where the other factor is the zero one.
-        init_weights: InitWeights = InitWeights::Flag(true), flag_or_lycoris;
+        /// LoHa, LoKr, VeRA, MiSS: `true` for first values that change nothing, `false` for random ones; for
+        /// LoKr also `"lycoris"`, where the other factor is the zero one; for MiSS also `"bat"`, where blocks
+        /// multiply the base's weights, and `"mini"`, where one matrix repeats every `mini_r` outputs.
+        init_weights: InitWeights = InitWeights::Flag(true), known_form;
         /// LoKr: whether the first factor may be a product too.
         decompose_both: bool = false, any;
         /// LoKr: largest side of the first factor; -1 for as near to a square as may be.
@@ -114,6 +116,10 @@ section! {
         feedforward_modules: Option<Modules> = None, given(modules);
         /// (IA)³: start at one, which changes nothing.
         init_ia3_weights: bool = true, any;
+        /// MiSS: probability with which an input of the adapter is dropped while training.
+        miss_dropout: f64 = 0.0, below_one;
+        /// MiSS with `init_weights = "mini"`: outputs after which the matrix repeats.
+        mini_r: usize = 1, positive;
         /// X-LoRA: the experts: name to adapter directory.
         adapters: Ordered<PathBuf> = Ordered::default(), any;
         /// X-LoRA: linear layers of the classifier.
@@ -147,15 +153,17 @@ section! {
 const LORA: &[&str] = &["lora", "dora"];
 const LYCORIS: &[&str] = &["loha", "lokr"];
 const RANKED: &[&str] = &["lora", "dora", "loha", "lokr"];
-const TARGETED: &[&str] = &["lora", "dora", "loha", "lokr", "adalora", "vera", "ia3"];
-const LAYERED: &[&str] = &["lora", "dora", "loha", "lokr", "adalora", "vera"];
+const TARGETED: &[&str] = &[
+    "lora", "dora", "loha", "lokr", "adalora", "vera", "ia3", "miss",
+];
+const LAYERED: &[&str] = &["lora", "dora", "loha", "lokr", "adalora", "vera", "miss"];
 const SAVING: &[&str] = &[
-    "lora", "dora", "loha", "lokr", "adalora", "vera", "ia3", "head",
+    "lora", "dora", "loha", "lokr", "adalora", "vera", "ia3", "miss", "head",
 ];
 
 /// Which methods a setting means something to; what is not here is for all.
 const OWNERS: &[(&str, &[&str])] = &[
-    ("r", &["lora", "dora", "loha", "lokr", "vera"]),
+    ("r", &["lora", "dora", "loha", "lokr", "vera", "miss"]),
     ("lora_alpha", &["lora", "dora", "loha", "lokr", "adalora"]),
     ("lora_dropout", &["lora", "dora", "adalora"]),
     ("rank_dropout", LYCORIS),
@@ -164,7 +172,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("target_modules", TARGETED),
     (
         "exclude_modules",
-        &["lora", "dora", "loha", "lokr", "adalora", "ia3"],
+        &["lora", "dora", "loha", "lokr", "adalora", "ia3", "miss"],
     ),
     ("modules_to_save", SAVING),
     ("layers_to_transform", LAYERED),
@@ -180,7 +188,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("init_lora_weights", LORA),
     ("eva_rho", LORA),
     ("loftq_config", LORA),
-    ("init_weights", &["loha", "lokr", "vera"]),
+    ("init_weights", &["loha", "lokr", "vera", "miss"]),
     ("decompose_both", &["lokr"]),
     ("decompose_factor", &["lokr"]),
     ("init_r", &["adalora"]),
@@ -197,6 +205,8 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("save_projection", &["vera"]),
     ("feedforward_modules", &["ia3"]),
     ("init_ia3_weights", &["ia3"]),
+    ("miss_dropout", &["miss"]),
+    ("mini_r", &["miss"]),
     ("adapters", &["xlora"]),
     ("xlora_depth", &["xlora"]),
     ("xlora_size", &["xlora"]),
@@ -311,8 +321,8 @@ impl<'de, T: DeserializeOwned> Deserialize<'de> for Ordered<T> {
 }
 
 /// Every method there is.
-pub(super) const METHODS: [&str; 10] = [
-    "lora", "dora", "loha", "lokr", "adalora", "vera", "ia3", "xlora", "full", "head",
+pub(super) const METHODS: [&str; 11] = [
+    "lora", "dora", "loha", "lokr", "adalora", "vera", "ia3", "miss", "xlora", "full", "head",
 ];
 
 fn supported_method<S: AsRef<str>>(value: &S) -> Verdict {
@@ -376,10 +386,16 @@ fn one_iteration(loftq: &LoftqSettings) -> Verdict {
     }
 }
 
-fn flag_or_lycoris(value: &InitWeights) -> Verdict {
+/// Names of a scheme, with the method that has it.
+pub(super) const FORMS: [(&str, &str); 3] =
+    [("lycoris", "lokr"), ("bat", "miss"), ("mini", "miss")];
+
+fn known_form(value: &InitWeights) -> Verdict {
+    let known = |name: &str| FORMS.iter().any(|(form, _)| *form == name);
     verdict(
-        matches!(value, InitWeights::Flag(_)) || *value == InitWeights::Named("lycoris".into()),
-        "must be true, false or \"lycoris\"",
+        matches!(value, InitWeights::Flag(_))
+            || matches!(value, InitWeights::Named(name) if known(name)),
+        "must be true, false, \"lycoris\" (LoKr), \"bat\" or \"mini\" (MiSS)",
     )
 }
 

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use enamel_adapter::{
-    AdaLoraConfig, AdapterConfig, FullConfig, Ia3Config, InitLokr, InitLora, LohaConfig,
-    LokrConfig, LoraConfig, Targets, VeraConfig, XLoraConfig,
+    AdaLoraConfig, AdapterConfig, FullConfig, Ia3Config, InitLokr, InitLora, InitMiss, LohaConfig,
+    LokrConfig, LoraConfig, MissConfig, Targets, VeraConfig, XLoraConfig,
 };
 use enamel_data::DataSpec;
 use enamel_model::{Format, Quantization};
@@ -117,6 +117,25 @@ impl AdapterSettings {
                 ..Ia3Config::default()
             }
             .into(),
+            "miss" => MissConfig {
+                r,
+                miss_dropout: self.miss_dropout,
+                mini_r: self.mini_r,
+                target_modules,
+                exclude_modules,
+                init_weights: match &self.init_weights {
+                    InitWeights::Flag(true) => InitMiss::Default,
+                    InitWeights::Flag(false) => InitMiss::Random,
+                    InitWeights::Named(name) if name == "bat" => InitMiss::Bat,
+                    InitWeights::Named(_) => InitMiss::Mini,
+                },
+                layers_to_transform,
+                layers_pattern,
+                modules_to_save,
+                task_type,
+                ..MissConfig::default()
+            }
+            .into(),
             "xlora" => XLoraConfig {
                 adapters: self
                     .adapters
@@ -188,8 +207,11 @@ impl AdapterSettings {
 
     /// Rank of the update, by the method's default if it was left out.
     pub fn rank(&self) -> usize {
-        self.r
-            .unwrap_or(if self.method == "vera" { 256 } else { 8 })
+        self.r.unwrap_or(match self.method.as_str() {
+            "vera" => 256,
+            "miss" => 64,
+            _ => 8,
+        })
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use enamel_model::source::expand_home;
 
 use super::Recipe;
-use super::adapter::misplaced;
+use super::adapter::{FORMS, InitWeights, misplaced};
 use super::quantization;
 use super::read::Origins;
 use super::settings::{DataSettings, GradientCheckpointing, Schedule, Strategy, TrainSettings};
@@ -195,7 +195,7 @@ fn check_adapter(recipe: &mut Recipe, found: &mut Findings<'_>) {
         );
     }
     match adapter.method.as_str() {
-        "lora" | "dora" | "loha" | "lokr" | "vera" => adapter.r = Some(adapter.rank()),
+        "lora" | "dora" | "loha" | "lokr" | "vera" | "miss" => adapter.r = Some(adapter.rank()),
         "head" if adapter.modules_to_save.is_empty() && recipe.task == TaskName::CausalLm => found.add(
             "adapter.method",
             "adapter.method = \"head\" trains what adapter.modules_to_save names, and it names nothing",
@@ -207,6 +207,25 @@ fn check_adapter(recipe: &mut Recipe, found: &mut Findings<'_>) {
             "set [adapter.adapters] to names and adapter directories",
         ),
         _ => {}
+    }
+    let named = match &adapter.init_weights {
+        InitWeights::Named(name) => FORMS.iter().find(|(form, _)| form == name),
+        InitWeights::Flag(_) => None,
+    };
+    // For a method without the setting, that was said above.
+    let reads = ["loha", "lokr", "vera", "miss"].contains(&adapter.method.as_str());
+    if let Some((form, owner)) = named
+        && reads
+        && *owner != adapter.method
+    {
+        found.add(
+            "adapter.init_weights",
+            &format!(
+                "adapter.init_weights = {form:?} is for method = {owner:?}, not for {:?}",
+                adapter.method
+            ),
+            "use true or false, or choose another method",
+        );
     }
     if adapter.init_from.is_some() && ["full", "head", "xlora"].contains(&adapter.method.as_str()) {
         found.add(

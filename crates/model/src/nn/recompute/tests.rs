@@ -7,8 +7,8 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use enamel_adapter::{
-    AdaLoraConfig, AdapterConfig, FullConfig, Ia3Config, LohaConfig, LokrConfig, LoraConfig,
-    Targets, VeraConfig, attach,
+    AdaLoraConfig, AdapterConfig, FullConfig, Ia3Config, InitMiss, LohaConfig, LokrConfig,
+    LoraConfig, MissConfig, Targets, VeraConfig, attach,
 };
 use serde_json::json;
 
@@ -164,6 +164,13 @@ fn methods() -> Vec<(&'static str, AdapterConfig, bool)> {
         feedforward_modules: Some(Targets::List(vec!["down_proj".into()])),
         ..Ia3Config::default()
     };
+    let miss = |miss_dropout, init_weights| MissConfig {
+        r: 4,
+        miss_dropout,
+        init_weights,
+        target_modules: all_linear(),
+        ..MissConfig::default()
+    };
     vec![
         ("LoRA", lora(0.0).into(), false),
         ("LoRA with dropout", lora(0.1).into(), true),
@@ -177,6 +184,8 @@ fn methods() -> Vec<(&'static str, AdapterConfig, bool)> {
         ("AdaLoRA", adalora.into(), true),
         ("VeRA", vera.into(), true),
         ("(IA)³", ia3.into(), false),
+        ("MiSS", miss(0.2, InitMiss::Default).into(), true),
+        ("MiSS with bat", miss(0.0, InitMiss::Bat).into(), false),
         ("all of the base", FullConfig::default().into(), false),
     ]
 }
