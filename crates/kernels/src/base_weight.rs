@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::cpu::gemm::Compute;
 use crate::cpu::path::CpuPath;
-use crate::cpu::storage::is_flex;
+use crate::cpu::storage::{is_flex, weight_on_flex};
 use crate::quantized::PackedWeight;
 
 /// A matrix as it is held: a tensor, or packed.
@@ -74,6 +74,16 @@ impl Matrix {
         match self {
             Self::Dense(tensor) => tensor.dtype().name(),
             Self::Packed(packed) => packed.rows().name(),
+        }
+    }
+}
+
+/// Whether a matrix lies where the CPU kernels can read it: see [`weight_on_flex`].
+pub(crate) fn matrix_on_flex(w: &Matrix) -> bool {
+    match w {
+        Held::Dense(tensor) => weight_on_flex(tensor),
+        Held::Packed(packed) => {
+            CpuPath::chosen() != CpuPath::Reference && is_flex(&packed.device())
         }
     }
 }

@@ -31,6 +31,7 @@ pub mod rms_norm;
 pub mod rope;
 pub mod silu_mul;
 
+pub use cpu::dropout::Dropout;
 pub use cpu::gemm::Compute;
 pub use cpu::path::{CPU_VARIABLE, CpuPath};
 pub use cpu::storage::on_host;
@@ -56,7 +57,7 @@ pub use gelu::{GeluKind, gelu, gelu_mul};
 pub use khatri_rao::{khatri_rao_columns, khatri_rao_rows};
 pub use kron_linear::{kron, kron_linear};
 pub use layer_norm::layer_norm;
-pub use lora_linear::{Dropout, linear, lora_linear, lora_linear_dropout};
+pub use lora_linear::{linear, lora_linear, lora_linear_dropout};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use silu_mul::silu_mul;

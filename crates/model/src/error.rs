@@ -1,8 +1,10 @@
 //! Why a model could not be loaded.
 
+mod checkpoint;
+
 use enamel_kernels::quantized::formats::QuantError;
 
-use crate::checkpoint::CheckpointError;
+pub use self::checkpoint::{CheckpointError, Problems};
 use crate::config::bullets;
 
 /// How many tensors of a kind an error spells out.

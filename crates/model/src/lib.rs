@@ -2,6 +2,7 @@
 
 pub mod arch;
 pub mod cache;
+pub mod digest;
 pub mod error;
 pub mod generation;
 pub mod heads;

@@ -254,7 +254,7 @@ pub(crate) fn parse_row(
     match json::parse(text.as_bytes()) {
         Ok(serde_json::Value::Object(map)) => Ok(map),
         Ok(other) => Err(BadReason::NotAnObject {
-            found: crate::records::type_name(&other),
+            found: type_name(&other),
         }),
         Err(detail) => Err(BadReason::Json { detail }),
     }
@@ -268,6 +268,19 @@ pub(crate) fn sha256_hex(bytes: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}");
     }
     text
+}
+
+/// The JSON type of a value, in words.
+pub(crate) fn type_name(value: &serde_json::Value) -> &'static str {
+    use serde_json::Value;
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::{type_name, wrong_type};
+use super::wrong_type;
 use crate::error::{BadReason, shown};
-use crate::files::json;
+use crate::files::{json, type_name};
 
 /// Both columns' names.
 pub(super) const CHAT_COLUMNS: &[&str] = &["tools", "chat_template_kwargs"];

@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 
 use crate::chat_template::ChatTemplate;
 use crate::error::{BadReason, DataError, shown};
+use crate::files::type_name;
 use crate::masks::{IGNORED, TrainOn};
 use crate::tokenizer::{Encoded, Tokenizer};
 
@@ -231,18 +232,6 @@ impl EncodedRow {
         }
         self.closed = eos.is_some();
         self
-    }
-}
-
-/// The JSON type of a value, in words.
-pub(crate) fn type_name(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
     }
 }
 

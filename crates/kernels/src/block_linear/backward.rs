@@ -9,14 +9,12 @@ use super::forward::Stacked;
 use super::operands::Source;
 use super::rows::{gated, gated_backward, normalise_again};
 use crate::base_weight::Held;
+use crate::cpu::dropout::{Dropout, dropped, dropped_sum};
 use crate::cpu::gemm::{Compute, Weight, outer, times};
 use crate::cpu::half::held;
-use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
+use crate::cpu::matrix::{Into, MatMut, MatRef, dims, filled, readable};
 use crate::cpu::simd::{Level, level};
 use crate::cpu::storage::{CHUNK, dense, owned, tensor, values};
-use crate::lora_linear::Dropout;
-use crate::lora_linear::cpu::{dims, filled};
-use crate::lora_linear::dropped::{dropped, dropped_sum};
 use crate::rms_norm::cpu::backward as norm_backward;
 
 /// What the backward pass needs, each only if some tracked parent's gradient uses it.

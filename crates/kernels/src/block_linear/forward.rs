@@ -10,14 +10,12 @@ use rayon::prelude::*;
 use super::operands::{Factors, Operands, Part, Source};
 use super::rows::{add_bias, gated, normalise};
 use crate::base_weight::Held;
+use crate::cpu::dropout::{Dropout, Mask, masked};
 use crate::cpu::gemm::{Compute, Packed, Weight, times_t};
 use crate::cpu::half::held;
-use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
+use crate::cpu::matrix::{Into, MatMut, MatRef, dims, readable};
 use crate::cpu::simd::level;
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
-use crate::lora_linear::Dropout;
-use crate::lora_linear::cpu::dims;
-use crate::lora_linear::mask::{Mask, masked};
 
 /// From so many rows on, one product with all a on top of each other is worth the copy that stacks them.
 const STACKED_FROM: usize = 16;

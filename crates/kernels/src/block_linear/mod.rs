@@ -17,10 +17,10 @@ mod tests;
 
 use burn::tensor::Tensor;
 
-use crate::base_weight::Matrix;
+use crate::base_weight::{Matrix, matrix_on_flex};
+use crate::cpu::dropout::Dropout;
 use crate::cpu::gemm::Compute;
-use crate::cpu::storage::{OnFlex, is_flex, matrix_on_flex};
-use crate::lora_linear::Dropout;
+use crate::cpu::storage::{OnFlex, is_flex};
 use crate::quantized_linear::rounds_input;
 
 /// Projections that one call takes: a node of the graph has a fixed number of parents.

@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 
 use super::{Norm, Projection};
 use crate::base_weight::Held;
-use crate::lora_linear::Dropout;
+use crate::cpu::dropout::Dropout;
 
 /// What the projections multiply, made of the operand x.
 #[derive(Clone, Debug)]

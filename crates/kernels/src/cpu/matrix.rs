@@ -3,7 +3,10 @@
 use std::marker::PhantomData;
 
 use burn::backend::flex::FlexTensor;
+use burn::tensor::Shape;
 use gemm::Parallelism;
+
+use super::storage::Fresh;
 
 /// A matrix read in place: element `(i, j)` lies `i·rs + j·cs` floats after the start.
 #[derive(Clone, Copy)]
@@ -301,4 +304,24 @@ pub(crate) fn product(
             threads,
         );
     }
+}
+
+/// Rows and columns.
+pub(crate) fn dims(t: &FlexTensor) -> (usize, usize) {
+    (t.layout().shape()[0], t.layout().shape()[1])
+}
+
+/// A fresh `[rows, cols]` matrix of which `fill` sets every element.
+pub(crate) fn fresh(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> Fresh {
+    let mut out = Fresh::new(rows * cols);
+    // SAFETY: the buffer has that many elements, and nothing else knows it.
+    fill(&mut unsafe { MatMut::raw(out.as_mut_ptr(), rows, cols, cols) });
+    out
+}
+
+/// The same as a tensor.
+pub(crate) fn filled(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> FlexTensor {
+    let out = fresh(rows, cols, fill);
+    // SAFETY: the caller's first product sets all of it.
+    unsafe { out.into_tensor(Shape::from(vec![rows, cols])) }
 }

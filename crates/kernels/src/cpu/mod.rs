@@ -3,6 +3,7 @@
 //! Everything here is deterministic whatever the number of threads: work is cut by shape alone and
 //! each output element is written by one task in a fixed order.
 
+pub(crate) mod dropout;
 pub(crate) mod erf;
 pub(crate) mod exp;
 pub(crate) mod gemm;

@@ -7,7 +7,6 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
 
 use super::path::CpuPath;
-use crate::base_weight::{Held, Matrix};
 
 /// Elements one parallel task of an elementwise loop handles: 64 KiB a buffer.
 pub(crate) const CHUNK: usize = 16 * 1024;
@@ -50,16 +49,6 @@ pub(crate) fn weight_on_flex<const D: usize>(w: &Tensor<D>) -> bool {
     matches!(w.dtype(), DType::F32 | DType::BF16)
         && CpuPath::chosen() != CpuPath::Reference
         && is_flex(&w.device())
-}
-
-/// The same of a matrix that may be packed.
-pub(crate) fn matrix_on_flex(w: &Matrix) -> bool {
-    match w {
-        Held::Dense(tensor) => weight_on_flex(tensor),
-        Held::Packed(packed) => {
-            CpuPath::chosen() != CpuPath::Reference && is_flex(&packed.device())
-        }
-    }
 }
 
 /// Whether tensors of a device are Flex's, with or without a graph.

@@ -17,10 +17,10 @@ use rayon::prelude::*;
 
 use crate::cpu::gemm::{Compute, Packed, Weight, times_t};
 use crate::cpu::half::held;
-use crate::cpu::matrix::{Into, MatRef};
+use crate::cpu::matrix::{Into, MatRef, dims, fresh};
 use crate::cpu::simd::{fma, level, simd_fn};
 use crate::cpu::storage::{CHUNK, Fresh, dense, owned, tensor, values};
-use crate::lora_linear::cpu::{LinearOps, LoraState, dims, fresh};
+use crate::lora_linear::cpu::{LinearOps, LoraState};
 use crate::profile;
 
 /// The operation as a backend extension.

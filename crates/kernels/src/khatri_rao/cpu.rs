@@ -13,9 +13,9 @@ use burn::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Pairs;
+use crate::cpu::matrix::dims;
 use crate::cpu::simd::{fma, level, simd_fn};
 use crate::cpu::storage::{CHUNK, Fresh, dense, tensor, values};
-use crate::lora_linear::cpu::dims;
 use crate::profile;
 
 /// Columns whose gradients one task computes: with the product of two factors of rank 8, 64 KiB.

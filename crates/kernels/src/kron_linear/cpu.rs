@@ -21,9 +21,8 @@ use rayon::prelude::*;
 use super::factors::Factors;
 use crate::cpu::gemm::{Compute, Packed, Weight, outer, times, times_t};
 use crate::cpu::half::held;
-use crate::cpu::matrix::{Into, MatMut, MatRef};
+use crate::cpu::matrix::{Into, MatMut, MatRef, dims, fresh};
 use crate::cpu::storage::{dense, tensor, values};
-use crate::lora_linear::cpu::{dims, fresh};
 use crate::profile;
 
 /// Which gradients to compute.

@@ -5,10 +5,9 @@ use rayon::prelude::*;
 
 use super::cpu::Wanted;
 use super::tile::{Operand, Sizes, Target, inner_products, products};
-use crate::cpu::matrix::Into;
+use crate::cpu::matrix::{Into, dims};
 use crate::cpu::simd::{Level, level};
 use crate::cpu::storage::values;
-use crate::lora_linear::cpu::dims;
 
 /// Numbers in a chunk's rows of x and y together: 64 KiB, so that they and the intermediate results
 /// stay in the second-level cache.

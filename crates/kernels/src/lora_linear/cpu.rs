@@ -10,12 +10,11 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, backend_extension};
-use burn::tensor::{Shape, Tensor};
+use burn::tensor::Tensor;
 
 use crate::cpu::gemm::{Compute, Packed, Weight, outer, times, times_t};
 use crate::cpu::half::held;
-use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
-use crate::cpu::storage::Fresh;
+use crate::cpu::matrix::{Into, MatRef, dims, filled, readable};
 
 /// The operations as a backend extension. w may be bf16, all else is f32.
 #[backend_extension(Flex, Autodiff)]
@@ -89,25 +88,6 @@ pub(super) fn lora_linear(
         scale,
         compute,
     ))
-}
-
-pub(crate) fn dims(t: &FlexTensor) -> (usize, usize) {
-    (t.layout().shape()[0], t.layout().shape()[1])
-}
-
-/// A fresh `[rows, cols]` matrix of which `fill` sets every element.
-pub(crate) fn fresh(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> Fresh {
-    let mut out = Fresh::new(rows * cols);
-    // SAFETY: the buffer has that many elements, and nothing else knows it.
-    fill(&mut unsafe { MatMut::raw(out.as_mut_ptr(), rows, cols, cols) });
-    out
-}
-
-/// The same as a tensor.
-pub(crate) fn filled(rows: usize, cols: usize, fill: impl FnOnce(&mut MatMut<'_>)) -> FlexTensor {
-    let out = fresh(rows, cols, fill);
-    // SAFETY: the caller's first product sets all of it.
-    unsafe { out.into_tensor(Shape::from(vec![rows, cols])) }
 }
 
 /// Profile's figures of products of `rows` rows with these weights: floating-point operations, and bytes

@@ -5,19 +5,15 @@ use burn::backend::autodiff::Autodiff;
 use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Dispatch, Flex, backend_extension};
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
-use super::cpu::{LinearOps, LoraState, dims, filled};
-use super::mask::{Dropout, Mask, masked, masked_sum};
+use super::cpu::{LinearOps, LoraState};
+use crate::cpu::dropout::{Dropout, dropped, dropped_sum};
 use crate::cpu::gemm::{Compute, Packed, Weight, times_t};
 use crate::cpu::half::held;
-use crate::cpu::matrix::{Into, MatRef, readable};
-use crate::cpu::simd::level;
-use crate::cpu::storage::{CHUNK, dense, owned, values};
+use crate::cpu::matrix::{Into, MatRef, dims, filled, readable};
 
 /// The operation as a backend extension.
 #[backend_extension(Flex, Autodiff)]
@@ -73,32 +69,6 @@ pub(super) fn lora_linear_dropout(
         dropout,
         compute,
     ))
-}
-
-/// `drop(x)`, in place if this is x's last handle.
-pub(crate) fn dropped(x: FlexTensor, dropout: Dropout) -> FlexTensor {
-    let (mut x, mask, level) = (owned(x), Mask::from(dropout), level());
-    x.storage_mut::<f32>()
-        .par_chunks_mut(CHUNK)
-        .enumerate()
-        .for_each(|(i, x)| {
-            masked(level, x, mask, (i * CHUNK) as u32);
-        });
-    x
-}
-
-/// `sum + drop(x)`, in place if this is the sum's last handle.
-pub(crate) fn dropped_sum(sum: FlexTensor, x: FlexTensor, dropout: Dropout) -> FlexTensor {
-    let (mut sum, x) = (owned(sum), dense(x));
-    let (mask, level, xs) = (Mask::from(dropout), level(), values(&x));
-    let parts = sum
-        .storage_mut::<f32>()
-        .par_chunks_mut(CHUNK)
-        .zip(xs.par_chunks(CHUNK));
-    parts.enumerate().for_each(|(i, (sum, x))| {
-        masked_sum(level, sum, x, mask, (i * CHUNK) as u32);
-    });
-    sum
 }
 
 impl DroppedLoraOps for Flex {

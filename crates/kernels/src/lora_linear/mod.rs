@@ -1,8 +1,7 @@
 //! A frozen linear map, alone and with a low-rank adapter beside it.
 
 pub(crate) mod cpu;
-pub(crate) mod dropped;
-pub(crate) mod mask;
+mod dropped;
 mod reference;
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
@@ -10,13 +9,12 @@ mod tests;
 
 use burn::tensor::{DType, Tensor};
 
-use crate::base_weight::{BaseWeight, Held};
+use crate::base_weight::{BaseWeight, Held, matrix_on_flex};
 use crate::block_linear::{LowRank, Projection, project};
+use crate::cpu::dropout::Dropout;
 use crate::cpu::gemm::Compute;
-use crate::cpu::storage::{OnFlex, matrix_on_flex, weight_on_flex};
+use crate::cpu::storage::{OnFlex, weight_on_flex};
 use crate::quantized_linear::packed_linear;
-
-pub use mask::Dropout;
 
 /// `y = x · wᵀ`. Where the weight asks for bf16 products, both factors are rounded to bf16, forward and for
 /// the gradient of x; up to four rows are multiplied as they are, since reading w takes the time then.

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::mask::{Dropout, Mask};
+use crate::cpu::dropout::{Dropout, Mask};
 
 pub(super) fn linear(x: Tensor<2>, w: Tensor<2>) -> Tensor<2> {
     // The transposed product: NdArray copies a transposed operand, and the weight is the large one.

@@ -6,9 +6,8 @@ use rayon::prelude::*;
 
 use super::int8::{self, Rounding};
 use crate::cpu::gemm::{Compute, Packed, Reading, Weight, times, times_t};
-use crate::cpu::matrix::{Into, MatMut, MatRef, readable};
+use crate::cpu::matrix::{Into, MatMut, MatRef, dims, filled, readable};
 use crate::cpu::storage::{CHUNK, dense, tensor, values};
-use crate::lora_linear::cpu::{dims, filled};
 use crate::quantized::PackedWeight;
 use crate::quantized::formats::Int8Rows;
 

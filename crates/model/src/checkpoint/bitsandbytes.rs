@@ -10,9 +10,9 @@ use enamel_kernels::quantized::formats::{
 };
 use serde_json::Value;
 
-use super::error::Problems;
 use super::safetensors::SafetensorsSet;
 use super::{CheckpointError, SourceDtype, TensorInfo};
+use crate::error::Problems;
 
 /// What `quantization_config` says that reading depends on.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -9,10 +9,10 @@ use enamel_kernels::quantized::formats::FloatKind;
 use serde_json::Value;
 
 use super::bitsandbytes::{Quantised, Settings};
-use super::error::Problems;
 use super::safetensors::{INDEX_FILE, SafetensorsSet};
 use super::sentencepiece::{Converted, Fault};
 use super::{CheckpointError, TensorInfo, json, sentencepiece};
+use crate::error::Problems;
 
 /// Files beside the weights that belong to a model. All but the first are optional.
 pub(crate) const SIDE_FILES: [&str; 11] = [

@@ -3,7 +3,6 @@
 mod bitsandbytes;
 mod directory;
 pub(crate) use directory::SIDE_FILES;
-mod error;
 pub(crate) mod gguf;
 mod json;
 mod mapped;
@@ -11,22 +10,21 @@ mod safetensors;
 mod sentencepiece;
 mod widen;
 
-use crate::heads::HEAD;
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use enamel_kernels::quantized::formats::FloatKind;
 use enamel_kernels::{HostValues, PackedRows};
 use rayon::prelude::*;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
 use self::directory::Directory;
 use self::gguf::GgufFile;
+use crate::digest::sha256_file;
+use crate::heads::HEAD;
 
-pub use self::error::{CheckpointError, Problems};
+pub use crate::error::{CheckpointError, Problems};
+
 pub use self::json::parse as parse_json;
 pub use self::mapped::mapped_at;
 pub(crate) use self::safetensors::is_buffer;
@@ -363,29 +361,6 @@ impl Checkpoint {
             .max_by(|a, b| a.0.total_cmp(&b.0))
             .map(|(_, name)| name.clone())
     }
-}
-
-/// The SHA-256 of a file, in hexadecimal.
-pub fn sha256_file(path: &Path) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0u8; 1 << 20];
-    loop {
-        let read = file.read(&mut buffer)?;
-        let Some(part) = buffer.get(..read).filter(|part| !part.is_empty()) else {
-            return Ok(hex(&hasher.finalize()));
-        };
-        hasher.update(part);
-    }
-}
-
-/// Lower-case hexadecimal digits of `bytes`.
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

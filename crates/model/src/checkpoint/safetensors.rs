@@ -10,9 +10,9 @@ use std::path::{Path, PathBuf};
 
 use self::header::read_header;
 pub(crate) use self::names::is_buffer;
-use super::error::Problems;
 use super::mapped::MappedFile;
 use super::{CheckpointError, SourceDtype, TensorInfo, widen};
+use crate::error::Problems;
 
 /// Name of the index of a sharded checkpoint.
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";

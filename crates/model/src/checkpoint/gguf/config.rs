@@ -9,8 +9,8 @@ use super::keys;
 use super::quant::BlockType;
 use crate::arch::{ArchConfig, GgufArch, GgufSettings};
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::error::Problems;
 use crate::config::yarn_mscale;
+use crate::error::Problems;
 
 /// The tensor into which llama.cpp's converter bakes the rope scaling of Llama 3.1 and later.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";

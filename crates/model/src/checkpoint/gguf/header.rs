@@ -11,7 +11,7 @@ use std::path::Path;
 
 use super::quant::BlockType;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::error::Problems;
+use crate::error::Problems;
 
 /// A metadata value; arrays are kept as a place in the file.
 #[derive(Clone, Debug, PartialEq)]

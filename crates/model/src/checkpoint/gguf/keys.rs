@@ -2,7 +2,7 @@
 
 use super::header::{Header, Value};
 use crate::arch::GgufArch;
-use crate::checkpoint::error::Problems;
+use crate::error::Problems;
 
 /// What a key's value must be.
 #[derive(Clone, Copy, Debug)]

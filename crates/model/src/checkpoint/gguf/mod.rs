@@ -29,10 +29,10 @@ pub(crate) use self::quant::BlockType;
 pub(crate) use self::rows::permute;
 pub(crate) use self::vocabulary::{Described, describe as describe_tokenizer};
 pub(crate) use self::write::{DataFault, Listed, Metadata, data, header};
-use super::error::Problems;
 use super::mapped::MappedFile;
 use super::{CheckpointError, SourceDtype, TensorInfo};
 use crate::arch::{GgufArch, Permuted};
+use crate::error::Problems;
 
 /// An open GGUF file. `tensors` is in the order of the infos that `open` returned.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use super::config::token;
 use super::header::Header;
 use super::keys;
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::error::Problems;
+use crate::error::Problems;
 
 /// GGUF's kinds of token.
 pub(super) const NORMAL: i64 = 1;

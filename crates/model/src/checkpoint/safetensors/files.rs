@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::super::error::Problems;
 use super::super::{CheckpointError, TensorInfo, json};
 use super::header::UniqueMap;
 use super::names::{is_buffer, some};
 use super::{INDEX_FILE, SINGLE_FILE, SafetensorsSet};
+use crate::error::Problems;
 
 const ENDING: &str = ".safetensors";
 

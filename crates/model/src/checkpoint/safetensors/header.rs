@@ -6,10 +6,10 @@ use std::ops::Range;
 use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 
-use super::super::error::Problems;
 use super::super::mapped::MappedFile;
 use super::super::{CheckpointError, SourceDtype, TensorInfo, json};
 use super::names;
+use crate::error::Problems;
 
 /// The format's own limit on a header, kept by its reference implementation.
 const MAX_HEADER: u64 = 100_000_000;

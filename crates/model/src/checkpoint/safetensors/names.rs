@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use super::super::TensorInfo;
-use super::super::error::Problems;
 use crate::arch::ArchConfig;
+use crate::error::Problems;
 
 /// Parts that wrappers put into names: `torch.compile`, FSDP, activation checkpointing.
 const WRAPPERS: [&str; 3] = [

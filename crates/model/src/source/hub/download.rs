@@ -12,7 +12,7 @@ use super::answer::{self, Announced, BlobId, Listed};
 use super::client::{Answer, Client, Failure};
 use super::layout::{RepoFolder, remove};
 use super::{SourceError, is_weights, refused, unreachable};
-use crate::checkpoint::{hex, sha256_file};
+use crate::digest::{hex, sha256_file};
 use crate::source::network::Network;
 use crate::source::{HubRef, PullProgress};
 

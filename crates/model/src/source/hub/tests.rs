@@ -11,7 +11,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::checkpoint::hex;
+use crate::digest::hex;
 use crate::source::{ModelRef, locate, pull};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::WEIGHTS;
-use crate::checkpoint::hex;
+use crate::digest::hex;
 
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 pub const CONFIG: &str = "{\"model_type\": \"llama\"}";

@@ -2,7 +2,11 @@
 //! backward, the same on any number of threads, and a resumed run draws what an uninterrupted one
 //! would have.
 
-use crate::cpu::simd::simd_fn;
+use burn::backend::flex::FlexTensor;
+use rayon::prelude::*;
+
+use super::simd::{level, simd_fn};
+use super::storage::{CHUNK, dense, owned, values};
 
 /// Dropout of one call.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,7 +58,7 @@ fn mixed(x: u32) -> u32 {
 impl Mask {
     /// The factor on element `index` of the row-major tensor.
     #[inline(always)]
-    pub(super) fn factor(self, index: u32) -> f32 {
+    pub(crate) fn factor(self, index: u32) -> f32 {
         let h = mixed(mixed(index.wrapping_add(self.low)) ^ self.high);
         if h >= self.threshold { self.scale } else { 0.0 }
     }
@@ -76,6 +80,32 @@ simd_fn! {
             *sum += x * mask.factor(start.wrapping_add(i));
         }
     }
+}
+
+/// `drop(x)`, in place if this is x's last handle.
+pub(crate) fn dropped(x: FlexTensor, dropout: Dropout) -> FlexTensor {
+    let (mut x, mask, level) = (owned(x), Mask::from(dropout), level());
+    x.storage_mut::<f32>()
+        .par_chunks_mut(CHUNK)
+        .enumerate()
+        .for_each(|(i, x)| {
+            masked(level, x, mask, (i * CHUNK) as u32);
+        });
+    x
+}
+
+/// `sum + drop(x)`, in place if this is the sum's last handle.
+pub(crate) fn dropped_sum(sum: FlexTensor, x: FlexTensor, dropout: Dropout) -> FlexTensor {
+    let (mut sum, x) = (owned(sum), dense(x));
+    let (mask, level, xs) = (Mask::from(dropout), level(), values(&x));
+    let parts = sum
+        .storage_mut::<f32>()
+        .par_chunks_mut(CHUNK)
+        .zip(xs.par_chunks(CHUNK));
+    parts.enumerate().for_each(|(i, (sum, x))| {
+        masked_sum(level, sum, x, mask, (i * CHUNK) as u32);
+    });
+    sum
 }
 
 #[cfg(test)]
