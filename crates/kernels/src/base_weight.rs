@@ -221,15 +221,11 @@ impl HostValues {
         }
     }
 
-    /// A matrix of so many columns, the other way round.
+    /// See [`transposed`].
     pub fn transposed(self, columns: usize) -> Self {
-        fn turned<T: Copy>(values: &[T], columns: usize) -> Vec<T> {
-            let column = |c: usize| values.iter().skip(c).step_by(columns).copied();
-            (0..columns).flat_map(column).collect()
-        }
         match self {
-            Self::F32(values) => Self::F32(turned(&values, columns)),
-            Self::Bf16(values) => Self::Bf16(turned(&values, columns)),
+            Self::F32(values) => Self::F32(transposed(&values, columns)),
+            Self::Bf16(values) => Self::Bf16(transposed(&values, columns)),
         }
     }
 
@@ -257,6 +253,12 @@ impl HostValues {
             ),
         }
     }
+}
+
+/// The row-major values of a matrix of so many columns, the other way round.
+pub fn transposed<T: Copy>(values: &[T], columns: usize) -> Vec<T> {
+    let column = |c: usize| values.iter().skip(c).step_by(columns).copied();
+    (0..columns).flat_map(column).collect()
 }
 
 fn converted<A: Sync, B: Copy + Default + Send>(

@@ -46,7 +46,7 @@ pub use adamw::{
 };
 pub use add_rms_norm::add_rms_norm;
 pub use attention::{AttentionSpec, KeyMask, Segments, SegmentsError, attention, attention_qkv};
-pub use base_weight::{BaseWeight, Held, HostValues, Matrix, holds_bf16};
+pub use base_weight::{BaseWeight, Held, HostValues, Matrix, holds_bf16, transposed};
 pub use block_linear::{LowRank, Norm, Projection, fuses, project, project_add, swiglu_project};
 pub use cross_entropy::{
     LossSpec, linear_cross_entropy, linear_cross_entropy_with, loss_bytes, token_log_probs,

@@ -1,5 +1,7 @@
 //! A module without its weights.
 
+use enamel_kernels::transposed;
+
 /// What kind of module a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModuleKind {
@@ -61,7 +63,7 @@ impl ModuleShape {
     /// Values of the weight as a checkpoint has them become `[out, in]`.
     pub fn from_stored(&self, values: Vec<f32>) -> Vec<f32> {
         match (self.transposed, self.shape.as_slice()) {
-            (true, [out, input]) => transposed(&values, *input, *out),
+            (true, [out, _]) => transposed(&values, *out),
             _ => values,
         }
     }
@@ -69,7 +71,7 @@ impl ModuleShape {
     /// Values of the weight become as a checkpoint has them.
     pub fn to_stored(&self, values: Vec<f32>) -> Vec<f32> {
         match (self.transposed, self.shape.as_slice()) {
-            (true, [out, input]) => transposed(&values, *out, *input),
+            (true, [_, input]) => transposed(&values, *input),
             _ => values,
         }
     }
@@ -82,19 +84,4 @@ pub(crate) fn elements(module: &ModuleShape) -> usize {
         0
     };
     module.shape.iter().product::<usize>() + bias
-}
-
-/// A matrix of `rows` rows and `columns` columns, the other way round.
-fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    let mut out = Vec::with_capacity(values.len());
-    for column in 0..columns {
-        out.extend(
-            values
-                .iter()
-                .skip(column)
-                .step_by(columns.max(1))
-                .take(rows),
-        );
-    }
-    out
 }

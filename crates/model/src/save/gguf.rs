@@ -9,6 +9,7 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use enamel_adapter::staging::{self, StagedFile};
+use enamel_kernels::transposed;
 use serde_json::{Map, Value};
 
 use super::{ReadTensor, SaveError, io};
@@ -293,7 +294,7 @@ pub fn write_gguf_lora(
         };
         match (index % 2, module.embedding) {
             (0, false) => Ok(module.a.clone()),
-            (0, true) => Ok(transposed(&module.a, module.r)),
+            (0, true) => Ok(transposed(&module.a, module.a.len() / module.r)),
             _ => {
                 let (name, rows) = (
                     format!("{}.weight", module.module),
@@ -400,7 +401,7 @@ fn in_order(
     (arch, config): (&GgufArch, &DecoderConfig),
 ) -> Result<Vec<f32>, SaveError> {
     match arch.is_transposed(name) {
-        true => Ok(transposed(&values, rows)),
+        true => Ok(transposed(&values, values.len() / rows)),
         false => rows_in_order(name, values, rows, (arch, config)),
     }
 }
@@ -422,12 +423,6 @@ fn rows_in_order(
             "tensor '{name}' of {rows} rows does not divide into {heads} heads of an even size"
         )],
     })
-}
-
-fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
-    let columns = values.len() / rows;
-    let column = |c: usize| values.iter().skip(c).step_by(columns).copied();
-    (0..columns).flat_map(column).collect()
 }
 
 fn counts(listed: &[Listed]) -> BTreeMap<&'static str, usize> {
