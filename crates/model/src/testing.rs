@@ -69,6 +69,7 @@ impl MemorySource {
                     (values(l.weight.dense()), l.weight.dims().to_vec(), bias)
                 }
                 SlotRef::Embedding(e) => (values(e.weight.dense()), e.weight.dims().to_vec(), None),
+                SlotRef::Conv(_) | SlotRef::Param(_) => unreachable!("no model has one yet"),
                 SlotRef::Norm(n) => {
                     let bias = n.bias.as_ref().map(|b| values(b.val()));
                     (values(n.weight.val()), n.weight.dims().to_vec(), bias)

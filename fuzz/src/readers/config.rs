@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use burn::tensor::Device;
-use enamel_model::arch::vit_modules;
+use enamel_model::arch::described_modules;
 use enamel_model::{ArchConfig, Model};
 use serde_json::{Value, json};
 
@@ -73,8 +73,8 @@ impl Reader for Config {
         let Ok(json) = serde_json::from_slice::<Value>(input.part("@config.json")) else {
             return Ok(false);
         };
-        if json.get("model_type").and_then(Value::as_str) == Some("vit") {
-            return Ok(vit_modules(&json).is_ok_and(|modules| !modules.is_empty()));
+        if let Some(modules) = described_modules(&json) {
+            return Ok(modules.is_ok_and(|modules| !modules.is_empty()));
         }
         let Ok(config) = ArchConfig::from_json(&json) else {
             return Ok(false);

@@ -173,6 +173,8 @@ pub fn base_values(model: &Model) -> BTreeMap<String, Vec<f32>> {
             }
             SlotRef::Embedding(table) => floats(table.weight.dense()),
             SlotRef::Norm(norm) => floats(norm.weight.val()),
+            SlotRef::Conv(conv) => floats(conv.weight.val()),
+            SlotRef::Param(param) => floats(param.weight.val()),
         };
         all.insert(format!("{name}.weight"), weight);
     });

@@ -13,6 +13,11 @@ pub enum ModuleKind {
     Embedding,
     /// A norm.
     Norm,
+    /// A convolution over images.
+    Conv,
+    /// A parameter that belongs to no module of its own: a class token, a table of positions. Its name is the
+    /// parameter's, with no `.weight` behind it.
+    Param,
 }
 
 /// One module of a model that need not be loaded: enough to match targets and count parameters.
@@ -22,7 +27,8 @@ pub struct ModuleShape {
     pub name: String,
     /// Kind.
     pub kind: ModuleKind,
-    /// Shape of `weight`: `[out, in]`, `[vocabulary, hidden]` or `[hidden]`.
+    /// Shape of `weight`: `[out, in]`, `[vocabulary, hidden]`, `[hidden]`, of a convolution
+    /// `[out, in, height, width]`; a bare parameter's own.
     pub shape: Vec<usize>,
     /// Whether there is a bias, of `shape[0]` elements.
     pub bias: bool,
@@ -38,8 +44,16 @@ impl ModuleShape {
         if self.bias {
             tensors.push((format!("{}.bias", self.name), self.shape[..1].to_vec()));
         }
-        tensors.push((format!("{}.weight", self.name), self.stored_shape()));
+        tensors.push((self.weight_name(), self.stored_shape()));
         tensors
+    }
+
+    /// The name of its weight in a checkpoint.
+    pub fn weight_name(&self) -> String {
+        match self.kind {
+            ModuleKind::Param => self.name.clone(),
+            _ => format!("{}.weight", self.name),
+        }
     }
 
     /// Names and shapes of its parameters as the model holds them.

@@ -28,7 +28,7 @@ fn rounded(held: bool, compute: Compute) -> Tiny {
     model.for_each_slot(&mut |name, slot| match slot {
         Slot::Linear(linear) => linear.weight = hold(name, &linear.weight),
         Slot::Embedding(table) => table.weight = hold(name, &table.weight),
-        Slot::Norm(_) => {}
+        Slot::Norm(_) | Slot::Conv(_) | Slot::Param(_) => {}
     });
     model
 }

@@ -127,6 +127,8 @@ fn gradients_reach_every_parameter_of_the_adapter_and_nothing_else() {
                 }
                 SlotRef::Embedding(e) => e.weight.dense().grad(&grads).is_some(),
                 SlotRef::Norm(n) => n.weight.val().grad(&grads).is_some(),
+                SlotRef::Conv(n) => n.weight.val().grad(&grads).is_some(),
+                SlotRef::Param(n) => n.weight.val().grad(&grads).is_some(),
             };
             assert!(!reached, "{name}: {module}");
         });

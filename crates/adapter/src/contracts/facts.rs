@@ -181,6 +181,7 @@ fn on_host(slot: SlotRef<'_>) -> HostModule {
             weight: values(table.weight.dense()),
             bias: None,
         },
+        SlotRef::Conv(_) | SlotRef::Param(_) => unreachable!("the test model has none"),
         SlotRef::Norm(norm) => HostModule {
             weight: values(norm.weight.val()),
             bias: norm.bias.as_ref().map(|bias| values(bias.val())),

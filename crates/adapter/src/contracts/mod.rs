@@ -429,6 +429,7 @@ fn base_of(model: &Tiny) -> Vec<(String, Vec<f32>)> {
                     table.weight.dense().into_data().try_into_vec().unwrap(),
                 );
             }
+            SlotRef::Conv(_) | SlotRef::Param(_) => {}
             SlotRef::Norm(norm) => {
                 add(
                     "weight",

@@ -81,7 +81,7 @@ pub(super) fn agree<M: Adaptable>(
                 let part = table.part(adapter).and_then(|p| p.lora.as_ref());
                 part.map(|lora| lora.scale)
             }
-            SlotRef::Norm(_) => None,
+            SlotRef::Norm(_) | SlotRef::Conv(_) | SlotRef::Param(_) => None,
         };
         let target = plan.targets.iter().find(|t| t.name == name);
         if let (Some(scale), Some(target)) = (scale, target)
@@ -167,7 +167,7 @@ fn is_copy_of_base(key: &str, stored: &Stored, base: (&[ModuleShape], &IsBase<'_
             // A head that shares the embedding's weights has no place of its own.
             ModuleKind::Embedding => name == "lm_head" || module.name == name,
             ModuleKind::Linear | ModuleKind::Head => module.name == name,
-            ModuleKind::Norm => false,
+            ModuleKind::Norm | ModuleKind::Conv | ModuleKind::Param => false,
         };
         may && is_base(&module.name, stored)
     })

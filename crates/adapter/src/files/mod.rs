@@ -305,7 +305,7 @@ fn is_base_of<M: Adaptable>(model: &M) -> impl Fn(&str, &Stored) -> bool + '_ {
                 _ if name != module => return,
                 SlotRef::Linear(linear) => &linear.weight,
                 SlotRef::Embedding(table) => &table.weight,
-                SlotRef::Norm(_) => return,
+                SlotRef::Norm(_) | SlotRef::Conv(_) | SlotRef::Param(_) => return,
             };
             let held = crate::base::to_host(name, base.dense()).unwrap_or_default();
             same = stored.is_rounded(&held, values)

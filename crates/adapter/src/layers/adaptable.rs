@@ -19,6 +19,10 @@ pub enum Slot<'a> {
     Embedding(&'a mut Embedding),
     /// A norm's weight, with its bias if it has one.
     Norm(&'a mut Frozen<1>),
+    /// A convolution over images `[out, in, height, width]`, with its bias if it has one.
+    Conv(&'a mut Frozen<4>),
+    /// A parameter that belongs to no module of its own `[1, rows, width]`: a class token, a table of positions.
+    Param(&'a mut Frozen<3>),
 }
 
 /// A named place, to read it.
@@ -29,6 +33,10 @@ pub enum SlotRef<'a> {
     Embedding(&'a Embedding),
     /// A norm's weight, with its bias if it has one.
     Norm(&'a Frozen<1>),
+    /// A convolution over images.
+    Conv(&'a Frozen<4>),
+    /// A parameter that belongs to no module of its own.
+    Param(&'a Frozen<3>),
 }
 
 /// Does the same to whatever kind of module a slot is.
@@ -38,6 +46,8 @@ macro_rules! each {
             Slot::Linear($module) => $body,
             Slot::Embedding($module) => $body,
             Slot::Norm($module) => $body,
+            Slot::Conv($module) => $body,
+            Slot::Param($module) => $body,
         }
     };
     (ref $slot:expr, $module:ident => $body:expr) => {
@@ -45,6 +55,8 @@ macro_rules! each {
             SlotRef::Linear($module) => $body,
             SlotRef::Embedding($module) => $body,
             SlotRef::Norm($module) => $body,
+            SlotRef::Conv($module) => $body,
+            SlotRef::Param($module) => $body,
         }
     };
 }
@@ -80,6 +92,11 @@ impl SlotRef<'_> {
         each!(ref self, module => module.unmerged.is_some())
     }
 
+    /// Whether the base itself is trained here.
+    pub(crate) fn trains_base(&self) -> bool {
+        each!(ref self, module => module.trains_base)
+    }
+
     pub(crate) fn routing(&self) -> &Routing {
         each!(ref self, module => &module.routing)
     }
@@ -100,6 +117,11 @@ impl SlotRef<'_> {
                 let shape = norm.weight.dims().to_vec();
                 (ModuleKind::Norm, shape, norm.bias.is_some())
             }
+            Self::Conv(conv) => {
+                let shape = conv.weight.dims().to_vec();
+                (ModuleKind::Conv, shape, conv.bias.is_some())
+            }
+            Self::Param(param) => (ModuleKind::Param, param.weight.dims().to_vec(), false),
         };
         let transposed = matches!(self, Self::Linear(linear) if linear.transposed);
         ModuleShape {

@@ -33,15 +33,21 @@ impl Slots for Embedding {
     }
 }
 
-impl Slots for Frozen<1> {
-    fn slots(&mut self, name: &str, f: &mut dyn FnMut(&str, Slot<'_>)) {
-        f(name, Slot::Norm(self));
-    }
+/// Whole parameters, by what a tensor of that rank is in a model.
+macro_rules! frozen {
+    ($($rank:literal => $kind:ident),+) => {$(
+        impl Slots for Frozen<$rank> {
+            fn slots(&mut self, name: &str, f: &mut dyn FnMut(&str, Slot<'_>)) {
+                f(name, Slot::$kind(self));
+            }
 
-    fn slots_ref(&self, name: &str, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
-        f(name, SlotRef::Norm(self));
-    }
+            fn slots_ref(&self, name: &str, f: &mut dyn FnMut(&str, SlotRef<'_>)) {
+                f(name, SlotRef::$kind(self));
+            }
+        }
+    )+};
 }
+frozen!(1 => Norm, 3 => Param, 4 => Conv);
 
 impl<T: Slots> Slots for Option<T> {
     fn slots(&mut self, name: &str, f: &mut dyn FnMut(&str, Slot<'_>)) {
@@ -141,3 +147,7 @@ macro_rules! slots {
     (@ $field:ident) => { stringify!($field) };
     (@ $field:ident $called:literal) => { $called };
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -14,6 +14,8 @@ pub enum ParamRef<'a> {
     Matrix(&'a Param<Tensor<2>>),
     /// Of three axes: matrices in a row.
     Blocks(&'a Param<Tensor<3>>),
+    /// Of four axes.
+    Rank4(&'a Param<Tensor<4>>),
 }
 
 /// A parameter of any rank, to change.
@@ -24,7 +26,26 @@ pub enum ParamMut<'a> {
     Matrix(&'a mut Param<Tensor<2>>),
     /// Of three axes: matrices in a row.
     Blocks(&'a mut Param<Tensor<3>>),
+    /// Of four axes.
+    Rank4(&'a mut Param<Tensor<4>>),
 }
+
+macro_rules! of_rank {
+    ($($rank:literal => $kind:ident),+) => {$(
+        impl<'a> From<&'a Param<Tensor<$rank>>> for ParamRef<'a> {
+            fn from(param: &'a Param<Tensor<$rank>>) -> Self {
+                Self::$kind(param)
+            }
+        }
+
+        impl<'a> From<&'a mut Param<Tensor<$rank>>> for ParamMut<'a> {
+            fn from(param: &'a mut Param<Tensor<$rank>>) -> Self {
+                Self::$kind(param)
+            }
+        }
+    )+};
+}
+of_rank!(1 => Vector, 2 => Matrix, 3 => Blocks, 4 => Rank4);
 
 impl ParamRef<'_> {
     /// Its id.
@@ -33,6 +54,7 @@ impl ParamRef<'_> {
             Self::Vector(p) => p.id,
             Self::Matrix(p) => p.id,
             Self::Blocks(p) => p.id,
+            Self::Rank4(p) => p.id,
         }
     }
 
@@ -42,6 +64,7 @@ impl ParamRef<'_> {
             Self::Vector(p) => p.dims().to_vec(),
             Self::Matrix(p) => p.dims().to_vec(),
             Self::Blocks(p) => p.dims().to_vec(),
+            Self::Rank4(p) => p.dims().to_vec(),
         }
     }
 
@@ -51,6 +74,7 @@ impl ParamRef<'_> {
             Self::Vector(p) => to_host(name, p.val()),
             Self::Matrix(p) => to_host(name, p.val()),
             Self::Blocks(p) => to_host(name, p.val()),
+            Self::Rank4(p) => to_host(name, p.val()),
         }
     }
 
@@ -64,6 +88,7 @@ impl ParamRef<'_> {
             Self::Vector(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
             Self::Matrix(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
             Self::Blocks(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
+            Self::Rank4(p) => p.val().grad(grads).map(|g| to_host(name, g)).transpose(),
         }
     }
 }
@@ -75,6 +100,7 @@ impl ParamMut<'_> {
             Self::Vector(p) => ParamRef::Vector(p),
             Self::Matrix(p) => ParamRef::Matrix(p),
             Self::Blocks(p) => ParamRef::Blocks(p),
+            Self::Rank4(p) => ParamRef::Rank4(p),
         }
     }
 
@@ -84,6 +110,7 @@ impl ParamMut<'_> {
             Self::Vector(p) => replace(p, values),
             Self::Matrix(p) => replace(p, values),
             Self::Blocks(p) => replace(p, values),
+            Self::Rank4(p) => replace(p, values),
         }
     }
 }

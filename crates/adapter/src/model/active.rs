@@ -49,12 +49,11 @@ pub fn set_rows<M: Adaptable>(model: &mut M, rows: &[Option<&str>]) -> Result<()
     model.for_each_slot_ref(&mut |module, slot| {
         let asked = |name: &str| names.contains(&name);
         match slot {
-            SlotRef::Norm(norm) => {
-                let whole = norm.parts.iter().filter(|p| asked(&p.name));
-                problems.extend(whole.map(|part| {
+            SlotRef::Norm(_) | SlotRef::Conv(_) | SlotRef::Param(_) => {
+                let whole = slot.adapters().into_iter().filter(|name| asked(name));
+                problems.extend(whole.map(|name| {
                     format!(
-                        "{} trains {module} whole; the rows of a batch cannot differ in a norm",
-                        part.name
+                        "{name} trains {module} whole; the rows of a batch cannot differ in that"
                     )
                 }));
             }
@@ -113,7 +112,7 @@ pub(crate) fn conflicts<M: Adaptable>(model: &M, names: &[&str]) -> Vec<String> 
                     }
                 }
             }
-            SlotRef::Norm(norm) => refuse("", norm.parts.iter().map(|p| p.name.as_str()).collect()),
+            SlotRef::Norm(_) | SlotRef::Conv(_) | SlotRef::Param(_) => refuse("", slot.adapters()),
         }
     });
     problems

@@ -12,7 +12,7 @@ use crate::base::to_host;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, Slot, SlotRef, model_part};
 use crate::layers::embedding::EmbeddingPart;
-use crate::layers::frozen::FrozenPart;
+use crate::layers::frozen::{Frozen, FrozenPart};
 use crate::layers::linear::{Linear, LinearPart, SavedLinear};
 use crate::methods::tokens::TrainableTokens;
 use crate::methods::{InitContext, InitFactorsFor, MethodConfig, Placement, adapter_param_id};
@@ -99,7 +99,7 @@ fn refuse_packed<M: Adaptable>(model: &M) -> Result<()> {
         let packed = match &slot {
             SlotRef::Linear(linear) => linear.weight.packed(),
             SlotRef::Embedding(table) => table.weight.packed(),
-            SlotRef::Norm(_) => None,
+            SlotRef::Norm(_) | SlotRef::Conv(_) | SlotRef::Param(_) => None,
         };
         if let Some(packed) = packed {
             let format = packed.rows().name();
@@ -147,13 +147,9 @@ pub fn shapes<M: Adaptable>(model: &M) -> Vec<ModuleShape> {
 pub(crate) fn attached<M: Adaptable>(model: &M, adapter: Option<&str>) -> Option<String> {
     let mut first = None;
     model.for_each_slot_ref(&mut |name, slot| {
-        let trains_base = match &slot {
-            SlotRef::Linear(l) => l.trains_base,
-            SlotRef::Embedding(e) => e.trains_base,
-            SlotRef::Norm(n) => n.trains_base,
-        };
         let mut parts = slot.adapters().into_iter();
-        let busy = trains_base || parts.any(|part| adapter.is_none_or(|adapter| part == adapter));
+        let busy =
+            slot.trains_base() || parts.any(|part| adapter.is_none_or(|adapter| part == adapter));
         if busy && first.is_none() {
             first = Some(name.to_string());
         }
@@ -289,24 +285,9 @@ pub(crate) fn install<M: Adaptable, C: MethodConfig>(
                     table.parts.push(part);
                 }
             }
-            Slot::Norm(norm) => {
-                freeze(&mut norm.weight);
-                norm.bias.iter_mut().for_each(freeze);
-                let whole = saved(name);
-                let bias_key = match bias(name) {
-                    Some(plan) => Some(plan.key.clone()),
-                    None => whole.then(|| key(name, "bias")),
-                };
-                let bias = bias_key.zip(norm.bias.as_ref());
-                let part = FrozenPart {
-                    name: adapter.to_string(),
-                    saved: whole.then(|| copier.copy(&key(name, "weight"), norm.weight.val())),
-                    bias: bias.map(|(key, bias)| copier.copy(&key, bias.val())),
-                };
-                if part.saved.is_some() || part.bias.is_some() {
-                    norm.parts.push(part);
-                }
-            }
+            Slot::Norm(norm) => attach_whole(norm, name, plan, &copier),
+            Slot::Conv(conv) => attach_whole(conv, name, plan, &copier),
+            Slot::Param(param) => attach_whole(param, name, plan, &copier),
         }
     });
     route(model, &Routing::to(adapter));
@@ -328,7 +309,7 @@ fn make_values<M: Adaptable>(
         let weight = match slot {
             SlotRef::Linear(linear) => linear.weight.get(),
             SlotRef::Embedding(table) => table.weight.get(),
-            SlotRef::Norm(_) => return,
+            SlotRef::Norm(_) | SlotRef::Conv(_) | SlotRef::Param(_) => return,
         };
         if failed.is_some() {
             return;
@@ -348,6 +329,11 @@ fn train_everything<M: Adaptable>(model: &mut M, trainable: bool) {
     fn set<const D: usize>(param: &mut Param<Tensor<D>>, trainable: bool) {
         *param = param.clone().set_require_grad(trainable);
     }
+    fn train_whole<const D: usize>(module: &mut Frozen<D>, trainable: bool) {
+        module.trains_base = true;
+        set(&mut module.weight, trainable);
+        module.bias.iter_mut().for_each(|bias| set(bias, trainable));
+    }
     model.for_each_slot(&mut |_, slot| match slot {
         Slot::Linear(linear) => {
             linear.trains_base = true;
@@ -358,11 +344,9 @@ fn train_everything<M: Adaptable>(model: &mut M, trainable: bool) {
             table.trains_base = true;
             table.weight.widen(trainable);
         }
-        Slot::Norm(norm) => {
-            norm.trains_base = true;
-            set(&mut norm.weight, trainable);
-            norm.bias.iter_mut().for_each(|bias| set(bias, trainable));
-        }
+        Slot::Norm(norm) => train_whole(norm, trainable),
+        Slot::Conv(conv) => train_whole(conv, trainable),
+        Slot::Param(param) => train_whole(param, trainable),
     });
 }
 
@@ -373,6 +357,8 @@ pub(crate) fn device<M: Adaptable>(model: &M) -> Device {
             SlotRef::Linear(linear) => linear.weight.device(),
             SlotRef::Embedding(table) => table.weight.device(),
             SlotRef::Norm(norm) => norm.weight.device(),
+            SlotRef::Conv(conv) => conv.weight.device(),
+            SlotRef::Param(param) => param.weight.device(),
         });
     });
     device.unwrap_or_default()
@@ -385,6 +371,32 @@ fn freeze_linear(linear: &mut Linear) {
 
 fn freeze<const D: usize>(param: &mut Param<Tensor<D>>) {
     *param = param.clone().no_grad();
+}
+
+/// Freezes a module that is used as a whole, and makes the copies that the plan asks for.
+fn attach_whole<const D: usize>(
+    module: &mut Frozen<D>,
+    name: &str,
+    plan: &AdapterPlan,
+    copier: &Copier<'_>,
+) {
+    freeze(&mut module.weight);
+    module.bias.iter_mut().for_each(freeze);
+    let key = |parameter: &str| format!("{PREFIX}{name}.{parameter}");
+    let whole = plan.saved.iter().any(|saved| saved.name == name);
+    let bias_key = match plan.biases.iter().find(|bias| bias.name == name) {
+        Some(plan) => Some(plan.key.clone()),
+        None => whole.then(|| key("bias")),
+    };
+    let bias = bias_key.zip(module.bias.as_ref());
+    let part = FrozenPart {
+        name: copier.adapter.to_string(),
+        saved: whole.then(|| copier.copy(&key("weight"), module.weight.val())),
+        bias: bias.map(|(key, bias)| copier.copy(&key, bias.val())),
+    };
+    if part.saved.is_some() || part.bias.is_some() {
+        module.parts.push(part);
+    }
 }
 
 /// Makes trained copies of base parameters for one adapter.

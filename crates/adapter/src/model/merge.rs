@@ -10,7 +10,7 @@ use crate::base::ids::frozen_param;
 use crate::base::routing::Routing;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, Slot, SlotRef, UseOfPart, model_part};
-use crate::layers::frozen::UnmergedFrozen;
+use crate::layers::frozen::{Frozen, UnmergedFrozen};
 use crate::layers::linear::{Linear, UnmergedLinear};
 use crate::model::active::{refuse_merged, routing};
 use crate::model::attach::detach;
@@ -96,21 +96,9 @@ pub fn merge_adapters<M: Adaptable>(model: &mut M, names: &[&str]) -> Result<()>
                 table.unmerged = Some(old);
             }
         }
-        Slot::Norm(norm) => {
-            if norm.parts.iter().any(|part| names.contains(&part.name)) {
-                let old = UnmergedFrozen {
-                    weight: norm.weight.clone(),
-                    bias: norm.bias.clone(),
-                };
-                let bias = norm.folded_bias(&names);
-                norm.weight = with_value(&old.weight, norm.folded(&names));
-                norm.bias = match (&old.bias, bias) {
-                    (Some(old), Some(new)) => Some(with_value(old, new)),
-                    _ => None,
-                };
-                norm.unmerged = Some(old);
-            }
-        }
+        Slot::Norm(norm) => fold(norm, &names),
+        Slot::Conv(conv) => fold(conv, &names),
+        Slot::Param(param) => fold(param, &names),
     });
     Ok(())
 }
@@ -129,12 +117,9 @@ pub fn unmerge<M: Adaptable>(model: &mut M) {
                 table.weight = old;
             }
         }
-        Slot::Norm(norm) => {
-            if let Some(old) = norm.unmerged.take() {
-                norm.weight = old.weight;
-                norm.bias = old.bias;
-            }
-        }
+        Slot::Norm(norm) => unfold(norm),
+        Slot::Conv(conv) => unfold(conv),
+        Slot::Param(param) => unfold(param),
     });
 }
 
@@ -144,6 +129,8 @@ fn forget<M: Adaptable>(model: &mut M) {
         Slot::Linear(linear) => linear.unmerged = None,
         Slot::Embedding(table) => table.unmerged = None,
         Slot::Norm(norm) => norm.unmerged = None,
+        Slot::Conv(conv) => conv.unmerged = None,
+        Slot::Param(param) => param.unmerged = None,
     });
 }
 
@@ -181,6 +168,41 @@ fn with_value<const D: usize>(param: &Param<Tensor<D>>, value: Tensor<D>) -> Par
     param.clone().map(|_| value)
 }
 
+/// Puts the trained copies that these adapters have in the place of the base's.
+fn fold<const D: usize>(module: &mut Frozen<D>, names: &[String]) {
+    if !module.parts.iter().any(|part| names.contains(&part.name)) {
+        return;
+    }
+    let old = UnmergedFrozen {
+        weight: module.weight.clone(),
+        bias: module.bias.clone(),
+    };
+    let bias = module.folded_bias(names);
+    module.weight = with_value(&old.weight, module.folded(names));
+    module.bias = match (&old.bias, bias) {
+        (Some(old), Some(new)) => Some(with_value(old, new)),
+        _ => None,
+    };
+    module.unmerged = Some(old);
+}
+
+/// Puts the base's own values back.
+fn unfold<const D: usize>(module: &mut Frozen<D>) {
+    if let Some(old) = module.unmerged.take() {
+        module.weight = old.weight;
+        module.bias = old.bias;
+    }
+}
+
+/// Which parameter is not finite under these adapters.
+fn not_finite<const D: usize>(module: &Frozen<D>, names: &[String]) -> Option<&'static str> {
+    if !finite(module.folded(names)) {
+        return Some("weight");
+    }
+    let bias = module.folded_bias(names);
+    bias.filter(|bias| !finite(bias.clone())).map(|_| "bias")
+}
+
 fn check<M: Adaptable>(model: &M, names: &[String]) -> Result<()> {
     let mut bad = None;
     model.for_each_slot_ref(&mut |name, slot| {
@@ -200,14 +222,9 @@ fn check<M: Adaptable>(model: &M, names: &[String]) -> Result<()> {
                 }
             }
             SlotRef::Embedding(table) => (!finite(table.folded(names).dense())).then_some("weight"),
-            SlotRef::Norm(norm) => {
-                let bias = norm.folded_bias(names);
-                if !finite(norm.folded(names)) {
-                    Some("weight")
-                } else {
-                    bias.filter(|bias| !finite(bias.clone())).map(|_| "bias")
-                }
-            }
+            SlotRef::Norm(norm) => not_finite(norm, names),
+            SlotRef::Conv(conv) => not_finite(conv, names),
+            SlotRef::Param(param) => not_finite(param, names),
         };
         bad = parameter.map(|parameter| format!("{name}.{parameter}, merged,"));
     });

@@ -109,6 +109,11 @@ fn build<C: MethodConfig>(
                  trained; make it a target instead",
                 module.name
             )),
+            Role::Saved if module.kind == ModuleKind::Param => problems.push(format!(
+                "modules_to_save: {} is a parameter and no module; train all of the model with method = \"full\", or \
+                 leave it out",
+                module.name
+            )),
             Role::Saved => saved.push(SavedPlan {
                 name: module.name.clone(),
                 shape: module.shape.clone(),
@@ -235,10 +240,21 @@ fn target<C: MethodConfig>(
         (ModuleKind::Linear | ModuleKind::Head, [out, width]) => (*out, *width),
         (ModuleKind::Embedding, [rows, width]) if cfg.adapts_embeddings() => (*width, *rows),
         _ => {
-            let what = if embedding {
-                "an embedding, which this method does not adapt"
-            } else {
-                "not a linear layer"
+            let what = match module.kind {
+                ModuleKind::Embedding => "an embedding, which this method does not adapt",
+                ModuleKind::Conv => {
+                    return Err(format!(
+                        "target_modules: {name} is a convolution, which no method adapts; leave it out, or train all \
+                         of the model with method = \"full\""
+                    ));
+                }
+                ModuleKind::Param => {
+                    return Err(format!(
+                        "target_modules: {name} is a parameter and no module; leave it out, or train all of the model \
+                         with method = \"full\""
+                    ));
+                }
+                _ => "not a linear layer",
             };
             return Err(format!(
                 "target_modules: {name} is {what} (modules_to_save trains a full copy)"

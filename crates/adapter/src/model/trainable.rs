@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 
-use burn::module::ParamId;
-use burn::tensor::Gradients;
+use burn::module::{Param, ParamId};
+use burn::tensor::{Gradients, Tensor};
 
 use crate::base::routing::DEFAULT;
 use crate::base::to_host;
 use crate::error::{AdapterError, Result};
 use crate::layers::adaptable::{Adaptable, Slot, SlotRef, model_part};
+use crate::layers::frozen::Frozen;
 use crate::methods::{ParamMut, ParamRef};
 use crate::plan::PREFIX;
 
@@ -73,21 +74,9 @@ pub fn for_each_param_of<M: Adaptable>(
                     f(&key(TOKENS), ParamRef::Matrix(&tokens.delta));
                 }
             }
-            SlotRef::Norm(norm) => {
-                if whole && norm.trains_base {
-                    f(&format!("{name}.weight"), ParamRef::Vector(&norm.weight));
-                    if let Some(bias) = &norm.bias {
-                        f(&format!("{name}.bias"), ParamRef::Vector(bias));
-                    }
-                }
-                let part = norm.part(adapter);
-                if let Some(saved) = part.and_then(|part| part.saved.as_ref()) {
-                    f(&key("weight"), ParamRef::Vector(saved));
-                }
-                if let Some(bias) = part.and_then(|part| part.bias.as_ref()) {
-                    f(&key("bias"), ParamRef::Vector(bias));
-                }
-            }
+            SlotRef::Norm(norm) => frozen_params(norm, (name, "weight"), adapter, f),
+            SlotRef::Conv(conv) => frozen_params(conv, (name, "weight"), adapter, f),
+            SlotRef::Param(param) => frozen_params(param, (name, ""), adapter, f),
         }
     });
     if let Some(part) = model_part(model).filter(|_| whole) {
@@ -105,6 +94,67 @@ const TOKENS: &str = "token_adapter.trainable_tokens_delta";
 /// An adapted layer's own bias lies one level deeper in PEFT's model.
 fn bias_name(is_target: bool) -> &'static str {
     if is_target { "base_layer.bias" } else { "bias" }
+}
+
+/// The trained parameters of a module that is used as a whole. `own` is what its weight is called behind the
+/// module's name; a bare parameter's is called as the module itself.
+fn frozen_params<const D: usize>(
+    module: &Frozen<D>,
+    (name, own): (&str, &str),
+    adapter: &str,
+    f: &mut dyn FnMut(&str, ParamRef<'_>),
+) where
+    for<'a> ParamRef<'a>: From<&'a Param<Tensor<D>>>,
+{
+    if adapter == DEFAULT && module.trains_base {
+        f(&under(name, own), (&module.weight).into());
+        if let Some(bias) = &module.bias {
+            f(&under(name, "bias"), bias.into());
+        }
+    }
+    for part in module.parts.iter().filter(|part| part.name == adapter) {
+        let key = |own: &str| format!("{PREFIX}{}", under(name, own));
+        if let Some(saved) = &part.saved {
+            f(&key(own), saved.into());
+        }
+        if let Some(bias) = &part.bias {
+            f(&key("bias"), bias.into());
+        }
+    }
+}
+
+/// [`frozen_params`], to change them.
+fn frozen_params_mut<const D: usize>(
+    module: &mut Frozen<D>,
+    (name, own): (&str, &str),
+    adapter: &str,
+    f: &mut dyn FnMut(&str, ParamMut<'_>),
+) where
+    for<'a> ParamMut<'a>: From<&'a mut Param<Tensor<D>>>,
+{
+    if adapter == DEFAULT && module.trains_base {
+        f(&under(name, own), (&mut module.weight).into());
+        if let Some(bias) = &mut module.bias {
+            f(&under(name, "bias"), bias.into());
+        }
+    }
+    for part in module.parts.iter_mut().filter(|part| part.name == adapter) {
+        let key = |own: &str| format!("{PREFIX}{}", under(name, own));
+        if let Some(saved) = &mut part.saved {
+            f(&key(own), saved.into());
+        }
+        if let Some(bias) = &mut part.bias {
+            f(&key("bias"), bias.into());
+        }
+    }
+}
+
+/// `name.own`, or the name alone.
+fn under(name: &str, own: &str) -> String {
+    match own {
+        "" => name.to_owned(),
+        own => format!("{name}.{own}"),
+    }
 }
 
 /// [`for_each_param_of`], to change them.
@@ -161,25 +211,9 @@ pub fn for_each_param_of_mut<M: Adaptable>(
                     }
                 }
             }
-            Slot::Norm(norm) => {
-                if whole && norm.trains_base {
-                    f(
-                        &format!("{name}.weight"),
-                        ParamMut::Vector(&mut norm.weight),
-                    );
-                    if let Some(bias) = &mut norm.bias {
-                        f(&format!("{name}.bias"), ParamMut::Vector(bias));
-                    }
-                }
-                for part in norm.parts.iter_mut().filter(|p| p.name == adapter) {
-                    if let Some(saved) = &mut part.saved {
-                        f(&key("weight"), ParamMut::Vector(saved));
-                    }
-                    if let Some(bias) = &mut part.bias {
-                        f(&key("bias"), ParamMut::Vector(bias));
-                    }
-                }
-            }
+            Slot::Norm(norm) => frozen_params_mut(norm, (name, "weight"), adapter, f),
+            Slot::Conv(conv) => frozen_params_mut(conv, (name, "weight"), adapter, f),
+            Slot::Param(param) => frozen_params_mut(param, (name, ""), adapter, f),
         }
     });
     let Some(part) = model.model_part_mut().filter(|_| whole) else {

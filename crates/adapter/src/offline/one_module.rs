@@ -24,6 +24,8 @@ pub(super) enum Module {
     Linear(Linear),
     Embedding(Embedding),
     Norm(Frozen<1>),
+    Conv(Frozen<4>),
+    Param(Frozen<3>),
 }
 
 impl OneModule {
@@ -45,13 +47,9 @@ impl OneModule {
             ModuleKind::Embedding => {
                 Module::Embedding(Embedding::new(&format!("{name}.weight"), matrix()))
             }
-            ModuleKind::Norm => {
-                let norm = Frozen::new(&format!("{name}.weight"), vector(&base.weight));
-                Module::Norm(match &base.bias {
-                    Some(bias) => norm.with_bias(&format!("{name}.bias"), vector(bias)),
-                    None => norm,
-                })
-            }
+            ModuleKind::Norm => Module::Norm(frozen(shape, base, device)),
+            ModuleKind::Conv => Module::Conv(frozen(shape, base, device)),
+            ModuleKind::Param => Module::Param(frozen(shape, base, device)),
         };
         Self {
             name: name.clone(),
@@ -67,10 +65,9 @@ impl OneModule {
                 own.bias = other.bias;
             }
             (Module::Embedding(own), Module::Embedding(other)) => own.weight = other.weight,
-            (Module::Norm(own), Module::Norm(other)) => {
-                own.weight = other.weight;
-                own.bias = other.bias;
-            }
+            (Module::Norm(own), Module::Norm(other)) => rebase(own, other),
+            (Module::Conv(own), Module::Conv(other)) => rebase(own, other),
+            (Module::Param(own), Module::Param(other)) => rebase(own, other),
             _ => {}
         }
     }
@@ -85,14 +82,44 @@ impl OneModule {
                 (to_host(name, folded.weight.dense())?, bias)
             }
             Module::Embedding(table) => (to_host(name, table.folded(&names).dense())?, None),
-            Module::Norm(norm) => {
-                let bias = norm.folded_bias(&names);
-                let bias = bias.map(|b| to_host(name, b)).transpose()?;
-                (to_host(name, norm.folded(&names))?, bias)
-            }
+            Module::Norm(norm) => folded(norm, name, &names)?,
+            Module::Conv(conv) => folded(conv, name, &names)?,
+            Module::Param(param) => folded(param, name, &names)?,
         };
         Ok(HostModule { weight, bias })
     }
+}
+
+/// A module that is used as a whole.
+fn frozen<const D: usize>(shape: &ModuleShape, base: &HostModule, device: &Device) -> Frozen<D> {
+    let sides: [usize; D] = std::array::from_fn(|i| shape.shape.get(i).copied().unwrap_or(1));
+    let data = TensorData::new(base.weight.clone(), sides);
+    let module = Frozen::new(&shape.weight_name(), Tensor::from_data(data, device));
+    match &base.bias {
+        Some(bias) => {
+            let data = TensorData::new(bias.clone(), [bias.len()]);
+            module.with_bias(
+                &format!("{}.bias", shape.name),
+                Tensor::from_data(data, device),
+            )
+        }
+        None => module,
+    }
+}
+
+fn rebase<const D: usize>(own: &mut Frozen<D>, other: Frozen<D>) {
+    own.weight = other.weight;
+    own.bias = other.bias;
+}
+
+fn folded<const D: usize>(
+    module: &Frozen<D>,
+    name: &str,
+    names: &[String],
+) -> Result<(Vec<f32>, Option<Vec<f32>>)> {
+    let bias = module.folded_bias(names);
+    let bias = bias.map(|bias| to_host(name, bias)).transpose()?;
+    Ok((to_host(name, module.folded(names))?, bias))
 }
 
 impl Adaptable for OneModule {
@@ -101,6 +128,8 @@ impl Adaptable for OneModule {
             Module::Linear(linear) => f(&self.name, Slot::Linear(linear)),
             Module::Embedding(table) => f(&self.name, Slot::Embedding(table)),
             Module::Norm(norm) => f(&self.name, Slot::Norm(norm)),
+            Module::Conv(conv) => f(&self.name, Slot::Conv(conv)),
+            Module::Param(param) => f(&self.name, Slot::Param(param)),
         }
     }
 
@@ -109,6 +138,8 @@ impl Adaptable for OneModule {
             Module::Linear(linear) => f(&self.name, SlotRef::Linear(linear)),
             Module::Embedding(table) => f(&self.name, SlotRef::Embedding(table)),
             Module::Norm(norm) => f(&self.name, SlotRef::Norm(norm)),
+            Module::Conv(conv) => f(&self.name, SlotRef::Conv(conv)),
+            Module::Param(param) => f(&self.name, SlotRef::Param(param)),
         }
     }
 }

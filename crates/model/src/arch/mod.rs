@@ -19,7 +19,6 @@ use serde_json::Value;
 
 pub(crate) use gguf::{GgufArch, GgufSettings, Permuted};
 pub use list::{AnyBackbone, ArchConfig};
-pub use vit::vit_modules;
 
 use crate::config::{Common, DecoderConfig, Reader};
 use crate::error::LoadError;
@@ -105,6 +104,17 @@ pub trait Backbone: Module + Slots {
     fn embedding(&self) -> &Embedding;
     /// In training: keeps only the input of so many blocks at a time.
     fn set_recompute(&mut self, blocks: Option<NonZeroUsize>);
+}
+
+/// The modules of a model that can be planned for, but not run; `None` where the configuration is of no such
+/// architecture.
+///
+/// # Errors
+/// Sizes that are missing or make no sense, all at once.
+pub fn described_modules(
+    json: &Value,
+) -> Option<Result<Vec<ModuleShape>, crate::config::ConfigError>> {
+    (model_type(json) == Some(vit::MODEL_TYPE)).then(|| vit::modules(json))
 }
 
 /// The `model_type` of a configuration.

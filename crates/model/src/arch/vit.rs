@@ -8,11 +8,14 @@ use serde_json::Value;
 use crate::config::ConfigError;
 use crate::config::{LARGEST_LAYERS, LARGEST_SIZE};
 
+/// The `model_type` of a ViT.
+pub(super) const MODEL_TYPE: &str = "vit";
+
 /// Every module with parameters, if `config` is a ViT's with an image classifier's head.
 ///
 /// # Errors
 /// Sizes that are missing or make no sense, all at once.
-pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
+pub(super) fn modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
     let mut problems = Vec::new();
     let mut size = |key: &str, default: Option<u64>| {
         let found = config.get(key).map_or(default, Value::as_u64);
@@ -53,18 +56,22 @@ pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
     };
     let side = image.checked_div(patch).unwrap_or(0);
     let positions = side.saturating_mul(side).saturating_add(1);
-    let whole = ModuleKind::Norm;
     let mut all = vec![
-        module("vit.embeddings.cls_token", whole, &[1, 1, hidden], false),
+        module(
+            "vit.embeddings.cls_token",
+            ModuleKind::Param,
+            &[1, 1, hidden],
+            false,
+        ),
         module(
             "vit.embeddings.position_embeddings",
-            whole,
+            ModuleKind::Param,
             &[1, positions, hidden],
             false,
         ),
         module(
             "vit.embeddings.patch_embeddings.projection",
-            whole,
+            ModuleKind::Conv,
             &[hidden, channels, patch, patch],
             true,
         ),
@@ -74,7 +81,7 @@ pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
         let linear = |rest: &str, shape: [usize; 2], bias| {
             module(&name(rest), ModuleKind::Linear, &shape, bias)
         };
-        let norm = |rest: &str| module(&name(rest), whole, &[hidden], true);
+        let norm = |rest: &str| module(&name(rest), ModuleKind::Norm, &[hidden], true);
         all.extend([
             linear("attention.attention.query", [hidden, hidden], bias),
             linear("attention.attention.key", [hidden, hidden], bias),
@@ -86,7 +93,7 @@ pub fn vit_modules(config: &Value) -> Result<Vec<ModuleShape>, ConfigError> {
             norm("layernorm_after"),
         ]);
     }
-    all.push(module("vit.layernorm", whole, &[hidden], true));
+    all.push(module("vit.layernorm", ModuleKind::Norm, &[hidden], true));
     // As PEFT takes it: the classifier is a linear layer like others, and yields the logits.
     all.push(module(
         "classifier",
@@ -106,7 +113,7 @@ mod tests {
     #[test]
     fn vit_base_has_its_published_size() {
         let labels: Map<String, Value> = (0..101).map(|i| (i.to_string(), json!("x"))).collect();
-        let modules = vit_modules(&json!({"model_type": "vit", "id2label": labels})).unwrap();
+        let modules = super::modules(&json!({"model_type": "vit", "id2label": labels})).unwrap();
         let count: usize = modules
             .iter()
             .map(|m| m.shape.iter().product::<usize>() + if m.bias { m.shape[0] } else { 0 })
@@ -115,17 +122,39 @@ mod tests {
         assert_eq!(count, 85_798_656 + 77_669);
     }
 
+    /// As transformers' `ViTForImageClassification` has them in its files.
+    #[test]
+    fn tensors_of_the_embeddings_have_their_names_in_the_files() {
+        let config =
+            json!({"hidden_size": 8, "image_size": 6, "patch_size": 2, "num_hidden_layers": 1});
+        let tensors: Vec<_> = modules(&config)
+            .unwrap()
+            .iter()
+            .flat_map(ModuleShape::tensors)
+            .take(4)
+            .collect();
+        let named =
+            |name: &str, shape: &[usize]| (format!("vit.embeddings.{name}"), shape.to_vec());
+        let wanted = [
+            named("cls_token", &[1, 1, 8]),
+            named("position_embeddings", &[1, 10, 8]),
+            named("patch_embeddings.projection.bias", &[8]),
+            named("patch_embeddings.projection.weight", &[8, 3, 2, 2]),
+        ];
+        assert_eq!(tensors, wanted);
+    }
+
     #[test]
     fn absurd_sizes_are_errors_not_endless_lists() {
         for key in ["num_hidden_layers", "hidden_size", "image_size"] {
-            let error = vit_modules(&json!({key: u64::MAX / 2})).unwrap_err();
+            let error = modules(&json!({key: u64::MAX / 2})).unwrap_err();
             assert!(error.to_string().contains(key), "{error}");
         }
     }
 
     #[test]
     fn senseless_sizes_are_reported_together() {
-        let error = vit_modules(&json!({"hidden_size": 0, "patch_size": "x"})).unwrap_err();
+        let error = modules(&json!({"hidden_size": 0, "patch_size": "x"})).unwrap_err();
         let text = error.to_string();
         assert!(
             text.contains("hidden_size") && text.contains("patch_size"),

@@ -41,6 +41,8 @@ fn slots_are_the_modules_that_the_configuration_lists() {
                 SlotRef::Linear(l) => (l.weight.dims().to_vec(), l.bias.is_some()),
                 SlotRef::Embedding(e) => (e.weight.dims().to_vec(), false),
                 SlotRef::Norm(n) => (n.weight.dims().to_vec(), n.bias.is_some()),
+                SlotRef::Conv(n) => (n.weight.dims().to_vec(), n.bias.is_some()),
+                SlotRef::Param(n) => (n.weight.dims().to_vec(), false),
             };
             shapes.push((name.to_owned(), shape, bias));
         });

@@ -7,7 +7,7 @@ use std::path::Path;
 use enamel_adapter::{AdapterConfig, AdapterPlan, ModuleShape};
 use enamel_data::{Note, Row};
 use enamel_model::ArchConfig;
-use enamel_model::arch::vit_modules;
+use enamel_model::arch::described_modules;
 use enamel_model::checkpoint::parse_json;
 use enamel_model::source::PullProgress;
 use serde_json::Value;
@@ -182,9 +182,14 @@ fn known(recipe: &Recipe, progress: &mut dyn PullProgress) -> Result<Known, Trai
             config: Some(base.config),
         });
     };
-    if json.get("model_type").and_then(Value::as_str) == Some("vit") {
-        let modules = vit_modules(&json)?;
-        let words = format!("vit, {} modules; to plan for, not to run", modules.len());
+    if let Some(modules) = described_modules(&json) {
+        let modules = modules?;
+        let name = json.get("model_type").and_then(Value::as_str);
+        let words = format!(
+            "{}, {} modules; to plan for, not to run",
+            name.unwrap_or_default(),
+            modules.len()
+        );
         return Ok(Known {
             shape: words,
             modules,

@@ -58,6 +58,13 @@ pub fn values(
             (Some("bias"), SlotRef::Norm(norm)) => {
                 data = norm.bias.as_ref().map(|bias| bias.val().into_data());
             }
+            (Some("weight"), SlotRef::Conv(conv)) => data = Some(conv.weight.val().into_data()),
+            (Some("bias"), SlotRef::Conv(conv)) => {
+                data = conv.bias.as_ref().map(|bias| bias.val().into_data());
+            }
+            (None, SlotRef::Param(param)) if tensor == name => {
+                data = Some(param.weight.val().into_data());
+            }
             _ => {}
         }
     });

@@ -304,7 +304,7 @@ fn install<M: Adaptable>(
         match slot {
             Slot::Linear(linear) => linear.place = place,
             Slot::Embedding(table) => table.place = place,
-            Slot::Norm(_) => {}
+            Slot::Norm(_) | Slot::Conv(_) | Slot::Param(_) => {}
         }
     });
     route(model, &Routing::to(DEFAULT));

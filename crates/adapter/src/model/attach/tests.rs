@@ -157,6 +157,8 @@ fn gradients_reach_the_adapter_alone_after_every_way_into_training() {
                 }
                 SlotRef::Embedding(e) => e.weight.dense().grad(&grads).is_some(),
                 SlotRef::Norm(n) => n.weight.val().grad(&grads).is_some(),
+                SlotRef::Conv(n) => n.weight.val().grad(&grads).is_some(),
+                SlotRef::Param(n) => n.weight.val().grad(&grads).is_some(),
             };
             assert!(!base, "{how}: {name}");
             if let SlotRef::Linear(l) = slot {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::offline::{AdapterOnDisk, HostModule};
-use enamel_adapter::{Linear, ModuleShape, Slot};
+use enamel_adapter::{Frozen, Linear, ModuleShape, Slot};
 use enamel_model::checkpoint::Checkpoint;
 use enamel_model::{ArchConfig, Model, ModelInput};
 
@@ -120,14 +120,26 @@ fn put(slot: Slot<'_>, shape: &ModuleShape, merged: HostModule, device: &Device)
             *table =
                 enamel_adapter::Embedding::new(&format!("{name}.weight"), matrix(merged.weight));
         }
-        Slot::Norm(norm) => {
-            *norm = enamel_adapter::Frozen::new(&format!("{name}.weight"), vector(merged.weight));
-            if let Some(bias) = merged.bias {
-                *norm = norm
-                    .clone()
-                    .with_bias(&format!("{name}.bias"), vector(bias));
-            }
+        Slot::Norm(norm) => *norm = whole(shape, merged, device),
+        Slot::Conv(conv) => *conv = whole(shape, merged, device),
+        Slot::Param(param) => *param = whole(shape, merged, device),
+    }
+}
+
+/// A module that is used as a whole, with these values.
+fn whole<const D: usize>(shape: &ModuleShape, values: HostModule, device: &Device) -> Frozen<D> {
+    let sides: [usize; D] = std::array::from_fn(|i| shape.shape.get(i).copied().unwrap_or(1));
+    let weight = Tensor::from_data(TensorData::new(values.weight, sides), device);
+    let module = Frozen::new(&shape.weight_name(), weight);
+    match values.bias {
+        Some(bias) => {
+            let data = TensorData::new(bias.clone(), [bias.len()]);
+            module.with_bias(
+                &format!("{}.bias", shape.name),
+                Tensor::from_data(data, device),
+            )
         }
+        None => module,
     }
 }
 
