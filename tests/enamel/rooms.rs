@@ -68,7 +68,7 @@ const ORDERS: [Order; 5] = [
         rooms: &[
             "save",
             "generation",
-            "causal_lm",
+            "model",
             "cache",
             "quantization",
             "checkpoint",
@@ -76,6 +76,7 @@ const ORDERS: [Order; 5] = [
             "nn",
             "error",
             "config",
+            "heads",
             "source",
             "digest",
         ],

@@ -9,8 +9,9 @@ use serde_json::{Map, Value};
 use super::load::{Labels, Reading, load};
 use super::{DataSpec, Row, Rows};
 use crate::error::{BadReason, BadRow, DataError, RowRef, shown};
+use crate::files::type_name;
 use crate::records::tokens::{BESIDE_IDS, real_ids};
-use crate::records::{EncodedRow, columns, keys_of, type_name};
+use crate::records::{EncodedRow, columns, keys_of};
 use crate::tokenizer::Tokenizer;
 
 /// Where in a row the text and the class are.
