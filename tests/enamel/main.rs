@@ -6,6 +6,7 @@ mod cli;
 mod docs;
 mod methods;
 mod models;
+mod names;
 mod parity;
 mod rooms;
 mod runs;

@@ -1,5 +1,7 @@
 //! What llama.cpp calls an architecture and its parts.
 
+use serde_json::Value;
+
 /// An architecture of llama.cpp's, as its converter writes it.
 #[derive(Debug)]
 pub struct GgufArch {
@@ -28,14 +30,40 @@ pub struct GgufArch {
 }
 
 /// What `config.json` is made of, besides what most decoders have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum GgufSettings {
     /// Nothing.
     None,
-    /// GPT-2's own names instead.
-    Gpt2,
     /// `attention_bias` and `mlp_bias`, as the tensors tell.
-    LlamaBiases,
+    Biases,
+    /// Other names instead, of a model whose positions are learned: it has no rotation to describe.
+    LearnedPositions(fn(&GgufFacts<'_>) -> Value),
+}
+
+impl GgufSettings {
+    /// Whether positions are a table of the model's, and there is no rotary embedding.
+    pub fn learns_positions(self) -> bool {
+        matches!(self, Self::LearnedPositions(_))
+    }
+}
+
+/// What a file says of a model with learned positions.
+#[derive(Debug)]
+pub struct GgufFacts<'a> {
+    /// transformers' class.
+    pub class: &'a str,
+    /// Width of the hidden states.
+    pub hidden: u64,
+    /// Width within the MLP.
+    pub intermediate: u64,
+    /// Number of blocks.
+    pub layers: u64,
+    /// Attention heads.
+    pub heads: u64,
+    /// Most positions.
+    pub context: u64,
+    /// The norms' epsilon, if the file has it.
+    pub epsilon: Option<f64>,
 }
 
 /// Outside the blocks of most decoders.

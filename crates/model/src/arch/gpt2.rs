@@ -8,8 +8,9 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use enamel_adapter::{Embedding, Frozen, Linear, slots};
 use enamel_kernels::{AttentionSpec, GeluKind, KeyMask, attention, gelu, layer_norm};
+use serde_json::{Value, json};
 
-use super::gguf::{GgufArch, GgufSettings};
+use super::gguf::{GgufArch, GgufFacts, GgufSettings};
 use super::{Architecture, Backbone, BlockShape};
 use crate::config::{Common, CommonKeys, DecoderConfig, LARGEST_LAYERS, Reader, RopeConfig};
 use crate::error::LoadError;
@@ -268,9 +269,24 @@ impl Architecture for Gpt2Config {
             transposed: &["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
             epsilon: "attention.layer_norm_epsilon",
             permuted: false,
-            settings: GgufSettings::Gpt2,
+            settings: GgufSettings::LearnedPositions(config_json),
         }]
     }
+}
+
+/// The settings of a GGUF file under GPT-2's own names.
+fn config_json(facts: &GgufFacts<'_>) -> Value {
+    json!({
+        "architectures": [facts.class],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_embd": facts.hidden,
+        "n_inner": facts.intermediate,
+        "n_layer": facts.layers,
+        "n_head": facts.heads,
+        "n_positions": facts.context,
+        "layer_norm_epsilon": facts.epsilon.unwrap_or(1e-5),
+    })
 }
 
 impl Backbone for Gpt2 {

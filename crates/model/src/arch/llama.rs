@@ -109,7 +109,7 @@ impl Architecture for LlamaConfig {
                 transposed: &[],
                 epsilon: "attention.layer_norm_rms_epsilon",
                 permuted: true,
-                settings: GgufSettings::LlamaBiases,
+                settings: GgufSettings::Biases,
             },
             GgufArch {
                 name: "qwen2",

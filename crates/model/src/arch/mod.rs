@@ -17,7 +17,7 @@ use burn::tensor::Tensor;
 use enamel_adapter::{Embedding, ModuleShape, Slots};
 use serde_json::Value;
 
-pub(crate) use gguf::{GgufArch, GgufSettings, Permuted};
+pub(crate) use gguf::{GgufArch, GgufFacts, GgufSettings, Permuted};
 pub use list::{AnyBackbone, ArchConfig};
 
 use crate::config::{Common, DecoderConfig, Reader};

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use super::header::{Header, RawTensor};
 use super::keys;
 use super::quant::BlockType;
-use crate::arch::{ArchConfig, GgufArch, GgufSettings};
+use crate::arch::{ArchConfig, GgufArch, GgufFacts, GgufSettings};
 use crate::checkpoint::CheckpointError;
 use crate::config::yarn_mscale;
 use crate::error::Problems;
@@ -73,7 +73,7 @@ pub(crate) fn config_json(
     let rope_dim = header
         .u64(&header.key("rope.dimension_count"))
         .unwrap_or(head_dim);
-    if rope_dim != head_dim && arch.settings != GgufSettings::Gpt2 {
+    if rope_dim != head_dim && !arch.settings.learns_positions() {
         problems.push(format!(
             "rotary embedding of {rope_dim} of {head_dim} dimensions a head is not supported"
         ));
@@ -108,51 +108,48 @@ pub(crate) fn config_json(
     let has = |name: &str| header.tensors.iter().any(|t| t.name == name);
     let token = |name: &str| token(header, name).map_or(Value::Null, Value::from);
     let dtype = dtype_name(&header.tensors);
-    if arch.settings == GgufSettings::Gpt2 {
-        return Ok(json!({
+    let epsilon = header.f64(&header.key(arch.epsilon));
+    let mut config = match arch.settings {
+        GgufSettings::LearnedPositions(config) => config(&GgufFacts {
+            class: arch.class,
+            hidden,
+            intermediate,
+            layers,
+            heads,
+            context,
+            epsilon,
+        }),
+        GgufSettings::None | GgufSettings::Biases => json!({
             "architectures": [arch.class],
-            "model_type": "gpt2",
-            "activation_function": "gelu_new",
-            "n_embd": hidden,
-            "n_inner": intermediate,
-            "n_layer": layers,
-            "n_head": heads,
-            "n_positions": context,
-            "layer_norm_epsilon": header.f64(&header.key(arch.epsilon)).unwrap_or(1e-5),
-            "tie_word_embeddings": !has("output.weight"),
-            "vocab_size": vocab,
-            "bos_token_id": token("bos"),
-            "eos_token_id": token("eos"),
-            "pad_token_id": token("padding"),
-            "torch_dtype": dtype,
-            "use_cache": true,
-        }));
-    }
-    let mut config = json!({
-        "architectures": [arch.class],
-        "model_type": arch.model_types.first(),
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": context,
-        "rms_norm_eps": header.f64(&header.key(arch.epsilon)).unwrap_or(1e-6),
-        "rope_theta": header.f64(&header.key("rope.freq_base")).unwrap_or(10_000.0),
-        "rope_scaling": rope_scaling,
-        "tie_word_embeddings": !has("output.weight"),
-        "vocab_size": vocab,
-        "bos_token_id": token("bos"),
-        "eos_token_id": token("eos"),
-        "pad_token_id": token("padding"),
-        "torch_dtype": dtype,
-        "use_cache": true,
-    });
-    if let (GgufSettings::LlamaBiases, Some(map)) = (arch.settings, config.as_object_mut()) {
-        map.insert("attention_bias".into(), has("blk.0.attn_q.bias").into());
-        map.insert("mlp_bias".into(), has("blk.0.ffn_up.bias").into());
+            "model_type": arch.model_types.first(),
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "intermediate_size": intermediate,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": context,
+            "rms_norm_eps": epsilon.unwrap_or(1e-6),
+            "rope_theta": header.f64(&header.key("rope.freq_base")).unwrap_or(10_000.0),
+            "rope_scaling": rope_scaling,
+        }),
+    };
+    let shared = [
+        ("tie_word_embeddings", (!has("output.weight")).into()),
+        ("vocab_size", vocab.into()),
+        ("bos_token_id", token("bos")),
+        ("eos_token_id", token("eos")),
+        ("pad_token_id", token("padding")),
+        ("torch_dtype", json!(dtype)),
+        ("use_cache", true.into()),
+    ];
+    if let Some(map) = config.as_object_mut() {
+        map.extend(shared.map(|(key, value)| (key.to_owned(), value)));
+        if let GgufSettings::Biases = arch.settings {
+            map.insert("attention_bias".into(), has("blk.0.attn_q.bias").into());
+            map.insert("mlp_bias".into(), has("blk.0.ffn_up.bias").into());
+        }
     }
     Ok(config)
 }
@@ -277,8 +274,9 @@ fn rope_scaling(
             Ok(Value::Object(scaling))
         }
         (Some(kind), _) => Err(format!(
-            "llama.rope.scaling.type is '{kind}' (factor {factor:?}); none, linear and yarn with \
-             a factor are read"
+            "{} is '{kind}' (factor {factor:?}); none, linear and yarn with \
+             a factor are read",
+            header.key("rope.scaling.type")
         )),
     }
 }

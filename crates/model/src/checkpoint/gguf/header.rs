@@ -260,7 +260,7 @@ impl Header {
 
     /// The key of a setting of the file's architecture: `llama.block_count`.
     pub fn key(&self, name: &str) -> String {
-        let arch = self.str("general.architecture").unwrap_or("llama");
+        let arch = self.str("general.architecture").unwrap_or_default();
         format!("{arch}.{name}")
     }
 

@@ -1,7 +1,7 @@
 //! GGUF metadata of a model's shape, from its configuration: the inverse of `config`.
 
 use super::write::Metadata;
-use crate::arch::{ArchConfig, GgufArch, GgufSettings};
+use crate::arch::{ArchConfig, GgufArch};
 use crate::config::{DecoderConfig, RopeConfig, RopeScaling, yarn_mscale};
 
 /// llama.cpp's architecture for a configuration; where it has none, `problems` says so.
@@ -46,7 +46,7 @@ pub(crate) fn describe(
         Ok(value) => to.u32(&key(name), value),
         Err(_) => problems.push(format!("{} would be {value}, above 32 bits", key(name))),
     };
-    if arch.settings != GgufSettings::Gpt2 {
+    if !arch.settings.learns_positions() {
         count("vocab_size", common.vocab_size);
     }
     count("context_length", context);
@@ -54,7 +54,7 @@ pub(crate) fn describe(
     count("block_count", common.num_hidden_layers);
     count("feed_forward_length", config.intermediate_size);
     count("attention.head_count", config.num_attention_heads);
-    if arch.settings == GgufSettings::Gpt2 {
+    if arch.settings.learns_positions() {
         to.f32(&key(arch.epsilon), config.rms_norm_eps);
         return;
     }
