@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::support::enamel_process::Workshop;
-use crate::support::goldens::{FAMILIES, fixtures, json};
+use crate::support::goldens::{FAMILIES, Tensors, fixtures, json};
 
 /// A workshop whose model is of another architecture; the tokenizer stays.
 fn workshop(family: &str) -> Workshop {
@@ -86,7 +86,34 @@ fn all_of_a_model_may_be_trained() {
             "flex",
         ];
         workshop.success(&[&ask[..], &["--model", "run/model"]].concat());
+        let [before, after] = ["model", "run/model"]
+            .map(|model| Tensors::open(workshop.path(model).join("model.safetensors")));
+        assert_eq!(after.names(), before.names(), "{family}");
+        // Biases of norms are trained and saved like all else.
+        for name in before.names() {
+            let moved = after.floats(&name).values != before.floats(&name).values;
+            assert!(moved, "{family}: {name}");
+        }
     }
+}
+
+/// GPT-2 has two tables, and its head is one of them.
+#[test]
+fn an_adapted_table_that_is_not_the_head_is_merged_by_its_own_name_and_unties_nothing() {
+    let workshop = workshop("gpt2");
+    recipe(&workshop, "r = 2\ntarget_modules = [\"wpe\"]");
+    workshop.success(&["train", "recipe.toml"]);
+    let merge = ["merge", "--model", "model", "--adapter", "run/adapter"];
+    workshop.success(&[&merge[..], &["--output", "merged"]].concat());
+    let [before, after] = ["model", "merged"]
+        .map(|model| Tensors::open(workshop.path(model).join("model.safetensors")));
+    assert_eq!(after.names(), before.names());
+    for name in before.names() {
+        let moved = after.floats(&name).values != before.floats(&name).values;
+        assert_eq!(moved, name == "transformer.wpe.weight", "{name}");
+    }
+    let config = json(&workshop.path("merged/config.json"));
+    assert_eq!(config["tie_word_embeddings"], true);
 }
 
 #[test]
