@@ -88,7 +88,7 @@ def load(path):
 
 
 def logits(*arguments):
-    enamel("score", *arguments, "--input", ROWS, "--output", WORK / "scores.jsonl", "--logits", WORK / "scores.safetensors")
+    enamel("score", *arguments, "--input", ROWS, "--overwrite", "--output", WORK / "scores.jsonl", "--logits", WORK / "scores.safetensors")
     stored = load_file(WORK / "scores.safetensors")
     return [stored[f"logits.{i}"] for i in range(len(TOKENS))]
 

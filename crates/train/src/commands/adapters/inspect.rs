@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use enamel_adapter::files::infer_modules::kind_of;
+use enamel_adapter::methods::facts::InputWidth;
 use enamel_adapter::offline::AdapterOnDisk;
 use enamel_adapter::offline::inspect;
 use enamel_adapter::offline::inspect::AdapterFacts;
@@ -179,7 +180,7 @@ fn kinds(facts: &AdapterFacts) -> Vec<KindReport> {
         return Vec::new();
     };
     let ranked = rank_alpha(&facts.config).0.is_some();
-    let ia3 = facts.config.peft_type() == "IA3";
+    let wide = facts.config.input_width() != InputWidth::Untold;
     for t in &plan.targets {
         let shape = match t.embedding {
             true => [t.in_features, t.out_features],
@@ -188,7 +189,8 @@ fn kinds(facts: &AdapterFacts) -> Vec<KindReport> {
         add(
             &t.name,
             "adapted",
-            (!ia3).then_some(shape),
+            // A side that nothing tells stands at 1.
+            (wide && !shape.contains(&1)).then_some(shape),
             ranked.then_some(t.r),
             t.params,
         );

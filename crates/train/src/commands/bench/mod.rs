@@ -220,7 +220,7 @@ fn config(method: &str, options: &BenchOptions) -> Result<AdapterConfig, TrainEr
         "head" => set.push("adapter.modules_to_save=['norm']".to_owned()),
         _ => {}
     }
-    if ranked && method != "vera" {
+    if ranked && !["vera", "miss"].contains(&method) {
         set.push(format!("adapter.lora_alpha={}", 2 * options.r));
     }
     // Long enough for a budget to be under way in every step that is timed.
