@@ -4,6 +4,7 @@
 
 mod cli;
 mod docs;
+mod method_names;
 mod methods;
 mod models;
 mod names;
