@@ -75,7 +75,7 @@ fn names_are_found_in_code_and_not_in_comments_or_in_other_words() {
 /// The names of architectures in a source file; comments and tests are left out.
 fn names_in(text: &str) -> Vec<&'static str> {
     let code = text.split("\n#[cfg(test)]\n").next().unwrap_or(text);
-    let code: Vec<&str> = code.lines().map(|line| comment_cut(line)).collect();
+    let code: Vec<&str> = code.lines().map(comment_cut).collect();
     let mut code = code.join("\n").to_lowercase();
     for other in OTHERS {
         code = code.replace(other, "");

@@ -8,7 +8,7 @@ use crate::config::Targets;
 use crate::methods::full::FullConfig;
 use crate::methods::lora::config::LoraConfig;
 use crate::model::trainable::for_each_param_of;
-use crate::{Frozen, Linear, ModuleShape, attach, merge, shapes, unmerge};
+use crate::{DEFAULT, Frozen, Linear, ModuleShape, attach, merge_adapters, shapes, unmerge};
 
 /// The first layers of a ViT, by their names in transformers' files.
 #[derive(Module, Debug)]
@@ -153,7 +153,7 @@ fn a_trained_copy_of_a_convolution_is_merged_and_taken_out_again() {
         let weight = model.projection.weight.val().inner();
         weight.sum().into_scalar::<f32>()
     };
-    merge(&mut model).unwrap();
+    merge_adapters(&mut model, &[DEFAULT]).unwrap();
     assert_eq!(sum(&model), 96.0);
     unmerge(&mut model);
     assert_eq!(sum(&model), 48.0);
